@@ -1,0 +1,122 @@
+// The module ifnd_fast._cpu: addresses and sizes in, nothing out. The callers (ifnd_fast/ops) check tensors; here
+// only what would make the kernels read out of bounds whatever the tensors are.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <cmath>
+
+#include "../cpu/api.h"
+
+namespace nb = nanobind;
+using nb::literals::operator""_a;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(bool right, const char* message) {
+  if (!right) throw nb::value_error(message);
+}
+
+void check_common(int64_t D, int dtype, double temperature, int threads) {
+  check(D >= 1 && D <= ifnd::kMaxDim, "D must be 1 to 2048");
+  check(dtype >= 0 && dtype <= 2, "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  check(temperature > 0 && temperature < HUGE_VAL, "temperature must be a finite number above 0");
+  check(threads >= 1 && threads <= 4096, "threads must be 1 to 4096");
+}
+
+template <class Problem>
+Problem info_nce_problem(Address query, Address negatives, Address query_labels, Address negative_labels,
+                         Address query_ids, Address negative_ids, int64_t B, int64_t K, int64_t D, int64_t L,
+                         int dtype, double temperature, int strategy, int threads) {
+  check_common(D, dtype, temperature, threads);
+  check(B >= 1 && K >= 0, "B must be 1 or more and K 0 or more");
+  check(L >= 1 && L <= ifnd::kMaxLevels, "L must be 1 to 16");
+  check(strategy >= 0 && strategy <= 2, "strategy must be 0 (eliminate), 1 (attract) or 2 (keep)");
+  Problem p{};
+  p.query = pointer<const void>(query);
+  p.negatives = pointer<const void>(negatives);
+  p.query_labels = pointer<const int32_t>(query_labels);
+  p.negative_labels = pointer<const int32_t>(negative_labels);
+  p.query_ids = pointer<const int64_t>(query_ids);
+  p.negative_ids = pointer<const int64_t>(negative_ids);
+  p.B = B, p.K = K, p.D = int(D), p.L = int(L);
+  p.dtype = ifnd::DType(dtype);
+  p.temperature = temperature;
+  p.strategy = ifnd::Strategy(strategy);
+  return p;
+}
+
+void info_nce_forward(Address query, Address positive, Address negatives, Address query_labels,
+                      Address negative_labels, Address query_ids, Address negative_ids, int64_t B, int64_t K,
+                      int64_t D, int64_t L, int dtype, double temperature, int strategy, Address loss,
+                      Address query_grad, Address positive_weight, Address log_normalizer,
+                      Address false_negative_counts, int threads) {
+  auto p = info_nce_problem<ifnd::InfoNceForward>(query, negatives, query_labels, negative_labels, query_ids,
+                                                  negative_ids, B, K, D, L, dtype, temperature, strategy, threads);
+  p.positive = pointer<const void>(positive);
+  p.loss = pointer<float>(loss);
+  p.query_grad = pointer<float>(query_grad);
+  p.positive_weight = pointer<float>(positive_weight);
+  p.log_normalizer = pointer<float>(log_normalizer);
+  p.false_negative_counts = pointer<int32_t>(false_negative_counts);
+  nb::gil_scoped_release release;
+  ifnd::info_nce_forward(p, threads);
+}
+
+void info_nce_negatives_grad(Address query, Address negatives, Address query_labels, Address negative_labels,
+                             Address query_ids, Address negative_ids, int64_t B, int64_t K, int64_t D, int64_t L,
+                             int dtype, double temperature, int strategy, Address loss_grad,
+                             Address log_normalizer, Address false_negative_counts, Address negatives_grad,
+                             int threads) {
+  auto p = info_nce_problem<ifnd::InfoNceNegativesGrad>(query, negatives, query_labels, negative_labels,
+                                                        query_ids, negative_ids, B, K, D, L, dtype, temperature,
+                                                        strategy, threads);
+  p.loss_grad = pointer<const float>(loss_grad);
+  p.log_normalizer = pointer<const float>(log_normalizer);
+  p.false_negative_counts = pointer<const int32_t>(false_negative_counts);
+  p.negatives_grad = pointer<float>(negatives_grad);
+  nb::gil_scoped_release release;
+  ifnd::info_nce_negatives_grad(p, threads);
+}
+
+void assign_clusters(Address features, Address centroids, int64_t N, int64_t C, int64_t D, int dtype, int metric,
+                     double temperature, Address labels, Address confidence, int threads) {
+  check_common(D, dtype, temperature, threads);
+  check(N >= 1 && C >= 1 && C <= INT32_MAX, "N must be 1 or more and C 1 to 2^31 - 1");
+  check(metric == 0 || metric == 1, "metric must be 0 (inner product) or 1 (l2)");
+  const ifnd::AssignClusters p{pointer<const void>(features), pointer<const void>(centroids), N, C, int(D),
+                               ifnd::DType(dtype), ifnd::Metric(metric), temperature, pointer<int32_t>(labels),
+                               pointer<float>(confidence)};
+  nb::gil_scoped_release release;
+  ifnd::assign_clusters(p, threads);
+}
+
+nb::dict features() {
+  nb::dict out;
+  for (const ifnd::Feature* f = ifnd::cpu_features(); f->name; ++f) out[f->name] = f->present;
+  return out;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "IFND's kernels for the CPU. Arrays are addresses of row-major contiguous memory, 0 = absent.";
+  m.def("isa", [] { return std::string(ifnd::kernels().isa); }, "The instruction set in use.");
+  m.def("features", &features, "What this CPU has.");
+  m.def("info_nce_forward", &info_nce_forward, "query"_a, "positive"_a, "negatives"_a, "query_labels"_a,
+        "negative_labels"_a, "query_ids"_a, "negative_ids"_a, "B"_a, "K"_a, "D"_a, "L"_a, "dtype"_a,
+        "temperature"_a, "strategy"_a, "loss"_a, "query_grad"_a, "positive_weight"_a, "log_normalizer"_a,
+        "false_negative_counts"_a, "threads"_a);
+  m.def("info_nce_negatives_grad", &info_nce_negatives_grad, "query"_a, "negatives"_a, "query_labels"_a,
+        "negative_labels"_a, "query_ids"_a, "negative_ids"_a, "B"_a, "K"_a, "D"_a, "L"_a, "dtype"_a,
+        "temperature"_a, "strategy"_a, "loss_grad"_a, "log_normalizer"_a, "false_negative_counts"_a,
+        "negatives_grad"_a, "threads"_a);
+  m.def("assign_clusters", &assign_clusters, "features"_a, "centroids"_a, "N"_a, "C"_a, "D"_a, "dtype"_a,
+        "metric"_a, "temperature"_a, "labels"_a, "confidence"_a, "threads"_a);
+}

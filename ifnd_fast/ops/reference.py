@@ -1,0 +1,79 @@
+"""Both operators in plain torch: the definition that every backend is tested against.
+
+They materialise the (B, K) logits and the (N, C) similarities, run on any device in any float dtype, and
+differentiate by autograd. Half precision is computed in float32, float64 stays float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def info_nce(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    query_labels: Tensor | None,
+    negative_labels: Tensor | None,
+    query_ids: Tensor | None,
+    negative_ids: Tensor | None,
+    false_negatives: str,
+) -> Tensor:
+    """Loss of each query, (B,); the arguments are those of `ifnd_fast.info_nce`, already checked.
+
+    s_ik = q_i.n_k / tau, s+ = q_i.p_i / tau; keys of the query's own image are in no sum.
+
+    eliminate: mean_l  log(e^{s+} + sum_{k not in F_l} e^{s_ik}) - s+
+    attract:   mean_l  log(e^{s+} + sum_k e^{s_ik}) - (s+ + sum_{k in F_l} s_ik) / (1 + |F_l|)
+    keep:      eliminate with every F_l empty
+    """
+    q, p, n = (t if t.dtype == torch.float64 else t.float() for t in (query, positive, negatives))
+    s_positive = (q * p).sum(1, keepdim=True) / temperature  # (B, 1)
+    s = q @ n.t() / temperature  # (B, K)
+    if query_ids is not None and negative_ids is not None:
+        same_image = query_ids[:, None] == negative_ids[None, :]
+    else:
+        same_image = torch.zeros_like(s, dtype=torch.bool)
+    s = s.masked_fill(same_image, -torch.inf)
+    if query_labels is None or negative_labels is None or false_negatives == "keep":
+        return _log_normalizer(s_positive, s) - s_positive[:, 0]
+
+    losses = []
+    for level in range(query_labels.shape[1]):
+        y = query_labels[:, level, None]
+        detected = (y == negative_labels[None, :, level]) & (y >= 0) & ~same_image  # F_l, (B, K)
+        if false_negatives == "eliminate":
+            kept = s.masked_fill(detected, -torch.inf)
+            losses.append(_log_normalizer(s_positive, kept) - s_positive[:, 0])
+        else:
+            attracted = s_positive[:, 0] + s.masked_fill(~detected, 0.0).sum(1)
+            losses.append(_log_normalizer(s_positive, s) - attracted / (1 + detected.sum(1)))
+    return torch.stack(losses).mean(0)
+
+
+def _log_normalizer(s_positive: Tensor, s: Tensor) -> Tensor:
+    """log(e^{s+} + sum_k e^{s_k}), (B,)."""
+    return torch.logsumexp(torch.cat([s_positive, s], dim=1), dim=1)
+
+
+def assign_clusters(
+    features: Tensor, centroids: Tensor, temperature: float, metric: str, return_confidence: bool
+) -> tuple[Tensor, Tensor]:
+    """Labels (N,) int32 and confidences (N,), or an empty tensor in their place.
+
+    label_i = argmax_j s_ij, confidence_i = max_j softmax_j(s_ij / tau), with s_ij = x_i.c_j, or for "l2"
+    x_i.c_j - |c_j|^2 / 2, which orders centroids as -|x_i - c_j|^2 does.
+    """
+    x, c = (t if t.dtype == torch.float64 else t.float() for t in (features, centroids))
+    similarity = x @ c.t()  # (N, C)
+    if metric == "l2":
+        similarity = similarity - c.square().sum(1) / 2
+    best = similarity.max(1, keepdim=True).values
+    # Not argmax: which of several equal maxima that gives is not promised.
+    indices = torch.arange(len(c), device=c.device)
+    labels = torch.where(similarity == best, indices, len(c)).min(1).values.int()
+    if not return_confidence:
+        return labels, x.new_empty(0)
+    return labels, 1 / ((similarity - best) / temperature).exp().sum(1)

@@ -1,0 +1,77 @@
+"""A run's folder: OUT/config.yaml, metrics.jsonl, result.json, checkpoints/, backbone.pt, report.html."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ifnd_fast import checkpoint, config
+from ifnd_fast.config import Config
+from ifnd_fast.errors import CommandError, UsageError
+
+
+def create(settings: Config) -> None:
+    """Make OUT and write its config.
+
+    Raises:
+        UsageError: OUT already holds a run; nothing in it is touched.
+        CommandError: OUT can't be made or written.
+    """
+    out = settings.run.out
+    if any((out / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
+        raise UsageError(
+            f"--out {out} already holds a run: add --resume to go on with it, or choose another folder"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        config.save(settings, out / "config.yaml")
+    except OSError as error:
+        raise CommandError(f"--out {out} can't be written: {error}") from error
+
+
+def truncate_metrics(out: Path, epochs: int) -> None:
+    """Keep the lines of the first `epochs` epochs: what a killed run wrote after its last checkpoint goes."""
+    path = out / "metrics.jsonl"
+    if path.exists():
+        kept = [line for line in _complete_lines(path) if json.loads(line)["epoch"] <= epochs]
+        text = "".join(f"{line}\n" for line in kept)
+        checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _complete_lines(path: Path) -> list[str]:
+    lines = path.read_text().split("\n")[:-1]  # what follows the last line feed was cut off by a kill
+    return [line for line in lines if line.strip()]
+
+
+def append_metrics(out: Path, metrics: dict[str, Any]) -> None:
+    """Raises CommandError: the disk is full or not writable."""
+    try:
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as error:
+        raise CommandError(f"could not write {out / 'metrics.jsonl'}: {error}") from error
+
+
+def write_tensorboard(out: Path, metrics: dict[str, Any]) -> None:
+    """The same figures as TensorBoard scalars, against the epoch.
+
+    Raises:
+        UsageError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("--tensorboard: pip install 'ifnd-fast[tensorboard]' first") from error
+    with SummaryWriter(str(out / "tensorboard")) as writer:
+        for name, value in metrics.items():
+            if isinstance(value, list):
+                levels = {f"level_{level}": item for level, item in enumerate(value) if item is not None}
+                writer.add_scalars(name, levels, metrics["epoch"])
+            elif name not in ("epoch", "step"):
+                writer.add_scalar(name, value, metrics["epoch"])
+
+
+def write_result(out: Path, result: dict[str, Any]) -> None:
+    text = json.dumps(result, indent=1) + "\n"
+    checkpoint.write_atomically(out / "result.json", lambda file: file.write(text.encode()))

@@ -1,0 +1,345 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import sklearn.cluster
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from ifnd_fast import kmeans
+from ifnd_fast.kmeans import KMeans
+
+
+def blobs(n: int, d: int, k: int, seed: int = 0, spread: float = 0.3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(k, d, generator=generator) * 3
+    which = torch.randint(k, (n,), generator=generator)
+    return centres[which] + spread * torch.randn(n, d, generator=generator)
+
+
+def inertia(x: torch.Tensor, centroids: torch.Tensor) -> float:
+    return float(torch.cdist(x.double(), centroids.double()).min(1).values.square().sum())
+
+
+# --- against scikit-learn and brute force -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 40])
+@pytest.mark.parametrize("max_iter", [1, 3, 300])
+def test_same_as_scikit_learn_from_the_same_centroids(k, max_iter):
+    x = blobs(500, 6, 10, spread=2.0)
+    init = x[:k].clone()
+    ours = KMeans(k, max_iter=max_iter).fit(x, init=init)
+    theirs = sklearn.cluster.KMeans(k, init=init.numpy(), n_init=1, max_iter=max_iter, tol=0).fit(x.numpy())
+    assert (ours.labels_.numpy() == theirs.labels_).all()
+    assert ours.n_iter_ == theirs.n_iter_
+    np.testing.assert_allclose(ours.cluster_centers_, theirs.cluster_centers_, atol=1e-5)
+    assert ours.inertia_ == pytest.approx(theirs.inertia_, rel=1e-5)
+    assert ours.inertia_ == pytest.approx(inertia(x, ours.cluster_centers_), rel=1e-5)
+
+
+def test_faiss_agrees_with_fused_from_the_same_centroids():
+    x = blobs(2000, 16, 20, spread=2.0)  # wide: the engines refill empty clusters differently
+    init = x[:20].clone()
+    seen: list[float] = []
+    fused = KMeans(20, max_iter=50).fit(x, init=init)
+    faiss = KMeans(20, max_iter=50, engine="faiss").fit(x, init=init, callback=lambda i, v: seen.append(v))
+    assert faiss.inertia_ == pytest.approx(fused.inertia_, rel=1e-5)
+    torch.testing.assert_close(faiss.cluster_centers_, fused.cluster_centers_, atol=1e-4, rtol=1e-4)
+    assert len(seen) == faiss.n_iter_
+    assert seen[-1] == pytest.approx(faiss.inertia_, rel=1e-4)
+
+
+def test_faiss_uses_every_point_and_reports_the_spherical_inertia():
+    x = blobs(600, 4, 3)  # its default subsample would be 256 points for each of 2 clusters
+    faiss = KMeans(2, engine="faiss", max_iter=50).fit(x)
+    means = torch.stack([x[faiss.labels_ == j].mean(0) for j in range(2)])
+    torch.testing.assert_close(faiss.cluster_centers_, means, atol=1e-4, rtol=1e-4)
+    seen: list[float] = []
+    spherical = KMeans(3, engine="faiss", spherical=True).fit(x, callback=lambda i, v: seen.append(v))
+    assert seen[-1] == pytest.approx(spherical.inertia_, rel=1e-3, abs=1e-3)
+
+
+def test_spherical_maximises_cosines():
+    x = blobs(400, 5, 6) * torch.rand(400, 1).add(0.1)
+    fitted = KMeans(6, spherical=True, max_iter=100).fit(x)
+    unit = torch.nn.functional.normalize(x)
+    torch.testing.assert_close(fitted.cluster_centers_.norm(dim=1), torch.ones(6))
+    assert (fitted.labels_ == (unit @ fitted.cluster_centers_.T).argmax(1)).all()
+    for j in range(6):  # converged: each centroid is its members' mean direction
+        mean = torch.nn.functional.normalize(unit[fitted.labels_ == j].sum(0), dim=0)
+        torch.testing.assert_close(fitted.cluster_centers_[j], mean, atol=1e-5, rtol=0)
+    assert fitted.inertia_ == pytest.approx(inertia(unit, fitted.cluster_centers_), rel=1e-5)
+    assert (fitted.predict(x) == fitted.labels_).all()
+
+
+def test_spherical_predict_rounds_half_precision_as_fit_does():
+    x = (blobs(500, 3, 6, spread=1.0) * 37).bfloat16()
+    fitted = KMeans(100, spherical=True).fit(x)
+    assert (fitted.predict(x) == fitted.labels_).all()
+    with pytest.raises(ValueError, match="x has a zero vector in row 0"):
+        fitted.predict(torch.zeros(1, 3))
+
+
+def test_spherical_cluster_that_cancels_out_keeps_its_centroid():
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    fitted = KMeans(1, spherical=True).fit(x, init=torch.tensor([[0.0, 2.0]]))
+    assert fitted.cluster_centers_.tolist() == [[0.0, 1.0]]
+
+
+# --- initial centroids ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [60, 150])
+def test_initial_centroids_are_as_good_as_scikit_learns(k):
+    x = blobs(1000, 8, 60)
+    ours, theirs, random = [], [], []
+    for seed in range(16):
+        generator = torch.Generator().manual_seed(seed)
+        ours.append(inertia(x, kmeans.initial_centroids(x, k, generator)))
+        picked, _ = sklearn.cluster.kmeans_plusplus(x.numpy(), k, n_local_trials=1, random_state=seed)
+        theirs.append(inertia(x, torch.from_numpy(picked)))
+        random.append(inertia(x, x[torch.randperm(len(x), generator=generator)[:k]]))
+    assert np.mean(ours) < 1.2 * np.mean(theirs)
+    assert np.mean(ours) < 0.85 * np.mean(random)
+
+
+def test_initial_centroids_are_distinct_rows_of_a_sample(monkeypatch):
+    monkeypatch.setattr(kmeans, "INIT_SAMPLE", 64)
+    x = blobs(1000, 3, 5).repeat(2, 1)
+    chosen = kmeans.initial_centroids(x, 30, torch.Generator().manual_seed(3))
+    assert len(torch.unique(chosen, dim=0)) == 30
+    assert (torch.cdist(chosen, x, compute_mode="donot_use_mm_for_euclid_dist") == 0).any(1).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_initial_centroids_are_distinct_even_where_squares_underflow(seed):
+    x = torch.tensor([[1.0], [0.0], [1e-30], [2e-30], [3e-30]])
+    chosen = kmeans.initial_centroids(x, 5, torch.Generator().manual_seed(seed))
+    assert torch.equal(chosen.sort(dim=0).values, x.sort(dim=0).values)
+
+
+def test_initial_centroids_look_beyond_a_sample_of_duplicates(monkeypatch):
+    monkeypatch.setattr(kmeans, "INIT_SAMPLE", 16)
+    monkeypatch.setattr(kmeans, "INIT_ROWS_PER_CLUSTER", 1)
+    x = torch.zeros(5000, 2)
+    x[[17, 1234, 4321], 0] = torch.tensor([1.0, 2.0, 3.0])
+    assert KMeans(4).fit(x).inertia_ == 0
+    with pytest.raises(ValueError, match="only 4 distinct rows.*n_clusters=5.*at most 4"):
+        KMeans(5).fit(x)
+
+
+# --- properties -------------------------------------------------------------------------------------------
+
+small = st.sampled_from([0.0, 1.0, 2.0, -1.0, 0.5])
+matrices = hnp.arrays(np.float32, st.tuples(st.integers(1, 30), st.integers(1, 3)), elements=small)
+
+
+@settings(max_examples=150, deadline=None)
+@given(matrices, st.integers(1, 8), st.integers(0, 5), st.booleans())
+def test_degenerate_data(x, k, seed, use_init):
+    distinct = len(np.unique(x, axis=0))
+    init = np.zeros((k, x.shape[1]), np.float32) if use_init else None  # all clusters but one start empty
+    if min(len(x), distinct) < k:
+        with pytest.raises(ValueError, match="fewer"):
+            KMeans(k, seed=seed).fit(x, init=init)
+        return
+    fitted = KMeans(k, seed=seed).fit(x, init=init)
+    t = torch.from_numpy(x)
+    assert fitted.labels_.dtype == torch.int32
+    assert torch.bincount(fitted.labels_, minlength=k).min() >= 1
+    assert fitted.inertia_ == pytest.approx(inertia(t, fitted.cluster_centers_), rel=1e-5, abs=1e-9)
+    assert (fitted.predict(x) == fitted.labels_).all()
+    if k == distinct and not use_init:
+        assert fitted.inertia_ < 1e-9
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 100), st.integers(1, 300), st.integers(1, 9))
+def test_chunking_does_not_change_the_result(seed, chunk, k):
+    x = blobs(200, 4, 6, seed=seed)
+    whole = KMeans(k, seed=seed).fit(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kmeans, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(kmeans, "SIMILARITY_ELEMENTS", 5 * chunk)
+        parts = KMeans(k, seed=seed).fit(x)
+    torch.testing.assert_close(parts.cluster_centers_, whole.cluster_centers_, atol=1e-5, rtol=1e-5)
+    assert (parts.labels_ == whole.labels_).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_cluster_sums(dtype, chunk, monkeypatch):
+    monkeypatch.setattr(kmeans, "CHUNK_ELEMENTS", chunk)
+    x = torch.randn(1000, 5).to(dtype)
+    labels = torch.randint(3, (1000,), dtype=torch.int32) * 2  # clusters 1, 3, 5 and 6 stay empty
+    sums, counts = kmeans.cluster_sums(x, labels, 7)
+    expected = torch.zeros(7, 5, dtype=torch.float64).index_add(0, labels.long(), x.double())
+    torch.testing.assert_close(sums, expected, atol=1e-4, rtol=1e-5)
+    assert counts.tolist() == torch.bincount(labels, minlength=7).tolist()
+
+
+def test_sums_of_a_large_cluster_keep_their_digits():  # float32 throughout is off by 3e-3
+    x = torch.full((300_000, 1), 0.1)
+    sums, _ = kmeans.cluster_sums(x, torch.zeros(len(x), dtype=torch.int32), 1)
+    assert float(sums) == pytest.approx(300_000 * float(x[0, 0].double()), rel=1e-5)
+
+
+def test_repair_takes_the_farthest_distinct_points():
+    x = torch.tensor([[0.0], [1.0], [9.0], [9.0], [7.0], [-8.0]])
+    centroids = torch.tensor([[0.0], [50.0], [60.0], [70.0]])
+    labels = torch.zeros(6, dtype=torch.int32)
+    repaired = kmeans.repair(x, labels, centroids, torch.tensor([6, 0, 0, 0]))
+    assert repaired.flatten().tolist() == [0.0, 9.0, -8.0, 7.0]
+
+
+def test_repair_leaves_centroids_alone_when_no_point_is_off_its_own():
+    x, centroids = torch.ones(3, 1), torch.tensor([[1.0], [5.0]])
+    repaired = kmeans.repair(x, torch.zeros(3, dtype=torch.int32), centroids, torch.tensor([3, 0]))
+    assert torch.equal(repaired, centroids)
+
+
+def test_no_cluster_is_empty_however_early_the_run_ends():
+    x = blobs(300, 4, 5)
+    init = torch.cat([x[:1], x[:1] + 1e3 + torch.arange(19)[:, None]])
+    for max_iter in (1, 2, 20):
+        fitted = KMeans(20, max_iter=max_iter).fit(x, init=init)
+        assert torch.bincount(fitted.labels_, minlength=20).min() >= 1
+
+
+def test_data_far_from_the_origin():
+    x = blobs(300, 4, 3, spread=0.1)
+    near = KMeans(3).fit(x)
+    far = KMeans(3).fit(x + 1e4, init=near.cluster_centers_ + 1e4)  # x.c is 4e8 and has a unit of 32 in float32
+    assert (far.labels_ == near.labels_).all()
+    assert (far.predict(x + 1e4) == near.labels_).all()
+
+
+def test_inertia_never_rises_and_the_callback_counts():
+    x = blobs(1000, 8, 30, spread=2.0)
+    seen: list[tuple[int, float]] = []
+    fitted = KMeans(30, max_iter=15).fit(x, callback=lambda *args: seen.append(args))
+    assert [iteration for iteration, _ in seen] == list(range(1, fitted.n_iter_ + 1))
+    values = [value for _, value in seen] + [fitted.inertia_]
+    assert all(b <= a * (1 + 1e-6) for a, b in zip(values, values[1:], strict=False))
+
+
+def test_tol_is_the_relative_fall_of_the_inertia():
+    x = blobs(1000, 8, 30, spread=2.0)
+    seen: list[float] = []
+    full = KMeans(30, max_iter=100).fit(x, callback=lambda _, value: seen.append(value))
+    falls = [(a - b) / a for a, b in zip(seen, seen[1:], strict=False)]
+    expected = next(i for i, fall in enumerate(falls, start=2) if fall <= 0.01)
+    early = KMeans(30, max_iter=100, tol=0.01).fit(x)
+    assert early.n_iter_ == expected < full.n_iter_
+
+
+def test_the_best_of_several_runs_is_kept():
+    x = blobs(500, 3, 12, spread=0.5)
+    one = KMeans(12, n_init=1, max_iter=50).fit(x)
+    ten = KMeans(12, n_init=10, max_iter=50).fit(x)
+    runs: list[int] = []
+    KMeans(12, n_init=3).fit(x, callback=lambda iteration, _: runs.append(iteration))
+    assert runs.count(1) == 3
+    assert ten.inertia_ <= one.inertia_
+    assert ten.inertia_ == pytest.approx(inertia(x, ten.cluster_centers_), rel=1e-5)
+
+
+def test_seeded_by_its_own_generator_only():
+    x = blobs(300, 4, 8)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    a = KMeans(8, seed=5).fit(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    b = KMeans(8, seed=5).fit(x)
+    assert torch.equal(a.cluster_centers_, b.cluster_centers_) and torch.equal(a.labels_, b.labels_)
+    assert a.inertia_ == b.inertia_
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    x = blobs(300, 8, 5, spread=0.1).to(dtype)
+    fitted = KMeans(5, n_init=3).fit(x)
+    reference = KMeans(5, n_init=3).fit(x.float())
+    assert fitted.cluster_centers_.dtype == torch.float32
+    assert (fitted.labels_ == reference.labels_).all()
+    assert fitted.inertia_ == pytest.approx(reference.inertia_, rel=1e-3)
+
+
+def test_numpy_layouts_and_gradients_do_not_matter():
+    x = blobs(100, 4, 3)
+    expected = KMeans(3).fit(x).labels_
+    assert torch.equal(KMeans(3).fit(np.asfortranarray(x.numpy())).labels_, expected)
+    assert torch.equal(KMeans(3).fit(x.T.contiguous().T).labels_, expected)
+    assert not KMeans(3).fit(x.clone().requires_grad_()).cluster_centers_.requires_grad
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_rows_are_named(bad):
+    x = torch.ones(20, 3)
+    x[[7, 9], 1] = bad
+    with pytest.raises(ValueError, match="x has NaN or infinite values in 2 rows, first in row 7"):
+        KMeans(1).fit(x)
+    with pytest.raises(ValueError, match="x has NaN.*row 7"):
+        KMeans(1).fit(torch.ones(3, 3)).predict(x)
+    with pytest.raises(ValueError, match="init has NaN.*row 7"):
+        KMeans(20).fit(torch.ones(20, 3), init=x)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(3, 2), ValueError, "x has 3 rows, fewer than n_clusters=4.*at most 3"),
+        (torch.zeros(5, 2), ValueError, "x has only 1 distinct rows, fewer than n_clusters=4.*at most 1"),
+        (torch.zeros(0, 2), ValueError, "x must have at least one row"),
+        (torch.zeros(5), ValueError, "x must have two dimensions"),
+        (torch.zeros(5, 0), ValueError, "x must have 1 to 2048 columns"),
+        (torch.zeros(5, 2, dtype=torch.int64), TypeError, "x must be float"),
+        ([[0.0]], TypeError, "x must be a torch.Tensor"),
+        (torch.full((5, 2), 1e30), ValueError, "x has rows of length up to 1.41e.30.*scale x"),
+        (torch.full((5, 2), 1e-30), ValueError, "x has rows of length up to 1.41e-30.*scale x"),
+    ],
+)
+def test_unfit_data(x, error, message):
+    with pytest.raises(error, match=message):
+        KMeans(4).fit(x)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"n_clusters": 0}, "n_clusters must be an integer of at least 1, got 0"),
+        ({"n_clusters": 2.0}, "n_clusters must be an integer"),
+        ({"max_iter": 0}, "max_iter must be"),
+        ({"n_init": 0}, "n_init must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"tol": -0.1}, "tol must be"),
+        ({"tol": float("nan")}, "tol must be"),
+        ({"engine": "magic"}, "engine must be one of"),
+        ({"engine": "faiss", "tol": 0.1}, "engine='faiss' knows no tol"),
+    ],
+)
+def test_unfit_parameters(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        KMeans(**{"n_clusters": 1, **parameters}).fit(torch.ones(4, 2))
+
+
+def test_unfit_init_predict_and_zero_vectors():
+    x = blobs(20, 3, 2)
+    with pytest.raises(ValueError, match=r"init must have shape .* \(2, 3\), got \(3, 3\)"):
+        KMeans(2).fit(x, init=x[:3])
+    with pytest.raises(RuntimeError, match="not fitted"):
+        KMeans(2).predict(x)
+    with pytest.raises(ValueError, match="x has 2 columns, but the data that was fitted had 3"):
+        KMeans(2).fit(x).predict(x[:, :2])
+    x[5] = 0
+    with pytest.raises(ValueError, match="x has a zero vector in row 5"):
+        KMeans(2, spherical=True).fit(x)
+    with pytest.raises(ValueError, match="init has a zero vector in row 1"):
+        KMeans(2, spherical=True).fit(x[:5], init=x[4:6])
