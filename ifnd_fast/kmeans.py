@@ -410,24 +410,24 @@ def _first_occurrences(rows: Tensor) -> Tensor:
 def fill(x: Tensor, run: Clustering) -> Clustering:
     """The run with its last empty clusters filled, other centroids unmoved.
 
-    Each round lowers the inertia, and a centroid on a point keeps that point, so it ends.
+    A centroid on a point keeps that point, so C rounds are enough; more than one or two are rare.
 
     Raises:
         ValueError: x has fewer distinct rows than clusters.
     """
     centroids, labels, n_iter = run
-    while True:
+    for _ in range(len(centroids)):
         counts = torch.bincount(labels, minlength=len(centroids))
         if bool(counts.all()):
-            return Clustering(centroids, labels, n_iter)
+            break
         centroids = repair(x, labels, centroids, counts)
-        filled = assign(x, centroids)
-        if torch.equal(filled, labels):
+        previous, labels = labels, assign(x, centroids)
+        if torch.equal(labels, previous):
             distinct = len(distinct_rows(x, len(centroids)))
             if distinct < len(centroids):
                 raise _too_few_distinct(distinct, len(centroids))
-            return Clustering(centroids, labels, n_iter)  # rows that differ, but not to the operator
-        labels = filled
+            break  # rows that differ, but not to the operator
+    return Clustering(centroids, labels, n_iter)
 
 
 def chunk_rows(x: Tensor) -> int:

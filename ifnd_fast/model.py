@@ -46,7 +46,7 @@ def resnet(config: ModelConfig) -> tuple[nn.Module, int]:
     if config.arch == "resnet-small":
         network = ResNet(BasicBlock, [1, 1, 1, 1])
     else:
-        names = torchvision.models.list_models(torchvision.models.resnet)
+        names = torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
         if config.arch not in names:
             raise UsageError(f"--arch must be one of {['resnet-small', *names]}, got {config.arch!r}")
         network = torchvision.models.get_model(config.arch, weights=None)

@@ -212,7 +212,7 @@ def test_no_cluster_is_empty_however_early_the_run_ends():
 def test_data_far_from_the_origin():
     x = blobs(300, 4, 3, spread=0.1)
     near = KMeans(3).fit(x)
-    far = KMeans(3).fit(x + 1e4, init=near.cluster_centers_ + 1e4)  # x.c is 4e8 and has a unit of 32 in float32
+    far = KMeans(3).fit(x + 1e4, init=near.cluster_centers_ + 1e4)  # x.c: 4e8, in steps of 32
     assert (far.labels_ == near.labels_).all()
     assert (far.predict(x + 1e4) == near.labels_).all()
 

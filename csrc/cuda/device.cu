@@ -18,8 +18,8 @@ int device_count() {
 Device device(int index) {
   const int count = device_count();
   if (index < 0 || index >= count)
-    throw std::out_of_range("device must be 0 to " + std::to_string(count - 1) + ", got " + std::to_string(index) +
-                            " (CUDA sees " + std::to_string(count) + ")");
+    throw std::out_of_range("no device " + std::to_string(index) +
+                            ": CUDA sees " + std::to_string(count));
   cudaDeviceProp properties;
   const cudaError_t status = cudaGetDeviceProperties(&properties, index);
   if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));

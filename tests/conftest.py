@@ -1,0 +1,59 @@
+"""Small real data that several tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1,797 real handwritten digits, 8 x 8, scaled to 0..255 uint8, and their labels."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return (pixels * 255 / 16).astype(np.uint8).reshape(-1, 8, 8), labels
+
+
+@pytest.fixture(scope="session")
+def digit_folder(digits, tmp_path_factory) -> Path:
+    """A folder of 24 PNG files for each of the digits 0 to 4, one sub-folder a class."""
+    root = tmp_path_factory.mktemp("digits")
+    pixels, labels = digits
+    for label in range(5):
+        (root / f"digit-{label}").mkdir()
+        for number, image in enumerate(pixels[labels == label][:24]):
+            Image.fromarray(image).resize((16, 16)).save(root / f"digit-{label}" / f"{number:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def flat_folder(digit_folder, tmp_path_factory) -> Path:
+    """The same images in one folder, without classes."""
+    root = tmp_path_factory.mktemp("flat")
+    for number, file in enumerate(sorted(digit_folder.rglob("*.png"))):
+        (root / f"{number:03d}.png").write_bytes(file.read_bytes())
+    return root
+
+
+TINY = [
+    "--epochs", "3", "--batch-size", "32", "--queue-size", "64", "--levels", "3", "6", "--image-size", "16",
+    "--width", "8", "--dim", "16", "--workers", "0", "--recluster-every", "1", "--amp", "off",
+]  # fmt: skip
+"""Options that make a run on the folders above take a few seconds."""
+
+
+def command(name: str, *args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run ifnd-fast-NAME in a process of its own, as its console script does."""
+    code = f"from ifnd_fast.cli import {name}; {name}()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True, text=True, timeout=timeout, env=environment,
+    )  # fmt: skip

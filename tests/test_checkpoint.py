@@ -1,0 +1,81 @@
+"""Checkpoints are whole or refused."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from ifnd_fast import checkpoint
+from ifnd_fast.errors import CommandError
+
+
+def state(step: int) -> dict:
+    return {"step": step, "weights": torch.full((1000,), float(step)), "names": ["a"]}
+
+
+def test_save_load_and_prune(tmp_path):
+    for step in (5, 10, 100):
+        checkpoint.save(tmp_path, state(step), keep=2)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == [
+        "step-000000010.pt", "step-000000100.pt",
+    ]  # fmt: skip
+    loaded = checkpoint.load_latest(tmp_path)
+    assert loaded["step"] == 100 and torch.equal(loaded["weights"], state(100)["weights"])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"hello" * 50])
+def test_a_broken_checkpoint_is_named_and_the_one_before_used(damage, tmp_path):
+    checkpoint.save(tmp_path, state(1))
+    newest = checkpoint.save(tmp_path, state(2))
+    newest.write_bytes(damage(newest.read_bytes()))
+    with pytest.raises(CommandError, match=newest.name):
+        checkpoint.load(newest)
+    with pytest.warns(UserWarning, match=newest.name):
+        assert checkpoint.load_latest(tmp_path)["step"] == 1
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    path = checkpoint.folder(tmp_path) / "step-000000001.pt"
+    path.parent.mkdir()
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(CommandError, match="not a checkpoint"):
+        checkpoint.load(path)
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    canary = tmp_path / "ran"
+    path = tmp_path / "evil.pt"
+    torch.save({"format": checkpoint.FORMAT, "evil": Malice(str(canary))}, path)
+    with pytest.raises(CommandError):
+        checkpoint.load(path)
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Malice(str(canary)))).close()
+    assert canary.exists(), "the payload of this test would not have run anyway"
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(CommandError, match="no checkpoint"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    checkpoint.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CommandError, match="No space left"):
+        checkpoint.write_atomically(path, fail)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]

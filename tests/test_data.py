@@ -1,0 +1,124 @@
+"""Images, views and their order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ifnd_fast.config import PRESETS, DataConfig
+from ifnd_fast.data import EpochBatches, PairDataset, centre_loader, open_images, pair_loader, to_input
+from ifnd_fast.errors import UsageError
+
+SMALL = DataConfig(image_size=16, workers=0)
+
+
+def test_demo_data_is_4000_and_1000_digits_without_overlap():
+    train, test = open_images("demo"), open_images("demo", "test")
+    assert (len(train), len(test)) == (4000, 1000)
+    assert np.bincount(train.labels).tolist() == [400] * 10
+    assert np.bincount(test.labels).tolist() == [100] * 10
+    seen = {train.pixels[i].tobytes() for i in range(len(train))}
+    assert sum(test.pixels[i].tobytes() in seen for i in range(len(test))) == 0
+
+
+def test_folder_of_classes(digit_folder):
+    images = open_images(str(digit_folder))
+    assert len(images) == 120
+    assert images.class_names == [f"digit-{label}" for label in range(5)]
+    assert np.bincount(images.labels).tolist() == [24] * 5
+    assert images.image(0).mode == "RGB" and images.image(0).size == (16, 16)
+    assert open_images(str(digit_folder), "test") is None
+
+
+def test_flat_folder_has_no_labels(flat_folder):
+    images = open_images(str(flat_folder))
+    assert len(images) == 120 and images.labels is None and images.class_names is None
+
+
+def test_train_and_val_folders(digit_folder, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(digit_folder)
+    assert len(open_images(str(tmp_path))) == len(open_images(str(tmp_path), "test")) == 120
+
+
+@pytest.mark.parametrize("make", [lambda root: root / "absent", lambda root: root])
+def test_missing_and_empty_folders_are_refused_by_name(make, tmp_path):
+    with pytest.raises(UsageError, match=str(tmp_path)):
+        open_images(str(make(tmp_path)))
+
+
+def test_views_depend_on_seed_epoch_and_index_alone(flat_folder):
+    images = open_images(str(flat_folder))
+    dataset = PairDataset(images, SMALL, seed=1)
+    view, other, index, wanted = dataset[3, 7]
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    again, other_again, _, _ = dataset[3, 7]
+    assert torch.equal(before, torch.get_rng_state()), "the global generator moved"
+    assert torch.equal(view, again) and torch.equal(other, other_again)
+    assert (index, wanted) == (7, 7) and view.shape == (3, 16, 16) and view.dtype == torch.uint8
+    assert not torch.equal(view, other)
+    assert not torch.equal(view, dataset[4, 7][0])
+    assert not torch.equal(view, PairDataset(images, SMALL, seed=2)[3, 7][0])
+
+
+def test_any_number_of_workers_gives_the_same_batches(flat_folder):
+    images = open_images(str(flat_folder))
+
+    def batches(workers: int) -> list[torch.Tensor]:
+        config = DataConfig(image_size=16, workers=workers)
+        order = EpochBatches(len(images), 50, seed=0)
+        order.start(epoch=2, step=0)
+        return [view for view, *_ in pair_loader(images, config, 0, order)]
+
+    alone, helped = batches(0), batches(2)
+    assert len(alone) == len(helped) == 2
+    assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_order_resumes_within_an_epoch_and_ranks_share_batches():
+    whole = EpochBatches(103, 20, seed=5)
+    whole.start(4, 0)
+    batches = list(whole)
+    assert len(batches) == len(whole) == 5
+    indices = [index for batch in batches for _, index in batch]
+    assert len(set(indices)) == 100 and all(epoch == 4 for batch in batches for epoch, _ in batch)
+    whole.start(4, 3)
+    assert list(whole) == batches[3:]
+    ranks = [EpochBatches(103, 20, seed=5, rank=rank, world_size=4) for rank in range(4)]
+    for rank in ranks:
+        rank.start(4, 0)
+    for batch, *parts in zip(batches, *ranks, strict=True):
+        assert batch == [item for part in parts for item in part]
+    whole.start(5, 0)
+    assert list(whole) != batches
+
+
+def test_unreadable_images_are_replaced_and_named(flat_folder, tmp_path):
+    for file in sorted(flat_folder.iterdir())[:4]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "001.png").write_bytes(b"not a picture")
+    images = open_images(str(tmp_path))
+    _, _, index, wanted = PairDataset(images, SMALL, 0)[0, 1]
+    assert (index, wanted) == (2, 1) and images.name(1).endswith("001.png")
+    views, indices, readable = next(iter(centre_loader(images, SMALL, 4, range(4))))
+    assert readable.tolist() == [True, False, True, True] and indices.tolist() == [0, 1, 2, 3]
+    assert not views[1].any() and views[0].any()
+
+
+def test_nothing_readable_is_said_so(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    assert PairDataset(open_images(str(tmp_path)), SMALL, 0)[0, 1][2] == -1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_makes_views_of_its_size(preset, flat_folder):
+    config = PRESETS[preset][1].data
+    view = PairDataset(open_images(str(flat_folder)), config, 0)[0, 0][0]
+    assert view.shape == (3, config.image_size, config.image_size)
+    x = to_input(view[None], config, torch.device("cpu"))
+    assert x.dtype == torch.float32 and x.abs().max() < 8
+    expected = (view[0, 0, 0] / 255 - config.pixel_mean[0]) / config.pixel_std[0]
+    torch.testing.assert_close(x[0, 0, 0, 0], expected.float())

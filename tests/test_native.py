@@ -1,0 +1,477 @@
+"""The C++ kernels called directly, against float64 definitions in plain torch.
+
+Rule: a result's error is at most that of the same definition computed by torch in float32, plus 4 units of float32
+rounding in a logit (a relative change of that size in every exponential).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+_cpu = pytest.importorskip("ifnd_fast._cpu", reason="the extension is not built")
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ELIMINATE, ATTRACT, KEEP = 0, 1, 2
+ROUNDING = 4 * 2.0**-24
+
+
+def address(tensor: Tensor | None) -> int:
+    assert tensor is None or tensor.is_contiguous()
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Case:
+    """Inputs of one call; labels from -1 to clusters - 1."""
+
+    def __init__(
+        self, B, K, D, L=1, *, dtype=torch.float32, strategy=ELIMINATE, clusters=5, labels=True, ids=True, tau=0.2,
+        scale=1.0, seed=0,
+    ):  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+
+        def rows(n: int) -> Tensor:
+            return (scale * torch.nn.functional.normalize(torch.randn(n, D, generator=generator))).to(dtype)
+
+        def integers(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high, shape, generator=generator)
+
+        self.query, self.positive, self.negatives = rows(B), rows(B), rows(K)
+        self.query_labels = integers(-1, clusters, B, L).int() if labels else None
+        self.negative_labels = integers(-1, clusters, K, L).int() if labels else None
+        self.query_ids = integers(0, K + 1, B) + 2**33 if ids else None
+        # The low halves of these ids all agree with some query's; only some whole ids do.
+        self.negative_ids = (integers(0, K + 1, K) + 2**32 * integers(1, 3, K)) if ids else None
+        self.loss_grad = torch.rand(B, generator=generator) + 0.5
+        self.L, self.tau, self.strategy = L, tau, strategy
+
+    def native(self, threads: int = 2, with_grad: bool = True) -> dict[str, Tensor]:
+        (B, D), K = self.query.shape, len(self.negatives)
+        keys = [self.query_labels, self.negative_labels, self.query_ids, self.negative_ids]
+        sizes = (B, K, D, self.L, DTYPES[self.query.dtype], self.tau, self.strategy)
+        # NaN: what a kernel forgets to write shows.
+        loss, weight, query_grad = (torch.full(s, torch.nan) for s in ((B,), (B,), (B, D)))
+        normalizer, negatives_grad = torch.full((B, self.L), torch.nan), torch.full((K, D), torch.nan)
+        counts = torch.full((B, self.L), -7, dtype=torch.int32)
+        _cpu.info_nce_forward(
+            *map(address, (self.query, self.positive, self.negatives, *keys)), *sizes, address(loss),
+            address(query_grad) if with_grad else 0, address(weight), address(normalizer), address(counts), threads,
+        )  # fmt: skip
+        _cpu.info_nce_negatives_grad(
+            *map(address, (self.query, self.negatives, *keys)), *sizes,
+            *map(address, (self.loss_grad, normalizer, counts, negatives_grad)), threads,
+        )  # fmt: skip
+        return {
+            "loss": loss, "query_grad": query_grad, "positive_weight": weight, "log_normalizer": normalizer,
+            "counts": counts, "negatives_grad": negatives_grad,
+        }  # fmt: skip
+
+    def logits(self, float_type: torch.dtype) -> tuple[Tensor, Tensor]:
+        q, p, n = (t.to(float_type) for t in (self.query, self.positive, self.negatives))
+        return (q * p).sum(1) / self.tau, q @ n.T / self.tau
+
+    def definition(self, float_type: torch.dtype) -> dict[str, Tensor]:
+        """By the formulas, with autograd for the derivatives."""
+        query, negatives = (
+            t.to(float_type, copy=True).requires_grad_() for t in (self.query, self.negatives)
+        )
+        s_positive = ((query.detach() * self.positive.to(float_type)).sum(1) / self.tau).requires_grad_()
+        # d loss / d q goes through s+ too: s+ is a leaf, and the chain rule adds its part below.
+        s = query @ negatives.T / self.tau
+        same = torch.zeros_like(s, dtype=torch.bool)
+        if self.query_ids is not None:
+            same = self.query_ids[:, None] == self.negative_ids
+        losses, normalizers, counts = [], [], []
+        for level in range(self.L):
+            false = torch.zeros_like(same)
+            if self.query_labels is not None and self.strategy != KEEP:
+                y = self.query_labels[:, level, None]
+                false = (y == self.negative_labels[:, level]) & (y >= 0) & ~same
+            out = same | false if self.strategy != ATTRACT else same
+            kept = torch.cat([s_positive[:, None], s.masked_fill(out, -torch.inf)], dim=1)
+            normalizers.append(torch.logsumexp(kept, 1))
+            counts.append(false.sum(1).int())
+            if self.strategy == ATTRACT:
+                pulled = (s_positive + s.masked_fill(~false, 0).sum(1)) / (1 + counts[-1])
+            else:
+                pulled = s_positive
+            losses.append(normalizers[-1] - pulled)
+        loss = torch.stack(losses).mean(0)
+        query_grad, weight = torch.autograd.grad(loss.sum(), (query, s_positive), retain_graph=True)
+        (negatives_grad,) = torch.autograd.grad((loss * self.loss_grad).sum(), negatives)
+        return {
+            "loss": loss.detach(), "positive_weight": weight,
+            "query_grad": query_grad + weight[:, None] * self.positive.to(float_type) / self.tau,
+            "log_normalizer": torch.stack(normalizers, 1).detach(), "counts": torch.stack(counts, 1),
+            "negatives_grad": negatives_grad,
+        }  # fmt: skip
+
+    def check(self, **how) -> None:
+        native, right, plain = self.native(**how), self.definition(torch.float64), self.definition(torch.float32)
+        assert torch.equal(native["counts"], right["counts"])
+        s_positive, s = self.logits(torch.float64)
+        logit = 1 + max(float(t.abs().max()) for t in (s_positive, s) if t.numel())
+        for name in ("loss", "query_grad", "positive_weight", "log_normalizer", "negatives_grad"):
+            if right[name].numel() == 0:
+                continue
+            error, allowed = (float((x[name] - right[name]).abs().max()) for x in (native, plain))
+            size = max(1.0, float(right[name].abs().max())) if right[name].dim() < 2 else float(right[name].abs().max())
+            assert error <= allowed + ROUNDING * logit * size, f"{name}: error {error}, torch's {allowed}"
+
+
+SHAPES = [(1, 1, 1, 1), (37, 531, 65, 3), (256, 300, 128, 1), (5, 1000, 31, 16), (70, 200, 2048, 2), (3, 0, 8, 2)]
+
+
+@pytest.mark.parametrize("strategy", [ELIMINATE, ATTRACT, KEEP])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_by_shape(shape, dtype, strategy):
+    Case(*shape, dtype=dtype, strategy=strategy).check()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 80), st.integers(0, 400), st.integers(1, 150), st.integers(1, 5), st.sampled_from(list(DTYPES)),
+    st.sampled_from([ELIMINATE, ATTRACT, KEEP]), st.sampled_from([0, 1, 2, 10, 1000]), st.booleans(), st.booleans(),
+    st.integers(1, 5), st.integers(0, 99),
+)  # fmt: skip
+def test_values_fuzzed(B, K, D, L, dtype, strategy, clusters, labels, ids, threads, seed):
+    """clusters 0: no label accepted; 1: half of them, all alike."""
+    case = Case(
+        B, K, D, L, dtype=dtype, strategy=strategy, clusters=clusters, labels=labels, ids=ids, seed=seed
+    )
+    case.check(threads=threads)
+
+
+@pytest.mark.parametrize("strategy", [ELIMINATE, ATTRACT])
+@pytest.mark.parametrize("levels", [1, 3])
+def test_values_with_every_key_a_false_negative(strategy, levels):
+    case = Case(9, 400, 24, levels, strategy=strategy, ids=False)
+    case.query_labels[:] = 1
+    case.negative_labels[:] = 1
+    case.check()
+    if strategy == ELIMINATE:
+        assert not case.native()["loss"].any()
+        case.negative_labels[:, -1] = 2  # every key is left out at all levels but the last
+        case.check()
+
+
+@pytest.mark.parametrize("strategy", [ELIMINATE, ATTRACT, KEEP])
+def test_values_of_huge_logits(strategy):
+    case = Case(20, 300, 16, 3, strategy=strategy, scale=45.0)  # logits to 1e4
+    assert max(float(t.abs().max()) for t in case.logits(torch.float64)) > 5e3
+    case.check()
+    assert all(torch.isfinite(x).all() for x in case.native().values())
+
+
+def test_values_where_the_largest_logits_are_false_negatives():
+    """S_l as S_all - S_F, or one maximum for all levels, would lose the second level's sum entirely."""
+    case = Case(4, 200, 2, 2, ids=False, tau=1.0)
+    case.query[:] = case.positive[:] = torch.tensor([1.0, 0.0])
+    case.negatives[:] = torch.tensor([0.5, 1.0])
+    case.negatives[::2, 0] = 1e4  # exact in float32: rounding of logits is no excuse here
+    case.query_labels[:] = torch.tensor([7, -1])
+    case.negative_labels[:] = torch.tensor([0, 0])
+    case.negative_labels[::2, 0] = 7
+    right, native = case.definition(torch.float64), case.native()
+    torch.testing.assert_close(native["log_normalizer"].double(), right["log_normalizer"], rtol=3e-7, atol=0)
+    torch.testing.assert_close(native["query_grad"].double(), right["query_grad"], rtol=1e-6, atol=1e-6)
+    assert 4 < right["log_normalizer"][0, 0] < 6  # what must not get lost beside 1e4
+
+
+def test_values_of_a_nearly_perfect_query():
+    """The loss of a query far nearer to its positive than to any key is tiny, not 0."""
+    case = Case(3, 50, 2, ids=False, labels=False, tau=1.0)
+    case.query[:] = case.positive[:] = torch.tensor([5.0, 0.0])
+    case.negatives[:] = torch.tensor([0.0, 1.0])
+    right = 50 * torch.exp(torch.tensor(-25.0, dtype=torch.float64))
+    native = case.native()
+    torch.testing.assert_close(native["loss"].double(), right.expand(3), rtol=1e-5, atol=0)
+    torch.testing.assert_close(native["positive_weight"].double(), -right.expand(3), rtol=1e-5, atol=0)
+
+
+def test_values_of_duplicated_rows():
+    case = Case(64, 256, 48, 3, ids=False)
+    for tensor in (case.query, case.positive, case.query_labels):
+        tensor[:] = tensor[:1].clone()
+    case.negatives[128:], case.negative_labels[128:] = case.negatives[:128], case.negative_labels[:128]
+    case.check()
+    native = case.native()
+    assert (native["loss"] == native["loss"][0]).all()
+    assert torch.equal(native["negatives_grad"][128:], native["negatives_grad"][:128])
+
+
+@pytest.mark.parametrize("strategy", [ELIMINATE, ATTRACT, KEEP])
+def test_values_without_labels_accepted_are_those_of_keep(strategy):
+    case = Case(33, 300, 40, 2, clusters=0, strategy=strategy)
+    kept = Case(33, 300, 40, 2, clusters=0, strategy=KEEP).native()
+    for name, value in case.native().items():
+        torch.testing.assert_close(value, kept[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("B", [1, 8, 33, 200])
+def test_values_by_threads(B, threads):
+    """Both ways of splitting, rows and keys; the same bits on every run."""
+    case = Case(B, 1500, 64, 3)
+    case.check(threads=threads)
+    first, second = case.native(threads=threads), case.native(threads=threads)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    without = case.native(threads=threads, with_grad=False)
+    assert without["query_grad"].isnan().all()
+    assert torch.equal(without["loss"], first["loss"])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("culprit", ["query", "positive", "negatives"])
+def test_values_that_are_not_finite_show_in_the_loss(culprit, bad):
+    case = Case(20, 100, 16, ids=False, labels=False)
+    case.query[:, 2] = 0.5  # inf gives a logit of inf: one of -inf would rightly count for nothing
+    getattr(case, culprit)[3, 2] = bad
+    finite = case.native()["loss"].isfinite()
+    assert not finite[3]
+    assert not finite.any() if culprit == "negatives" else finite.sum() == 19
+
+
+def native_assign(x, c, metric=0, tau=0.2, threads=2, with_confidence=True):
+    labels, confidence = torch.full((len(x),), -7, dtype=torch.int32), torch.full((len(x),), torch.nan)
+    _cpu.assign_clusters(
+        address(x), address(c), len(x), len(c), x.shape[1], DTYPES[x.dtype], metric, tau,
+        address(labels), address(confidence) if with_confidence else 0, threads,
+    )  # fmt: skip
+    return labels, confidence
+
+
+def similarity(x, c, metric, float_type):
+    x, c = x.to(float_type), c.to(float_type)
+    return x @ c.T - (c.square().sum(1) / 2 if metric else 0)
+
+
+def check_assign(x, c, metric=0, tau=0.2, threads=2):
+    labels, confidence = native_assign(x, c, metric, tau, threads)
+    s, s32 = similarity(x, c, metric, torch.float64), similarity(x, c, metric, torch.float32)
+    assert 0 <= labels.min() and labels.max() < len(c)
+    # A label may differ from the best only by rounding of a sum of D products.
+    size = (x.double().abs() @ c.double().abs().T).max() + (c.double().square().sum(1).max() if metric else 0)
+    short = s.max(1).values - s.gather(1, labels.long()[:, None])[:, 0]
+    allowed = (s32 - s).abs().max() + ROUNDING * size
+    assert short.max() <= 2 * allowed
+    right, plain = ((t / tau).softmax(1).max(1).values for t in (s, s32))
+    error, plain_error = (confidence - right).abs().max(), (plain - right).abs().max()
+    assert error <= plain_error + ROUNDING * (1 + size / tau)
+    bare, untouched = native_assign(x, c, metric, tau, threads, with_confidence=False)
+    assert torch.equal(bare, labels) and untouched.isnan().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 200), st.integers(1, 300), st.integers(1, 150), st.sampled_from(list(DTYPES)),
+    st.integers(0, 1), st.integers(1, 4), st.sampled_from([0.05, 1.0, 20.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_values_of_assignment_fuzzed(N, C, D, dtype, metric, threads, tau, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, c = (torch.randn(n, D, generator=generator).to(dtype) for n in (N, C))
+    check_assign(x, c, metric, tau, threads)
+
+
+@pytest.mark.parametrize("metric", [0, 1])
+def test_values_of_assignment_large(metric):
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(3000, 128))
+    check_assign(x, x[::3].contiguous(), metric)
+    labels, _ = native_assign(x, x[::3].contiguous(), metric)
+    assert torch.equal(labels[::3], torch.arange(1000).int())  # a centroid's own row
+    wide = torch.randn(40, 2048)
+    check_assign(wide, wide[:17].contiguous(), metric, tau=50.0)
+
+
+def test_values_of_assignment_ties_take_the_lowest_index():
+    torch.manual_seed(0)
+    c = torch.randn(150, 33).repeat(3, 1)
+    for metric in (0, 1):
+        labels, confidence = native_assign(torch.randn(500, 33), c, metric)
+        assert labels.max() < 150
+        assert confidence.max() <= 1 / 3 + 1e-6
+
+
+def test_values_of_assignment_do_not_depend_on_the_split():
+    torch.manual_seed(0)
+    x, c = torch.randn(700, 48), torch.randn(90, 48)
+    labels, confidence = native_assign(x, c, threads=1)
+    for threads in (2, 3, 8):
+        assert all(map(torch.equal, native_assign(x, c, threads=threads), (labels, confidence)))
+    part, part_confidence = native_assign(x[100:333].contiguous(), c, threads=2)
+    assert torch.equal(part, labels[100:333]) and torch.equal(part_confidence, confidence[100:333])
+
+
+def test_wrong_sizes_are_refused():
+    x = torch.zeros(4, 4)
+    for wrong in ({"tau": 0.0}, {"tau": float("nan")}, {"threads": 0}, {"metric": 2}):
+        with pytest.raises(ValueError, match=next(iter(wrong)).replace("tau", "temperature")):
+            native_assign(x, x, **wrong)
+    for shape in ((4, 4, 2049, 1), (4, 4, 4, 17)):
+        with pytest.raises(ValueError, match="D must|L must"):
+            Case(*shape).native()
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    prelude = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    return subprocess.run(
+        [sys.executable, "-c", prelude + textwrap.dedent(script)], env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def available_isas() -> list[str]:
+    features = _cpu.features()
+    avx2 = features.get("avx2") and features.get("fma")
+    avx512 = avx2 and all(features[f"avx512{part}"] for part in ("f", "bw", "dq", "vl"))
+    return ["portable", *["avx2"] * bool(avx2), *["avx512"] * bool(avx512)]
+
+
+def test_the_best_instruction_set_is_chosen():
+    if "IFND_FAST_CPU_ISA" not in os.environ:
+        assert _cpu.isa() == available_isas()[-1]
+
+
+@pytest.mark.parametrize("isa", [isa for isa in available_isas() if isa != _cpu.isa()])
+def test_other_instruction_sets(isa):
+    """The value tests again with each lower one."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_values", __file__]
+    environment = {**os.environ, "IFND_FAST_CPU_ISA": isa}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert run("from ifnd_fast import _cpu; print(_cpu.isa())", IFND_FAST_CPU_ISA=isa).stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    done = run("from ifnd_fast import _cpu; _cpu.isa()", IFND_FAST_CPU_ISA="sse9")
+    assert done.returncode != 0 and "IFND_FAST_CPU_ISA must be portable, avx2 or avx512" in done.stderr
+
+
+def test_one_openmp_runtime_with_torch():
+    done = run("""
+        import re, torch
+        def runtimes():
+            return set(re.findall(r"\\S*lib(?:gomp|omp|iomp)\\S*", open("/proc/self/maps").read()))
+        before = runtimes()
+        import importlib.util
+        from importlib.machinery import EXTENSION_SUFFIXES
+        spec = importlib.util.find_spec("ifnd_fast")
+        path = spec.submodule_search_locations[0] + "/_cpu" + EXTENSION_SUFFIXES[0]
+        spec = importlib.util.spec_from_file_location("_cpu", path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        print(len(before), runtimes() == before)
+    """)
+    assert done.stdout.split() == ["1", "True"], done.stdout + done.stderr
+
+
+# Without torch and numpy, whose own threads would hide what is tested.
+FORK = """
+    import array, importlib.util, os, signal
+    from importlib.machinery import EXTENSION_SUFFIXES
+    path = importlib.util.find_spec("ifnd_fast").submodule_search_locations[0] + "/_cpu" + EXTENSION_SUFFIXES[0]
+    spec = importlib.util.spec_from_file_location("_cpu", path)
+    _cpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(_cpu)
+    x, c = (array.array("f", [(7 * i + i * i) % 11 - 5 for i in range(n * 8)]) for n in (500, 20))
+    address = lambda a: a.buffer_info()[0]
+
+    def work():  # labels, and the number of threads that the process has after it
+        labels = array.array("i", [-1] * 500)
+        _cpu.assign_clusters(address(x), address(c), 500, 20, 8, 0, 0, 1.0, address(labels), 0, 2)
+        return labels, len(os.listdir("/proc/self/task"))
+
+    def in_child():
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)  # a hang ends the child, and the test fails
+            labels, threads = work()
+            os._exit(threads if min(labels) >= 0 else 99)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    fresh = in_child()
+    mine, threads = work()
+    print(fresh, threads, in_child(), work() == (mine, threads))
+"""
+
+
+def test_a_forked_child_does_not_hang():
+    """Forked before any thread started it may use threads, afterwards it works on one; the parent is unharmed."""
+    done = run(FORK)
+    assert done.stdout.split() == ["2", "2", "1", "True"], done.stdout + done.stderr
+
+
+def test_scratch_memory_is_small():
+    """Peak memory of a call at B 256, K 65536: under 2% of a (B, K) float32 matrix; and no more for more keys."""
+    done = run("""
+        import torch
+        from tests.test_native import Case
+        def peak():
+            return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        def growth(case):
+            case_outputs = 4 * (len(case.negatives) + len(case.query)) * case.query.shape[1] // 1024
+            open("/proc/self/clear_refs", "w").write("5")
+            before = peak()
+            case.native()
+            return peak() - before - case_outputs
+        Case(64, 64, 4, 1).native()
+        print(growth(Case(256, 65536, 128, 3, clusters=25000, ids=False)))
+    """)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 0.02 * 256 * 65536 * 4 / 1024
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    """tests/native/driver.cpp and the kernels, compiled with the address and undefined-behaviour sanitizers."""
+    probe = subprocess.run(
+        ["c++", "-fsanitize=address,undefined", "-x", "c++", "-", "-o", os.devnull],
+        input="int main() {}", text=True, capture_output=True,
+    )  # fmt: skip
+    if probe.returncode != 0:
+        pytest.skip("the compiler has no sanitizer runtime: " + probe.stderr[-200:])
+    build = tmp_path_factory.mktemp("sanitized")
+    flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+    configure = [
+        *("cmake", "-G", "Ninja", "-S", str(ROOT / "csrc"), "-B", str(build), "-DCMAKE_BUILD_TYPE=None"),
+        *("-DIFND_MODULE=none", f"-DIFND_DRIVER={ROOT / 'tests' / 'native' / 'driver.cpp'}"),
+        *(f"-DCMAKE_CXX_FLAGS={flags} -I{ROOT / 'csrc' / 'cpu'}",),
+    ]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in (configure, ["cmake", "--build", str(build)]):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return build
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", available_isas())
+def test_sanitized(isa, sanitized):
+    # No leak check: it needs ptrace, which containers often forbid, and OpenMP's pool would count.
+    environment = {**os.environ, "IFND_FAST_CPU_ISA": isa, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([str(sanitized / "driver")], env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    name, _, error = done.stdout.split()
+    assert name == isa
+    assert float(error) <= 1.5, "exp.h states its error"
+
+
+@pytest.mark.slow
+def test_kernel_objects_share_no_code(sanitized):
+    """A weak symbol (an inline function of a header) of two instruction sets' objects would be merged into one."""
+    for isa in available_isas():
+        (object_file,) = sanitized.glob(f"CMakeFiles/kernels_{isa}.dir/**/*.o")
+        symbols = subprocess.run(["nm", str(object_file)], check=True, capture_output=True, text=True).stdout
+        weak = [line for line in symbols.splitlines() if " W " in line or " V " in line or " u " in line]
+        assert not [line for line in weak if "asan" not in line and "ubsan" not in line], weak

@@ -1,0 +1,109 @@
+"""The package can be built: sdist, a wheel from it, and an installation without a working nvcc."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+
+
+def build_backend(call: str, source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One call of setuptools' build backend in `source`, as pip makes it, without build isolation."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        [sys.executable, "-c", f"from setuptools import build_meta; print('built', build_meta.{call})"],
+        cwd=source, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The unpacked sdist."""
+    for module in ("nanobind", "cmake", "ninja"):
+        pytest.importorskip(module, reason="building without isolation needs it (extra: test)")
+    folder = tmp_path_factory.mktemp("sdist")
+    done = build_backend(f"build_sdist({str(folder)!r})", ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (archive,) = folder.glob("ifnd_fast-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_sdist_holds_all_sources_and_no_binaries(source):
+    held = files(source)
+    for folder, pattern in (("csrc", "*"), ("ifnd_fast", "*.py"), ("ifnd_fast", "*.html"), ("ifnd_fast", "*.pyi")):
+        wanted = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern) if path.is_file()}
+        assert wanted and wanted <= held, wanted - held
+    assert not [name for name in held if name.endswith((".so", ".pyc", ".o"))]
+
+
+@pytest.mark.slow
+def test_wheel_from_the_sdist_with_a_failing_nvcc(source, tmp_path):
+    """A compiler that only fails is a note: the wheel has _cpu, and not _cuda."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_80; [ $1 = --list-gpu-arch ]\n")
+    nvcc.chmod(0o755)
+    done = build_backend(f"build_wheel({str(tmp_path)!r})", source, CUDACXX=str(nvcc))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "installing without ifnd_fast._cuda" in done.stdout
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+        archive.extractall(tmp_path / "installed")
+    assert [name for name in names if name.startswith("ifnd_fast/_cpu.") and name.endswith((".so", ".pyd"))]
+    assert not [name for name in names if name.startswith("ifnd_fast/_cuda.") and not name.endswith(".pyi")]
+    assert not [name for name in names if not name.startswith(("ifnd_fast/", "ifnd_fast-", "ifnd_fast.dist"))]
+    assert "ifnd_fast/templates/report.html" in names
+    assert "License-Expression: Apache-2.0" in metadata
+    script = (
+        "import sys, ifnd_fast, importlib.util as u; from ifnd_fast import _cpu;"
+        "print(ifnd_fast.__file__, _cpu.isa(), u.find_spec('ifnd_fast._cuda'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.startswith(str(tmp_path / "installed")) and done.stdout.split()[-1] == "None", done
+
+
+def test_console_scripts_exist():
+    import importlib
+
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(scripts) == {"ifnd-fast-train", "ifnd-fast-eval", "ifnd-fast-report"}
+    for target in scripts.values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_cuda_module_imports_without_a_driver():
+    cuda = pytest.importorskip("ifnd_fast._cuda", reason="built without nvcc")
+    import torch
+
+    assert cuda.device_count() == torch.cuda.device_count()
+    for index in range(cuda.device_count()):
+        device = cuda.device(index)
+        assert device["compute_capability"] == torch.cuda.get_device_capability(index)
+        assert device["multiprocessors"] == torch.cuda.get_device_properties(index).multi_processor_count
+    with pytest.raises(IndexError, match="CUDA sees"):
+        cuda.device(cuda.device_count())

@@ -1,0 +1,198 @@
+"""The trainer on small real data: what it writes, that it resumes, and what it does with bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torchvision
+
+from ifnd_fast import checkpoint, run_folder
+from ifnd_fast.cli import parse_train
+from ifnd_fast.config import OptimConfig
+from ifnd_fast.errors import CommandError, NonFiniteError, UsageError
+from ifnd_fast.train import Trainer, learning_rate
+from tests.conftest import TINY
+
+
+def new(out, data, *options) -> Trainer:
+    config = parse_train(["--out", str(out), "--data", str(data), *TINY, *map(str, options)])
+    trainer = Trainer(config)
+    run_folder.create(config)
+    return trainer
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    config = OptimConfig(epochs=10, lr=0.5, warmup_epochs=2)
+    rates = [learning_rate(step, 10, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.5 / 20) and rates[19] == rates[20] == 0.5
+    assert rates[60] == pytest.approx(0.25) and rates[100] == pytest.approx(0)
+    assert all(a >= b for a, b in zip(rates[20:], rates[21:], strict=False))
+
+
+@pytest.mark.parametrize("negatives", ["queue", "in-batch"])
+@pytest.mark.parametrize("strategy", ["eliminate", "attract", "keep", "oracle"])
+def test_every_mode_trains_and_writes_its_run(strategy, negatives, digit_folder, tmp_path):
+    out = tmp_path / "run"
+    trainer = new(out, digit_folder, "--false-negatives", strategy, "--negatives", negatives)
+    before = copy.deepcopy(trainer.model.query_encoder.state_dict())
+    result = trainer.fit()
+    lines = metrics(out)
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    levels = {"eliminate": 2, "attract": 2, "keep": 2, "oracle": 1}[strategy]
+    for line in lines:
+        for name in ("false_negatives_per_query", "false_negative_precision", "false_negative_recall"):
+            assert len(line[name]) == levels
+        assert line["images_per_second"] > 0
+    found = [sum(line["false_negatives_per_query"]) for line in lines]
+    rates = [line["acceptance_rate"] for line in lines]
+    if strategy == "keep":
+        assert found == [0, 0, 0] and rates == [0, 0, 0]
+    elif strategy == "oracle":
+        assert rates == [1, 1, 1] and lines[-1]["false_negative_precision"] == [1.0]
+        assert lines[-1]["false_negative_recall"] == [1.0]
+    else:
+        assert rates == pytest.approx([0, 1 / 3, 2 / 3])
+        assert found[0] == 0 and found[1] > 0 and found[2] > 0
+        assert lines[-1]["cluster_seconds"] > 0 and lines[-1]["feature_seconds"] > 0
+    assert 0 <= result["knn_top1"] <= 100 and lines[-1]["knn_top1"] == result["knn_top1"]
+    after = trainer.model.query_encoder.state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
+
+
+def test_backbone_is_torchvisions(digit_folder, tmp_path):
+    trainer = new(tmp_path / "run", digit_folder, "--arch", "resnet18", "--stem", "imagenet", "--width", 64,
+                  "--image-size", 32, "--epochs", 1)  # fmt: skip
+    trainer.fit()
+    state = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)
+    network = torchvision.models.resnet18()
+    missing, unexpected = network.load_state_dict(state, strict=False)
+    assert sorted(missing) == ["fc.bias", "fc.weight"] and not unexpected
+    assert torch.equal(network.conv1.weight, trainer.model.query_encoder.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--features", "bank"], ["--negatives", "in-batch"], ["--false-negatives", "attract", "--workers", 1]],
+)
+def test_a_resumed_run_ends_with_the_same_bits(options, digit_folder, tmp_path):
+    """Stopped after its 5th step (in the second epoch, two checkpoints into it), started again in new objects."""
+    options = [*options, "--checkpoint-every", 0.34]
+    whole = new(tmp_path / "whole", digit_folder, *options)
+    whole.fit()
+
+    class Stop(Exception):
+        pass
+
+    stopped = new(tmp_path / "stopped", digit_folder, *options)
+    train_step = stopped._train_step
+
+    def step_or_stop(*args):
+        if stopped.step == 5:
+            raise Stop
+        return train_step(*args)
+
+    stopped._train_step = step_or_stop
+    with pytest.raises(Stop):
+        stopped.fit()
+    assert checkpoint.load_latest(tmp_path / "stopped")["step"] == 5
+    config = parse_train(["--resume", "--out", str(tmp_path / "stopped")])
+    torch.manual_seed(1234)
+    resumed = Trainer(config)
+    resumed.resume()
+    resumed.fit()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert torch.equal(whole.accepted, resumed.accepted)
+    ignored = {"images_per_second", "seconds", "feature_seconds", "cluster_seconds"}
+    for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
+        assert {k: v for k, v in a.items() if k not in ignored} == {
+            k: v for k, v in b.items() if k not in ignored
+        }
+
+
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(digit_folder, tmp_path):
+    out = tmp_path / "run"
+    new(out, digit_folder, "--epochs", 2).fit()
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "loss": 1}\n{"epoch": 4, "lo')
+    Trainer(parse_train(["--resume", "--out", str(out)])).resume()
+    assert [line["epoch"] for line in metrics(out)] == [1, 2]
+
+
+def test_a_checkpoint_of_another_model_or_data_is_refused(digit_folder, tmp_path):
+    new(tmp_path / "a", digit_folder, "--epochs", 1).fit()
+    other = new(tmp_path / "b", digit_folder, "--dim", 8)
+    with pytest.raises(CommandError, match="does not fit"):
+        other.load_state_dict(checkpoint.load_latest(tmp_path / "a"))
+
+
+def test_unlabelled_images_train_without_measuring(flat_folder, tmp_path):
+    out = tmp_path / "run"
+    result = new(out, flat_folder).fit()
+    assert "knn_top1" not in result and "false_negative_precision" not in metrics(out)[0]
+    with pytest.raises(UsageError, match="oracle"):
+        new(tmp_path / "other", flat_folder, "--false-negatives", "oracle")
+
+
+def test_a_queue_longer_than_the_data_masks_the_images_own_keys(digit_folder, tmp_path):
+    trainer = new(tmp_path / "run", digit_folder, "--queue-size", 300)
+    trainer.fit()
+    assert trainer.queue.count == 288 and math.isfinite(metrics(tmp_path / "run")[-1]["loss"])
+
+
+def test_more_clusters_than_images_are_scaled_down_or_refused(digit_folder, tmp_path, capsys):
+    trainer = new(tmp_path / "run", digit_folder, "--levels", 100, 240)
+    assert trainer.levels == (50, 120)
+    assert "(50, 120)" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--strict"):
+        new(tmp_path / "other", digit_folder, "--levels", 240, "--strict")
+
+
+def test_a_batch_larger_than_the_data_is_refused(digit_folder, tmp_path):
+    with pytest.raises(UsageError, match="--batch-size 500 .*120 images"):
+        new(tmp_path / "run", digit_folder, "--batch-size", 500)
+
+
+def test_identical_images_say_why_they_cannot_be_clustered(digit_folder, tmp_path):
+    folder = tmp_path / "same"
+    folder.mkdir()
+    one = next(iter(digit_folder.rglob("*.png"))).read_bytes()
+    for number in range(40):
+        (folder / f"{number}.png").write_bytes(one)
+    with pytest.raises(CommandError, match="distinct"):
+        new(tmp_path / "run", folder).fit()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_unreadable_images_are_counted_or_stop_the_run(strict, flat_folder, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for file in flat_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "007.png").write_bytes(b"broken")
+    trainer = new(tmp_path / "run", folder, *(["--strict"] if strict else []))
+    if strict:
+        with pytest.raises(CommandError, match="007.png"):
+            trainer.fit()
+        return
+    trainer.fit()
+    error = capsys.readouterr().err
+    assert error.count("007.png") == 1 and trainer.unreadable == {7}
+    assert (trainer.accepted[7] == -1).all()
+
+
+def test_a_nan_stops_the_run_with_the_step(digit_folder, tmp_path):
+    trainer = new(tmp_path / "run", digit_folder)
+    loss = trainer._loss
+    trainer._loss = lambda *args: loss(*args) * (math.nan if trainer.step == 3 else 1)
+    with pytest.raises(NonFiniteError, match="step 4.*step-000000003.pt"):
+        trainer.fit()
