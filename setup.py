@@ -1,7 +1,8 @@
 """Builds the extension modules with CMake; everything else about the package is in pyproject.toml.
 
 ifnd_fast._cpu is always built. ifnd_fast._cuda is built where there is an nvcc (CUDACXX, CUDA_HOME, the PATH,
-/usr/local/cuda); if that fails, a note says why and the installation goes on without it. IFND_FAST_CUDA=0 skips it.
+/usr/local/cuda); if that fails, a note says why and the installation goes on without it. IFND_FAST_CUDA=0
+skips it.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ class BuildWithCMake(build_ext):
             print("ifnd_fast: no nvcc (or IFND_FAST_CUDA=0): installing without ifnd_fast._cuda")
             return
         try:
-            options = [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures(nvcc)}"]
-            self.run_cmake(ext, options)
+            architectures = cuda_architectures(nvcc)
+            self.run_cmake(
+                ext, [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+            )
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             print(f"ifnd_fast: building with {nvcc} failed ({error}): installing without ifnd_fast._cuda")
 

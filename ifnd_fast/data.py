@@ -40,6 +40,9 @@ class Images(Protocol):
 class ArrayImages:
     """Images held in memory: (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
 
+    labels: np.ndarray | None
+    class_names: list[str] | None
+
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, class_names: list[str]):
         self.pixels, self.labels, self.class_names = pixels, labels.astype(np.int64), class_names
 

@@ -26,6 +26,8 @@ class Encoder(nn.Module):
         hidden: units of the head's hidden layer (MoCo v2: n_features).
     """
 
+    backbone: nn.Module
+
     def __init__(self, backbone: nn.Module, n_features: int, dim: int = 128, hidden: int | None = None):
         super().__init__()
         hidden = hidden or n_features

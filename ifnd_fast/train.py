@@ -70,17 +70,17 @@ class Trainer:
         self.amp = pick_amp(config.run.amp, self.device)
         self._open_data()
         torch.manual_seed(config.run.seed)
-        encoder = build(config.model)()
+        self.encoder = encoder = build(config.model)()
         contrast = config.contrast
         if contrast.negatives == "queue":
             groups = max(1, contrast.bn_groups // distributed.world_size())
             model: MoCo | InBatch = MoCo(encoder, contrast.momentum, groups)
-            self.queue = NegativeQueue(contrast.queue_size, config.model.dim, len(self.levels))
-            self.queue.to(self.device)
+            queue = NegativeQueue(contrast.queue_size, config.model.dim, len(self.levels))
+            self.queue: NegativeQueue | None = queue.to(self.device)
         else:
             model, self.queue = InBatch(encoder), None
-        layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
-        self.model = model.to(self.device, memory_format=layout)
+        self.layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
+        self.model = model.to(self.device).to(memory_format=self.layout)
         if config.run.compile:
             for module in {model.query_encoder, model.feature_encoder}:
                 module.compile()
@@ -211,9 +211,8 @@ class Trainer:
         self, model: nn.Module, view: Tensor, other_view: Tensor, indices: Tensor
     ) -> tuple[Tensor, Tensor]:
         """One update of the encoders and the queue; the loss, and every rank's indices."""
-        layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
         view, other_view = (
-            to_input(v, self.config.data, self.device).contiguous(memory_format=layout)
+            to_input(v, self.config.data, self.device).contiguous(memory_format=self.layout)
             for v in (view, other_view)
         )
         indices = indices.to(self.device, non_blocking=True)
@@ -359,7 +358,7 @@ class Trainer:
     def knn_top1(self) -> float:
         """kNN accuracy of the query encoder's backbone, percent."""
         assert self.probe is not None
-        backbone = self.model.query_encoder.backbone
+        backbone = self.encoder.backbone
         return self.probe.accuracy(
             lambda images: features.extract(
                 backbone, images, self.config.data, self.device, self.autocast, "kNN features"
@@ -372,13 +371,10 @@ class Trainer:
             self.result["knn_top1"] = self.knn_top1()
         self.result["seconds"] = self.seconds
         if distributed.rank() == 0:
-            backbone = {name: value.cpu() for name, value in self._backbone_state().items()}
+            backbone = {name: value.cpu() for name, value in self.encoder.backbone.state_dict().items()}
             checkpoint.write_atomically(self.out / "backbone.pt", lambda file: torch.save(backbone, file))
             run_folder.write_result(self.out, self.result)
         return self.result
-
-    def _backbone_state(self) -> dict[str, Tensor]:
-        return self.model.query_encoder.backbone.state_dict()
 
     # ---- guards ----
 

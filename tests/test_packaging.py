@@ -26,8 +26,12 @@ def build_backend(call: str, source: Path, **environment: str) -> subprocess.Com
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
         [sys.executable, "-c", f"from setuptools import build_meta; print('built', build_meta.{call})"],
-        cwd=source, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        cwd=source,
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,12 @@ def files(folder: Path) -> set[str]:
 
 def test_sdist_holds_all_sources_and_no_binaries(source):
     held = files(source)
-    for folder, pattern in (("csrc", "*"), ("ifnd_fast", "*.py"), ("ifnd_fast", "*.html"), ("ifnd_fast", "*.pyi")):
+    for folder, pattern in (
+        ("csrc", "*"),
+        ("ifnd_fast", "*.py"),
+        ("ifnd_fast", "*.html"),
+        ("ifnd_fast", "*.pyi"),
+    ):
         wanted = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern) if path.is_file()}
         assert wanted and wanted <= held, wanted - held
     assert not [name for name in held if name.endswith((".so", ".pyc", ".o"))]
@@ -81,7 +90,12 @@ def test_wheel_from_the_sdist_with_a_failing_nvcc(source, tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout.startswith(str(tmp_path / "installed")) and done.stdout.split()[-1] == "None", done
 

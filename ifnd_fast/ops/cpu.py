@@ -35,7 +35,7 @@ def info_nce_forward(
     log_normalizer = torch.empty(rows, levels)
     counts = torch.empty(rows, levels, dtype=torch.int32)
     _cpu.info_nce_forward(
-        *map(_address, (query, positive, negatives, *extra)),
+        *map(_address, (query, positive, negatives, *extra)),  # type: ignore[call-arg]
         rows,
         len(negatives),
         dim,
@@ -68,7 +68,7 @@ def info_nce_negatives_grad(
     extra = [None if t is None else t.contiguous() for t in labels_and_ids]
     negatives_grad = torch.empty(negatives.shape)
     _cpu.info_nce_negatives_grad(
-        *map(_address, (query, negatives, *extra)),
+        *map(_address, (query, negatives, *extra)),  # type: ignore[call-arg]
         len(query),
         len(negatives),
         query.shape[1],

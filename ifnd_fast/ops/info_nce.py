@@ -54,6 +54,7 @@ def info_nce(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range (labels are read
             for their range on the CPU only), or a backend asked for by name that can't run here.
+        RuntimeError: in a backward pass with create_graph=True, except by the reference.
 
     Example:
         >>> z, keys = (torch.nn.functional.normalize(torch.randn(8, 16)) for _ in range(2))
@@ -203,8 +204,13 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, loss_grad: Tensor, *_):
     """d/dq = g query_grad;  d/dp = g positive_weight q / tau;  d/dn by its own pass. (g: upstream, (B,))"""
-    query, negatives, *labels_and_ids, query_grad, positive_weight, log_normalizer, counts = ctx.saved_tensors
     temperature, false_negatives, backend = ctx.scalars
+    if torch.is_grad_enabled():  # create_graph: the gradients below were computed, not recorded
+        raise RuntimeError(
+            f"info_nce has no second derivatives on backend={backend!r}, and create_graph=True asks for them: "
+            'use backend="reference"'
+        )
+    query, negatives, *labels_and_ids, query_grad, positive_weight, log_normalizer, counts = ctx.saved_tensors
     loss_grad = loss_grad.float()
     grads: list[Tensor | None] = [None, None, None]
     if ctx.needs_input_grad[0]:

@@ -1,0 +1,132 @@
+"""The commands as processes: what they write, say and exit with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.conftest import TINY, command
+
+
+@pytest.fixture(scope="module")
+def run(digit_folder, tmp_path_factory):
+    """A finished run, and what the command printed."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    return out, command("train", "--data", digit_folder, "--out", out, *TINY)
+
+
+def test_train_writes_the_whole_run(run):
+    out, done = run
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "result.json", "checkpoints", "backbone.pt", "report.html",
+    }  # fmt: skip
+    assert "epoch 3/3" in done.stdout and "trained encoder" in done.stdout and "raw pixels" in done.stdout
+    assert str(out / "report.html") in done.stdout
+    result = json.loads((out / "result.json").read_text())
+    assert set(result) == {"knn_top1_raw_pixels", "knn_top1_untrained", "knn_top1", "seconds"}
+    assert "src=\"http" not in (out / "report.html").read_text()
+
+
+def test_eval_measures_what_training_measured(run, tmp_path):
+    out, _ = run
+    done = command("evaluate", "knn", out, "--json-file", tmp_path / "knn.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "knn.json").read_text())
+    assert figures["knn_top1"] == json.loads((out / "result.json").read_text())["knn_top1"]
+    assert f"{figures['knn_top1']:.2f} %" in done.stdout
+
+
+def test_report_is_written_again(run):
+    out, _ = run
+    before = (out / "report.html").stat().st_mtime_ns
+    done = command("report", out)
+    assert done.returncode == 0, done.stderr
+    assert (out / "report.html").stat().st_mtime_ns > before
+
+
+def test_a_folder_with_a_run_is_refused_and_untouched(run, digit_folder):
+    out, _ = run
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in out.rglob("*")}
+    done = command("train", "--data", digit_folder, "--out", out, *TINY)
+    assert done.returncode == 2 and "--resume" in done.stderr and "Traceback" not in done.stderr
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in out.rglob("*")}
+
+
+def test_resume_refuses_other_options_and_lists_them(run):
+    out, _ = run
+    done = command("train", "--resume", "--out", out, "--lr", "0.5", "--temperature", "0.1")
+    assert done.returncode == 2
+    assert "--lr: the run has 0.06, asked for 0.5" in done.stderr and "--temperature" in done.stderr
+
+
+def test_a_killed_run_goes_on_to_the_same_backbone(run, digit_folder, tmp_path):
+    whole, _ = run
+    out = tmp_path / "killed"
+    args = ["--data", digit_folder, "--out", out, *TINY, "--checkpoint-every", "0.34"]
+    code = "from ifnd_fast.cli import train; train()"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/step-*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(out.glob("checkpoints/step-*.pt")) and not (out / "result.json").exists()
+    done = command("train", "--resume", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "going on with" in done.stdout
+    expected, got = (torch.load(path / "backbone.pt", weights_only=True) for path in (whole, out))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "args, exit_code, words",
+    [
+        (["unknown"], 2, "unknown preset 'unknown'"),
+        (["--epochs", "many"], 2, "epochs"),
+        (["--epochs", "0"], 2, "--epochs must be 1 or more, got 0"),
+        (["--data", "/nowhere"], 2, "/nowhere"),
+        (["--device", "cuda:99"], 2, "--device cuda:99"),
+        (["--resume", "--out", "/nowhere"], 1, "/nowhere/config.yaml"),
+        (["--out", "/dev/null/run"], 1, "/dev/null/run"),
+    ],
+)
+def test_bad_input_is_a_line_and_an_exit_code(args, exit_code, words, tmp_path):
+    done = command("train", *(args if "--out" in args else [*args, "--out", tmp_path / "run"]))
+    assert done.returncode == exit_code and words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = command("train", "--data", tmp_path / "empty", "--out", tmp_path / "run")
+    assert done.returncode == 2 and "no images below it" in done.stderr
+
+
+def test_help_names_presets_options_and_units():
+    done = command("train", "--help")
+    assert done.returncode == 0
+    for word in ("imagenet", "--queue-size", "--false-negatives", "degrees", "pixels", "--resume", "--amp"):
+        assert word in done.stdout, word
+
+
+@pytest.mark.parametrize("name", ["evaluate", "report"])
+def test_a_missing_run_is_named(name, tmp_path):
+    args = ["knn", tmp_path] if name == "evaluate" else [tmp_path]
+    done = command(name, *args)
+    assert done.returncode == 1 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr
+
+
+def test_info_says_which_backend_and_why_not():
+    done = subprocess.run([sys.executable, "-m", "ifnd_fast.info"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"torch {torch.__version__.split('+')[0]}" in done.stdout
+    assert "info_nce in float32 on cpu: cpu" in done.stdout and "not cuda:" in done.stdout

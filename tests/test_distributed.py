@@ -1,0 +1,75 @@
+"""Two ranks under torchrun (gloo): the same queue and labels everywhere, keys of all ranks, one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import TINY
+
+COLLECTIVES = """
+import torch, torch.distributed as dist
+from ifnd_fast import distributed as d
+from ifnd_fast.model import MoCo
+d.start(torch.device("cpu"))
+r, w = d.rank(), d.world_size()
+x = torch.arange(4.0).view(2, 2) + 10 * r
+everyone = torch.cat([torch.arange(4.0).view(2, 2) + 10 * i for i in range(w)])
+assert torch.equal(d.all_gather(x), everyone)
+assert torch.equal(d.own_share(everyone), x)
+x.requires_grad_()
+weights = torch.arange(1.0, 2 * w + 1)[:, None] * (r + 1)
+(d.all_gather_with_grad(x) * weights).sum().backward()
+own = torch.arange(1.0, 2 * w + 1)[2 * r : 2 * r + 2, None] * sum(range(1, w + 1))
+assert torch.equal(x.grad, own.expand(2, 2)), x.grad
+
+class Normalise(torch.nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+batch = torch.arange(16.0)[:, None] ** 2
+keys = d.all_gather(MoCo(Normalise(), bn_groups=1).keys(d.own_share(batch), shuffle_seed=3))
+order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
+for group in order.chunk(w):
+    torch.testing.assert_close(keys[group], batch[group] - batch[group].mean(0))
+d.stop()
+"""
+
+
+def torchrun(ranks: int, *args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+         *map(str, args)],
+        capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_collectives_and_shuffled_batch_norm(ranks, tmp_path):
+    script = tmp_path / "collectives.py"
+    script.write_text(COLLECTIVES)
+    done = torchrun(ranks, script)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("negatives", ["queue", "in-batch"])
+def test_two_ranks_train_one_run(negatives, digit_folder, tmp_path):
+    out, script = tmp_path / "run", tmp_path / "train.py"
+    script.write_text("from ifnd_fast.cli import train\ntrain()\n")
+    done = torchrun(2, script, "--data", digit_folder, "--out", out, *TINY, "--negatives", negatives)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert sum(lines[-1]["false_negatives_per_query"]) > 0
+    assert done.stdout.count("epoch 3/3") == 1
+    state = torch.load(sorted(out.glob("checkpoints/*.pt"))[-1], weights_only=True)
+    if negatives == "queue":
+        # the last two steps of 32 images, of both ranks, each image with its own current label
+        indices = state["negatives"]["indices"]
+        assert len(set(indices.tolist())) == 64
+        assert torch.equal(state["negatives"]["labels"], state["accepted"][indices])
