@@ -1,6 +1,7 @@
 """Kernels for the CPU (csrc/cpu). Every array is the address of row-major contiguous memory; 0 = absent.
 
-dtype: 0 float32, 1 bfloat16, 2 float16. strategy: 0 eliminate, 1 attract, 2 keep. metric: 0 inner product, 1 l2.
+dtype: 0 float32, 1 bfloat16, 2 float16. strategy: 0 eliminate, 1 attract, 2 keep.
+metric: 0 inner product, 1 l2.
 """
 
 def isa() -> str: ...

@@ -108,7 +108,8 @@ def _description(preset: str) -> str:
 
 
 def _train(settings: Config) -> None:
-    from ifnd_fast.train import Trainer, pick_device  # after --help: these take seconds to import
+    from ifnd_fast.device import pick_device
+    from ifnd_fast.train import Trainer  # after --help: this takes seconds to import
 
     started = time.perf_counter()
     distributed.start(pick_device(settings.run.device))

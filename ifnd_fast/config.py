@@ -160,10 +160,10 @@ class Config:
 
 def _demo() -> Config:
     data = DataConfig(
-        crop_min=0.3, rotation=10.0, pixel_mean=(0.13, 0.13, 0.13), pixel_std=(0.31, 0.31, 0.31)
+        crop_min=0.7, rotation=20.0, pixel_mean=(0.13, 0.13, 0.13), pixel_std=(0.31, 0.31, 0.31)
     )
     # channels-last makes convolutions of 16 channels slower on a CPU
-    return Config(data=data, run=RunConfig(channels_last=False))
+    return Config(data=data, run=RunConfig(channels_last=False, knn_every=4), optim=OptimConfig(epochs=40))
 
 
 def _cifar(name: str, levels: tuple[int, ...]) -> Config:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ifnd_fast import checkpoint, config
+from ifnd_fast import checkpoint, config, distributed
 from ifnd_fast.config import Config
+from ifnd_fast.console import say
 from ifnd_fast.errors import CommandError, UsageError
 
 
@@ -44,30 +45,43 @@ def _complete_lines(path: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def append_metrics(out: Path, metrics: dict[str, Any]) -> None:
-    """Raises CommandError: the disk is full or not writable."""
-    try:
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-    except OSError as error:
-        raise CommandError(f"could not write {out / 'metrics.jsonl'}: {error}") from error
-
-
-def write_tensorboard(out: Path, metrics: dict[str, Any]) -> None:
-    """The same figures as TensorBoard scalars, against the epoch.
+def report_epoch(settings: Config, metrics: dict[str, Any]) -> None:
+    """An epoch's line of metrics.jsonl, its TensorBoard scalars if asked for, and a line for the person.
 
     Raises:
+        CommandError: the disk is full or not writable.
         UsageError: tensorboard is not installed.
     """
+    counts = " ".join(f"{count:.1f}" for count in metrics["false_negatives_per_query"])
+    knn = f"  kNN {metrics['knn_top1']:.2f} %" if "knn_top1" in metrics else ""
+    say(
+        f"epoch {metrics['epoch']}/{settings.optim.epochs}  loss {metrics['loss']:.3f}"
+        f"  accepted {metrics['acceptance_rate']:.0%}  false negatives/query {counts}"
+        f"  {metrics['images_per_second']:.0f} images/s{knn}"
+    )
+    if distributed.rank() != 0:
+        return
+    path = settings.run.out / "metrics.jsonl"
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as error:
+        raise CommandError(f"could not write {path}: {error}") from error
+    if settings.run.tensorboard:
+        _write_scalars(settings.run.out / "tensorboard", metrics)
+
+
+def _write_scalars(folder: Path, metrics: dict[str, Any]) -> None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError("--tensorboard: pip install 'ifnd-fast[tensorboard]' first") from error
-    with SummaryWriter(str(out / "tensorboard")) as writer:
+    with SummaryWriter(str(folder)) as writer:
         for name, value in metrics.items():
             if isinstance(value, list):
-                levels = {f"level_{level}": item for level, item in enumerate(value) if item is not None}
-                writer.add_scalars(name, levels, metrics["epoch"])
+                for level, item in enumerate(value):
+                    if item is not None:
+                        writer.add_scalar(f"{name}/level_{level}", item, metrics["epoch"])
             elif name not in ("epoch", "step"):
                 writer.add_scalar(name, value, metrics["epoch"])
 

@@ -111,7 +111,7 @@ def test_a_resumed_run_ends_with_the_same_bits(options, digit_folder, tmp_path):
     resumed.fit()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
-    assert torch.equal(whole.accepted, resumed.accepted)
+    assert torch.equal(whole.labeller.accepted, resumed.labeller.accepted)
     ignored = {"images_per_second", "seconds", "feature_seconds", "cluster_seconds"}
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
         assert {k: v for k, v in a.items() if k not in ignored} == {
@@ -151,7 +151,7 @@ def test_a_queue_longer_than_the_data_masks_the_images_own_keys(digit_folder, tm
 
 def test_more_clusters_than_images_are_scaled_down_or_refused(digit_folder, tmp_path, capsys):
     trainer = new(tmp_path / "run", digit_folder, "--levels", 100, 240)
-    assert trainer.levels == (50, 120)
+    assert trainer.labeller.levels == (50, 120)
     assert "(50, 120)" in capsys.readouterr().err
     with pytest.raises(UsageError, match="--strict"):
         new(tmp_path / "other", digit_folder, "--levels", 240, "--strict")
@@ -186,8 +186,8 @@ def test_unreadable_images_are_counted_or_stop_the_run(strict, flat_folder, tmp_
         return
     trainer.fit()
     error = capsys.readouterr().err
-    assert error.count("007.png") == 1 and trainer.unreadable == {7}
-    assert (trainer.accepted[7] == -1).all()
+    assert error.count("007.png") == 1 and trainer.unreadable.indices == {7}
+    assert (trainer.labeller.accepted[7] == -1).all()
 
 
 def test_a_nan_stops_the_run_with_the_step(digit_folder, tmp_path):

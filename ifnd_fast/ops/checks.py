@@ -17,6 +17,8 @@ def matrix(name: str, value: Tensor, like: Tensor | None = None, like_name: str 
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}: pass {name}.to_dense()")
     if value.dim() != 2:
         raise ValueError(f"{name} must have two dimensions (rows, D), got shape {tuple(value.shape)}")
     if not 1 <= value.shape[1] <= MAX_DIM:
@@ -50,7 +52,15 @@ def integers(
 
 
 def temperature(value: float) -> float:
-    value = float(value)
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"temperature must be a number, got a {tuple(value.shape)} tensor, which would get no gradient: "
+            "pass its float(), or for a learned temperature scale query by it"
+        )
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"temperature must be a number, got {value!r}") from None
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"temperature must be a finite number above 0, got {value}")
     return value

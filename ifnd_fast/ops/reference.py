@@ -1,10 +1,13 @@
 """Both operators in plain torch: the definition that every backend is tested against.
 
 They materialise the (B, K) logits and the (N, C) similarities, run on any device in any float dtype, and
-differentiate by autograd. Half precision is computed in float32, float64 stays float64.
+differentiate by autograd. Half precision is computed in float32, float64 stays float64; autocast, which would
+round a matrix product to half precision, is off inside.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -31,7 +34,8 @@ def info_nce(
     """
     q, p, n = (t if t.dtype == torch.float64 else t.float() for t in (query, positive, negatives))
     s_positive = (q * p).sum(1, keepdim=True) / temperature  # (B, 1)
-    s = q @ n.t() / temperature  # (B, K)
+    with _no_autocast(q.device):
+        s = q @ n.t() / temperature  # (B, K)
     if query_ids is not None and negative_ids is not None:
         same_image = query_ids[:, None] == negative_ids[None, :]
     else:
@@ -58,6 +62,12 @@ def _log_normalizer(s_positive: Tensor, s: Tensor) -> Tensor:
     return torch.logsumexp(torch.cat([s_positive, s], dim=1), dim=1)
 
 
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def assign_clusters(
     features: Tensor, centroids: Tensor, temperature: float, metric: str, return_confidence: bool
 ) -> tuple[Tensor, Tensor]:
@@ -67,7 +77,8 @@ def assign_clusters(
     x_i.c_j - |c_j|^2 / 2, which orders centroids as -|x_i - c_j|^2 does.
     """
     x, c = (t if t.dtype == torch.float64 else t.float() for t in (features, centroids))
-    similarity = x @ c.t()  # (N, C)
+    with _no_autocast(x.device):
+        similarity = x @ c.t()  # (N, C)
     if metric == "l2":
         similarity = similarity - c.square().sum(1) / 2
     best = similarity.max(1, keepdim=True).values

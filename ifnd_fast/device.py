@@ -1,0 +1,35 @@
+"""Which device a run uses, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from ifnd_fast import distributed
+from ifnd_fast.errors import UsageError
+from ifnd_fast.ops import backends
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto": this rank's GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if name == "auto":
+        name = f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_amp(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision on this device; None: off."""
+    if amp == "auto":
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        else:
+            amp = "bf16" if backends.cpu_has_bfloat16() else "off"
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]

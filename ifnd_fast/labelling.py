@@ -1,0 +1,150 @@
+"""Labels during training: when they are made, from which features, and how many are trusted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ifnd_fast import distributed, features
+from ifnd_fast.config import Config
+from ifnd_fast.console import progress, warn
+from ifnd_fast.data import Images, Unreadable
+from ifnd_fast.errors import CommandError, NonFiniteError, UsageError
+from ifnd_fast.labels import PseudoLabels, acceptance_rate, scale_levels
+
+
+class Labeller:
+    """The labels of all N images that training uses now, and their renewal (Chen et al., ICLR 2022, section 3).
+
+    Args:
+        config: of the run.
+        images: N training images.
+        device: where labels and features live.
+
+    Attributes:
+        levels: clusters at each of L levels; the oracle has one level, of the true classes.
+        accepted: (N, L) int32, -1 where no label is trusted.
+        acceptance_rate: share of the labels that is trusted, 0..1.
+
+    Raises:
+        UsageError: the oracle has no true labels; with --strict, fewer images than clusters.
+    """
+
+    def __init__(self, config: Config, images: Images, device: torch.device):
+        self.config, self.images, self.device = config, images, device
+        self.strategy = config.contrast.false_negatives
+        self.clusters = self.strategy in ("eliminate", "attract")
+        self.levels = self._levels()
+        self.pseudo_labels = PseudoLabels(
+            self.levels,
+            temperature=config.contrast.temperature,
+            max_iter=config.cluster.kmeans_iterations,
+            n_init=config.cluster.kmeans_restarts,
+            engine=config.cluster.kmeans_engine,
+            spherical=config.cluster.spherical,
+            seed=config.run.seed,
+        )
+        self.accepted = torch.full((len(images), len(self.levels)), -1, dtype=torch.int32, device=device)
+        self.acceptance_rate = 0.0
+        uses_bank = self.clusters and config.cluster.features == "bank"
+        self.bank = torch.zeros(len(images), config.model.dim, device=device) if uses_bank else None
+        self.seconds = {"feature_seconds": 0.0, "cluster_seconds": 0.0}  # of this epoch
+
+    def _levels(self) -> tuple[int, ...]:
+        levels, n = self.config.cluster.levels, len(self.images)
+        if self.strategy == "oracle":
+            if self.images.labels is None:
+                raise UsageError("--false-negatives oracle needs images in one folder per class")
+            return (int(self.images.labels.max()) + 1,)
+        if self.clusters and max(levels) > n:
+            if self.config.data.strict:
+                raise UsageError(f"--levels {levels}: more clusters than the {n} images (--strict)")
+            warn(f"only {n} images: --levels {levels} scaled down to {scale_levels(levels, n)}")
+            return scale_levels(levels, n)
+        return levels
+
+    def observe(self, keys: Tensor, indices: Tensor) -> None:
+        """Keep the keys (B, dim) of a step for the next clustering, where --features bank asks for it."""
+        if self.bank is not None:
+            self.bank[indices] = keys
+
+    def due(self, epoch: int) -> bool:
+        """Whether new labels are to be made before this epoch (from 0)."""
+        if self.strategy == "oracle":
+            return True
+        return self.clusters and epoch % self.config.recluster_epochs == 0 and self._rate(epoch) > 0
+
+    def _rate(self, epoch: int) -> float:
+        return acceptance_rate(epoch / self.config.optim.epochs, self.config.cluster.acceptance_end)
+
+    def renew(
+        self,
+        epoch: int,
+        encoder: nn.Module,
+        autocast: Callable[[], AbstractContextManager],
+        unreadable: Unreadable,
+    ) -> None:
+        """Make new labels: the true ones for the oracle, else cluster features of `encoder` or the bank.
+
+        Raises:
+            NonFiniteError, CommandError: features that are not finite, or that can't be clustered.
+        """
+        if self.strategy == "oracle":
+            self.accepted = torch.as_tensor(self.images.labels, device=self.device).int()[:, None]
+            self.acceptance_rate = 1.0
+            return
+        started = time.perf_counter()
+        vectors, usable = self._features(encoder, autocast, unreadable)
+        if not torch.isfinite(vectors).all():
+            raise NonFiniteError(f"the features are not finite after epoch {epoch}")
+        self.seconds["feature_seconds"] += time.perf_counter() - started
+        started = time.perf_counter()
+        accepted = torch.full_like(self.accepted, -1)
+        if distributed.rank() == 0:
+            self._fit(vectors[usable], epoch)
+            accepted[usable] = self.pseudo_labels.accept(self._rate(epoch))
+        self.accepted, self.acceptance_rate = distributed.broadcast(accepted), self._rate(epoch)
+        self.seconds["cluster_seconds"] += time.perf_counter() - started
+
+    def _features(
+        self, encoder: nn.Module, autocast: Callable[[], AbstractContextManager], unreadable: Unreadable
+    ) -> tuple[Tensor, Tensor]:
+        """Unit features (N, dim) and which rows hold any, (N,): not those of images unread or not yet seen."""
+        if self.bank is not None:
+            return self.bank, self.bank.any(dim=1)
+        vectors, readable = features.extract(encoder, self.images, self.config.data, self.device, autocast)
+        for index in (~readable).nonzero().flatten().tolist():
+            unreadable.add(index)
+        return vectors, readable
+
+    def _fit(self, vectors: Tensor, epoch: int) -> None:
+        with progress("clustering", len(self.levels) * self.config.cluster.kmeans_iterations) as advance:
+            try:
+                self.pseudo_labels.fit(vectors, progress=lambda *_: advance())
+            except ValueError as error:  # too few different images for the clusters, say
+                raise CommandError(f"clustering failed after epoch {epoch}: {error}") from error
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "pseudo_labels": self.pseudo_labels.state_dict(),
+            "accepted": self.accepted,
+            "acceptance_rate": self.acceptance_rate,
+            "bank": self.bank,
+            "label_seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError: the state is of another number of images or levels."""
+        if state["accepted"].shape != self.accepted.shape:
+            shape, wanted = tuple(state["accepted"].shape), tuple(self.accepted.shape)
+            raise ValueError(f"it has labels of shape {shape} (images, levels), wanted {wanted}")
+        self.pseudo_labels.load_state_dict(state["pseudo_labels"])
+        self.accepted = state["accepted"].to(self.device)
+        self.acceptance_rate, self.seconds = state["acceptance_rate"], dict(state["label_seconds"])
+        if self.bank is not None:
+            self.bank.copy_(state["bank"])

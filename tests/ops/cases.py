@@ -1,0 +1,109 @@
+"""Inputs of info_nce, and the rule that its fused backends are held to.
+
+The rule (DESIGN, section 4): against the float64 reference on the same inputs, a backend's error is at most that of
+plain torch in the same dtype plus ROUNDING of a logit, that is, a relative change of 4 units of float32 rounding,
+times the largest logit, in every exponential.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import ifnd_fast
+
+ROUNDING = 4 * 2.0**-24
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STRATEGIES = ("eliminate", "attract", "keep")
+REDUCTIONS = ("none", "mean", "sum")
+INPUTS = ("query", "positive", "negatives")
+
+
+@dataclass
+class Case:
+    query: Tensor
+    positive: Tensor
+    negatives: Tensor
+    query_labels: Tensor | None
+    negative_labels: Tensor | None
+    query_ids: Tensor | None
+    negative_ids: Tensor | None
+    upstream: Tensor  # (B,) gradients of the losses: of both signs, some of them 0
+    temperature: float = 0.2
+    false_negatives: str = "eliminate"
+
+    def loss(self, *inputs: Tensor, backend: str = "auto", reduction: str = "none") -> Tensor:
+        """info_nce of these inputs, or of others in the place of query, positive and negatives."""
+        query, positive, negatives = inputs or (self.query, self.positive, self.negatives)
+        return ifnd_fast.info_nce(
+            query, positive, negatives, temperature=self.temperature, query_labels=self.query_labels,
+            negative_labels=self.negative_labels, query_ids=self.query_ids, negative_ids=self.negative_ids,
+            false_negatives=self.false_negatives, reduction=reduction, backend=backend,
+        )  # fmt: skip
+
+    def results(self, backend: str, reduction: str = "none", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The loss and, by the upstream gradient, the gradients of query, positive and negatives."""
+        inputs = [getattr(self, name).detach().to(dtype or self.query.dtype).requires_grad_() for name in INPUTS]
+        loss = self.loss(*inputs, backend=backend, reduction=reduction)
+        gradients = torch.autograd.grad((loss * self.upstream_of(reduction)).sum(), inputs)
+        return {"loss": loss.detach(), **dict(zip(INPUTS, gradients, strict=True))}
+
+    def upstream_of(self, reduction: str) -> Tensor:
+        return self.upstream if reduction == "none" else torch.tensor(-1.7)
+
+    def check(self, backend: str = "cpu", reduction: str = "none") -> None:
+        """The rule for this backend, on the loss and the three gradients."""
+        self.judge(self.results(backend, reduction), reduction)
+
+    def judge(self, fused: dict[str, Tensor], reduction: str = "none") -> None:
+        plain = self.results("reference", reduction)
+        right = self.results("reference", reduction, torch.float64)
+        for name, value in right.items():
+            assert fused[name].dtype == plain[name].dtype and fused[name].shape == value.shape
+            assert fused[name].isfinite().all()
+            if value.numel() == 0:
+                continue
+            error, allowed = (float((x[name].double() - value).abs().max()) for x in (fused, plain))
+            size = float(value.abs().max())
+            if name == "loss":
+                size = max(size, 1.0) * (len(self.query) if reduction == "sum" else 1)
+            allowed += ROUNDING * (1 + self.largest_logit()) * size
+            assert error <= allowed, f"{name}: error {error:.3g}, {allowed:.3g} is allowed"
+
+    def largest_logit(self) -> float:
+        q, p, n = (getattr(self, name).double() for name in INPUTS)
+        logits = torch.cat([(q * p).sum(1), (q @ n.T).flatten()])
+        return float(logits.abs().max()) / self.temperature
+
+    def with_all_labels(self, label: int) -> Case:
+        assert self.query_labels is not None and self.negative_labels is not None
+        alike = [torch.full_like(labels, label) for labels in (self.query_labels, self.negative_labels)]
+        return replace(self, query_labels=alike[0], negative_labels=alike[1])
+
+
+def make_case(
+    B: int, K: int, D: int, L: int = 1, *, dtype: torch.dtype = torch.float32, clusters: int = 5, labels: bool = True,
+    ids: bool = True, scale: float = 1.0, seed: int = 0, **settings,
+) -> Case:  # fmt: skip
+    """Rows of length `scale`; labels from -1 to clusters - 1; about one key in K of a query's own image."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(n: int) -> Tensor:
+        unit = torch.nn.functional.normalize(torch.randn(n, D, generator=generator))
+        return (scale * unit).to(dtype)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    upstream = torch.randn(B, generator=generator)
+    upstream[1::5] = 0
+    return Case(
+        rows(B), rows(B), rows(K),
+        integers(-1, clusters, B, L).int() if labels else None,
+        integers(-1, clusters, K, L).int() if labels else None,
+        integers(0, K + 1, B) if ids else None,
+        integers(0, K + 1, K) if ids else None,
+        upstream, **settings,
+    )  # fmt: skip
