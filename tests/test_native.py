@@ -555,7 +555,7 @@ def test_sanitized(isa, sanitized):
     assert done.returncode == 0, done.stderr[-3000:]
     name, _, error = done.stdout.split()
     assert name == isa
-    assert float(error) <= 1.5, "exp.h states its error"
+    assert float(error) <= 1.1, "exp.h states its error"
 
 
 @pytest.mark.slow

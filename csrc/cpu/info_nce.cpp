@@ -40,7 +40,7 @@ int64_t widest(const std::vector<Range>& groups) {
 }
 
 int64_t forward_bytes_per_row(const InfoNceForward& p) {
-  const bool level_sums = p.query_labels && p.L > 1;
+  const bool level_sums = p.query_labels && (p.strategy == Strategy::attract || p.L > 1);
   return int64_t(sizeof(float)) * p.D * (2 + (level_sums ? p.L : 0));
 }
 

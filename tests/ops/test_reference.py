@@ -17,8 +17,11 @@ from tests.ops.cases import INPUTS, STRATEGIES, Case, make_case
 def literal_loss(case: Case, i: int) -> float:
     """Query i's loss by the definition: sums over keys of exponentials, nothing shared with the package."""
     rows = {name: getattr(case, name).tolist() for name in INPUTS}
-    ids = None if case.query_ids is None else (case.query_ids.tolist(), case.negative_ids.tolist())
-    labels = None if case.query_labels is None else (case.query_labels.tolist(), case.negative_labels.tolist())
+    ids, labels = None, None
+    if case.query_ids is not None and case.negative_ids is not None:
+        ids = case.query_ids.tolist(), case.negative_ids.tolist()
+    if case.query_labels is not None and case.negative_labels is not None:
+        labels = case.query_labels.tolist(), case.negative_labels.tolist()
 
     def similarity(key: list[float]) -> float:
         return math.fsum(a * b for a, b in zip(rows["query"][i], key, strict=True)) / case.temperature
@@ -26,7 +29,8 @@ def literal_loss(case: Case, i: int) -> float:
     positive = similarity(rows["positive"][i])
     losses = []
     for level in range(1 if labels is None else len(labels[0][0])):
-        detected, others = [], []
+        detected: list[float] = []
+        others: list[float] = []
         for k, key in enumerate(rows["negatives"]):
             if ids is not None and ids[0][i] == ids[1][k]:
                 continue
