@@ -47,9 +47,14 @@ def _cpu() -> list[str]:
 
 
 def _gpus() -> list[str]:
+    try:
+        from ifnd_fast import _cuda
+
+        report = [f"extension _cuda: built for architectures {_cuda.architectures}"]
+    except ImportError as error:
+        report = [f"extension _cuda: not there ({error})"]
     if not torch.cuda.is_available():
-        return [f"GPU: none that torch can use (built for CUDA {torch.version.cuda})"]
-    report = []
+        return [*report, f"GPU: none that torch can use (built for CUDA {torch.version.cuda})"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30

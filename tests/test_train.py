@@ -68,6 +68,35 @@ def test_every_mode_trains_and_writes_its_run(strategy, negatives, digit_folder,
     assert not any(torch.equal(before[name], after[name]) for name in before if name.endswith("weight"))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--amp", "bf16", "--channels-last"],
+        ["--amp", "fp16"],
+        ["--kmeans-engine", "faiss", "--spherical"],
+        ["--kmeans-restarts", 2, "--acceptance-end", 0.5, "--color-jitter", 0.4, "--blur", 0.5, "--flip"],
+        pytest.param(["--compile"], marks=pytest.mark.slow),
+    ],
+)
+def test_options_that_change_how_it_computes(options, digit_folder, tmp_path):
+    new(tmp_path / "run", digit_folder, *options).fit()
+    lines = metrics(tmp_path / "run")
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert sum(lines[-1]["false_negatives_per_query"]) > 0
+
+
+def test_tensorboard_gets_the_same_figures(digit_folder, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    new(out, digit_folder, "--tensorboard").fit()
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(line["epoch"], pytest.approx(line["loss"])) for line in metrics(out)]
+    assert "false_negatives_per_query/level_1" in events.Tags()["scalars"]
+
+
 def test_backbone_is_torchvisions(digit_folder, tmp_path):
     trainer = new(tmp_path / "run", digit_folder, "--arch", "resnet18", "--stem", "imagenet", "--width", 64,
                   "--image-size", 32, "--epochs", 1)  # fmt: skip

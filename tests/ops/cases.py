@@ -1,8 +1,8 @@
 """Inputs of info_nce, and the rule that its fused backends are held to.
 
 The rule (DESIGN, section 4): against the float64 reference on the same inputs, a backend's error is at most that of
-plain torch in the same dtype plus ROUNDING of a logit, that is, a relative change of 4 units of float32 rounding,
-times the largest logit, in every exponential.
+plain torch in the same dtype plus what ROUNDING, 4 units of float32 rounding, of the largest logit changes: that
+relative change in every exponential, so in every term of the sums that a gradient is.
 """
 
 from __future__ import annotations
@@ -53,6 +53,33 @@ class Case:
     def upstream_of(self, reduction: str) -> Tensor:
         return self.upstream if reduction == "none" else torch.tensor(-1.7)
 
+    def sizes(self, right: dict[str, Tensor], reduction: str) -> dict[str, float]:
+        """The largest of what is added up in each result; more than the result itself where terms cancel."""
+        rows = len(self.query)
+        upstream = self.upstream_of(reduction).abs().expand(rows) / (rows if reduction == "mean" else 1)
+        query, positive, negatives = (getattr(self, name).double().abs() for name in INPUTS)
+        steepest = float(upstream.max()) / self.temperature
+        terms = self.negatives_terms()
+        return {
+            "loss": max(float(right["loss"].abs().max()), rows if reduction == "sum" else 1.0),
+            "query": steepest * float(torch.cat([positive, negatives]).max()),  # weights add up to 1
+            "positive": steepest * float(query.max()),
+            "negatives": float((upstream[:, None, None] * terms).sum(0).max()) if terms.numel() else 0.0,
+        }
+
+    def negatives_terms(self) -> Tensor:
+        """Sizes of the terms of every d loss_i / d n_k, (B, K, D)."""
+
+        def jacobian(case: Case) -> Tensor:
+            query, positive, negatives = (getattr(self, name).detach().double() for name in INPUTS)
+            loss = case.loss(query, positive, negatives.requires_grad_(), backend="reference")
+            return torch.autograd.grad(loss, negatives, torch.eye(len(loss)).double(), is_grads_batched=True)[0]
+
+        if self.false_negatives != "attract":
+            return jacobian(self).abs()
+        pushed = jacobian(replace(self, false_negatives="keep"))
+        return pushed.abs() + (jacobian(self) - pushed).abs()  # and pulled
+
     def check(self, backend: str = "cpu", reduction: str = "none") -> None:
         """The rule for this backend, on the loss and the three gradients."""
         self.judge(self.results(backend, reduction), reduction)
@@ -60,16 +87,14 @@ class Case:
     def judge(self, fused: dict[str, Tensor], reduction: str = "none") -> None:
         plain = self.results("reference", reduction)
         right = self.results("reference", reduction, torch.float64)
+        sizes = self.sizes(right, reduction)
         for name, value in right.items():
             assert fused[name].dtype == plain[name].dtype and fused[name].shape == value.shape
             assert fused[name].isfinite().all()
             if value.numel() == 0:
                 continue
             error, allowed = (float((x[name].double() - value).abs().max()) for x in (fused, plain))
-            size = float(value.abs().max())
-            if name == "loss":
-                size = max(size, 1.0) * (len(self.query) if reduction == "sum" else 1)
-            allowed += ROUNDING * (1 + self.largest_logit()) * size
+            allowed += ROUNDING * (1 + self.largest_logit()) * sizes[name]
             assert error <= allowed, f"{name}: error {error:.3g}, {allowed:.3g} is allowed"
 
     def largest_logit(self) -> float:
