@@ -159,11 +159,17 @@ class Config:
 
 
 def _demo() -> Config:
-    data = DataConfig(
-        crop_min=0.7, rotation=20.0, pixel_mean=(0.13, 0.13, 0.13), pixel_std=(0.31, 0.31, 0.31)
-    )
-    # channels-last makes convolutions of 16 channels slower on a CPU
-    return Config(data=data, run=RunConfig(channels_last=False, knn_every=4), optim=OptimConfig(epochs=40))
+    """Crops, rotation, temperature and acceptance were chosen on a tenth of the training digits."""
+    return Config(
+        # channels-last makes convolutions of 16 channels slower on a CPU
+        run=RunConfig(channels_last=False, knn_every=4),
+        data=DataConfig(
+            crop_min=0.7, rotation=20.0, pixel_mean=(0.13, 0.13, 0.13), pixel_std=(0.31, 0.31, 0.31),
+        ),
+        optim=OptimConfig(epochs=40),
+        contrast=ContrastConfig(temperature=0.1),
+        cluster=ClusterConfig(acceptance_end=0.5),
+    )  # fmt: skip
 
 
 def _cifar(name: str, levels: tuple[int, ...]) -> Config:
