@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ifnd_fast.ops import checks
-from ifnd_fast.ops.info_nce import STRATEGIES, info_nce
+from ifnd_fast.ops.info_nce import REDUCTIONS, STRATEGIES, info_nce
 
 
 class IFNDLoss(nn.Module):
@@ -37,6 +37,7 @@ class IFNDLoss(nn.Module):
     ):
         super().__init__()
         checks.choice("false_negatives", false_negatives, STRATEGIES)
+        checks.choice("reduction", reduction, REDUCTIONS)
         self.temperature = checks.temperature(temperature)
         self.false_negatives = false_negatives
         self.reduction = reduction

@@ -8,6 +8,7 @@ from torch import Tensor
 from ifnd_fast.ops import backends, checks, cpu, reference
 
 STRATEGIES = ("eliminate", "attract", "keep")
+REDUCTIONS = ("mean", "sum", "none")
 MAX_LEVELS = 16
 
 
@@ -67,7 +68,7 @@ def info_nce(
     temperature = checks.temperature(temperature)
     _check(query, positive, negatives, *labels_and_ids)
     checks.choice("false_negatives", false_negatives, STRATEGIES)
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.choice("reduction", reduction, REDUCTIONS)
     backend = backends.choose(backend, "info_nce", query.device, query.dtype)
     if backend == "reference":
         _check_label_range(query_labels, negative_labels)

@@ -59,26 +59,33 @@ class Case:
         upstream = self.upstream_of(reduction).abs().expand(rows) / (rows if reduction == "mean" else 1)
         query, positive, negatives = (getattr(self, name).double().abs() for name in INPUTS)
         steepest = float(upstream.max()) / self.temperature
-        terms = self.negatives_terms()
+        through_queries = (upstream[:, None] * self.negatives_weights()).T @ query / self.temperature
         return {
             "loss": max(float(right["loss"].abs().max()), rows if reduction == "sum" else 1.0),
             "query": steepest * float(torch.cat([positive, negatives]).max()),  # weights add up to 1
             "positive": steepest * float(query.max()),
-            "negatives": float((upstream[:, None, None] * terms).sum(0).max()) if terms.numel() else 0.0,
+            "negatives": float(through_queries.max()) if len(negatives) else 0.0,
         }
 
-    def negatives_terms(self) -> Tensor:
-        """Sizes of the terms of every d loss_i / d n_k, (B, K, D)."""
+    def negatives_weights(self) -> Tensor:
+        """Sizes of the terms of every d loss_i / d s(q_i, n_k), (B, K)."""
 
-        def jacobian(case: Case) -> Tensor:
+        def weights(case: Case) -> Tensor:
+            # A column for each query, 1 in its row alone and 0 in every key: the logits stay as they are, and a
+            # key's gradient in column i is what comes through query i.
             query, positive, negatives = (getattr(self, name).detach().double() for name in INPUTS)
-            loss = case.loss(query, positive, negatives.requires_grad_(), backend="reference")
-            return torch.autograd.grad(loss, negatives, torch.eye(len(loss)).double(), is_grads_batched=True)[0]
+            mark = torch.eye(len(query)).double()
+            marks = torch.zeros(len(negatives), len(query)).double().requires_grad_()
+            loss = case.loss(
+                torch.cat([query, mark], 1), torch.cat([positive, 0 * mark], 1), torch.cat([negatives, marks], 1),
+                backend="reference", reduction="sum",
+            )  # fmt: skip
+            return torch.autograd.grad(loss, marks)[0].T * self.temperature
 
         if self.false_negatives != "attract":
-            return jacobian(self).abs()
-        pushed = jacobian(replace(self, false_negatives="keep"))
-        return pushed.abs() + (jacobian(self) - pushed).abs()  # and pulled
+            return weights(self).abs()
+        pushed = weights(replace(self, false_negatives="keep"))
+        return pushed.abs() + (weights(self) - pushed).abs()  # and pulled
 
     def check(self, backend: str = "cpu", reduction: str = "none") -> None:
         """The rule for this backend, on the loss and the three gradients."""

@@ -372,3 +372,10 @@ def test_wrong_arguments(wrong, error, message, backend):
     arguments = {"query": Q, "positive": Q, "negatives": KEYS, "backend": backend} | wrong
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         ifnd_fast.info_nce(**arguments)
+
+
+@pytest.mark.parametrize("setting", [{"reduction": "avg"}, {"false_negatives": "drop"}, {"temperature": 0.0}])
+def test_loss_module_refuses_bad_settings_when_made(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=name):
+        IFNDLoss(**setting)
