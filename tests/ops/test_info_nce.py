@@ -378,4 +378,4 @@ def test_wrong_arguments(wrong, error, message, backend):
 def test_loss_module_refuses_bad_settings_when_made(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=name):
-        IFNDLoss(**setting)
+        ifnd_fast.IFNDLoss(**setting)
