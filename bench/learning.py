@@ -102,6 +102,7 @@ def main(options: Options) -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.write:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(text)
 
 

@@ -108,11 +108,13 @@ def _description(preset: str) -> str:
 
 
 def _train(settings: Config) -> None:
-    from ifnd_fast.device import pick_device
+    from ifnd_fast.device import leave_cores_to_workers, pick_device
     from ifnd_fast.train import Trainer  # after --help: this takes seconds to import
 
     started = time.perf_counter()
-    distributed.start(pick_device(settings.run.device))
+    device = pick_device(settings.run.device)
+    leave_cores_to_workers(device, settings.data.workers)
+    distributed.start(device)
     trainer = Trainer(settings)
     out = settings.run.out
     if settings.run.resume:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from ifnd_fast import distributed
@@ -33,3 +35,13 @@ def pick_amp(amp: str, device: torch.device) -> torch.dtype | None:
         else:
             amp = "bf16" if backends.cpu_has_bfloat16() else "off"
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]
+
+
+def leave_cores_to_workers(device: torch.device, workers: int) -> None:
+    """Compute on as many threads fewer as there are loading processes, at least one; OMP_NUM_THREADS overrides.
+
+    Training on a CPU waits for its slowest thread at every operator: one that shares its core with a loading
+    process holds up all the others.
+    """
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - workers))
