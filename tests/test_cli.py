@@ -62,7 +62,7 @@ def test_a_folder_with_a_run_is_refused_and_untouched(run, digit_folder):
 
 def test_resume_refuses_other_options_and_lists_them(run):
     out, _ = run
-    done = command("train", "--resume", "--out", out, "--lr", "0.5", "--temperature", "0.1")
+    done = command("train", "--resume", "--out", out, "--lr", "0.5", "--temperature", "0.3")
     assert done.returncode == 2
     assert "--lr: the run has 0.06, asked for 0.5" in done.stderr and "--temperature" in done.stderr
 
