@@ -68,11 +68,13 @@ def test_perfect_labels_have_precision_and_recall_one():
 
 def test_a_large_queue_costs_no_matrix_of_pairs():
     n, k = 200_000, 65_536  # the (N, K) matrix would take 13 GB even as bytes
-    labels = torch.randint(-1, 25_000, (n, 2), dtype=torch.int32)
-    indices = torch.randint(n, (k,))
-    statistics = detection_statistics(labels, labels[indices], indices, torch.randint(1000, (n,)))
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, 25_000, (n, 2), dtype=torch.int32, generator=generator)
+    indices = torch.randint(n, (k,), generator=generator)
+    truth = torch.randint(1000, (n,), generator=generator)
+    statistics = detection_statistics(labels, labels[indices], indices, truth)
     assert statistics["false_negatives_per_query"][0] == pytest.approx(k / 25_000, rel=0.05)
-    assert statistics["false_negative_precision"][0] == pytest.approx(1e-3, rel=0.1)
+    assert statistics["false_negative_precision"][0] == pytest.approx(1e-3, rel=0.2)  # of some 500 true pairs
 
 
 def test_unfit_arguments():
