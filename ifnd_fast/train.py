@@ -227,6 +227,8 @@ class Trainer:
         every, last = self.config.run.knn_every, self.epoch == self.config.optim.epochs
         if self.probe is not None and (last or (every and self.epoch % every == 0)):
             metrics["knn_top1"] = self._knn_top1(self.probe)
+            if last:
+                self.result["knn_top1"] = metrics["knn_top1"]
         run_folder.report_epoch(self.config, metrics)
         self.seconds += self.totals["seconds"] + sum(self.labeller.seconds.values())
         for totals in (self.totals, self.labeller.seconds):
@@ -257,8 +259,6 @@ class Trainer:
 
     def _finish(self) -> dict[str, float]:
         """Write the backbone and the result."""
-        if self.probe is not None:
-            self.result["knn_top1"] = self._knn_top1(self.probe)
         self.result["seconds"] = self.seconds
         if distributed.rank() == 0:
             backbone = {name: value.cpu() for name, value in self.encoder.backbone.state_dict().items()}
