@@ -20,11 +20,14 @@ bool cpuid_bit(unsigned leaf, unsigned subleaf, int reg, int bit) {
 }
 
 // __builtin_cpu_supports also asks whether the operating system saves the registers.
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpuid_bit(1, 0, 2, 29);  // F16C
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512bf16() { return has_avx512() && cpuid_bit(7, 1, 0, 5); }
 #endif
 
 struct Candidate {
@@ -35,6 +38,7 @@ struct Candidate {
 const Kernels& choose() {
   const Candidate candidates[] = {  // best first
 #ifdef IFND_X86
+      {&avx512bf16::kernels, has_avx512bf16()},
       {&avx512::kernels, has_avx512()},
       {&avx2::kernels, has_avx2()},
 #endif
@@ -47,7 +51,7 @@ const Kernels& choose() {
     if (wanted && *wanted)
       throw std::runtime_error(std::string("IFND_FAST_CPU_ISA=") + wanted + ": this CPU does not have it; unset it");
   }
-  throw std::runtime_error(std::string("IFND_FAST_CPU_ISA must be portable, avx2 or avx512 (the last two on x86), got '") +
+  throw std::runtime_error(std::string("IFND_FAST_CPU_ISA must be portable, or on x86 also avx2, avx512 or avx512bf16, got '") +
                            wanted + "'");
 }
 
@@ -63,11 +67,12 @@ const Feature* cpu_features() {
   static const Feature features[] = {
       {"avx2", bool(__builtin_cpu_supports("avx2"))},
       {"fma", bool(__builtin_cpu_supports("fma"))},
+      {"f16c", cpuid_bit(1, 0, 2, 29)},
       {"avx512f", bool(__builtin_cpu_supports("avx512f"))},
       {"avx512bw", bool(__builtin_cpu_supports("avx512bw"))},
       {"avx512dq", bool(__builtin_cpu_supports("avx512dq"))},
       {"avx512vl", bool(__builtin_cpu_supports("avx512vl"))},
-      {"avx512bf16", has_avx512() && cpuid_bit(7, 1, 0, 5)},
+      {"avx512bf16", has_avx512bf16()},
       {"amx_tile", cpuid_bit(7, 0, 3, 24)},
       {"amx_bf16", cpuid_bit(7, 0, 3, 22)},
       {nullptr, false},

@@ -20,7 +20,6 @@
 
 #include "exp.h"
 #include "match.h"
-#include "matmul.h"
 #include "tile.h"
 
 IFND_BEGIN
@@ -29,22 +28,16 @@ IFND_INLINE bool has_level_sums(const InfoNce& p) {
   return uses_labels(p) && (p.strategy == Strategy::attract || p.L > 1);
 }
 
-// A thread's state for a group of queries. Per panel of LANES queries: q and grad (D, LANES); per query and level:
-// level_grad (padded D), and so on.
+// What a thread accumulates for a group of queries. Per panel of LANES queries: grad (D, LANES); per query and
+// level: level_grad (padded D), and so on.
 struct ForwardState {
-  float *panels, *grad, *max, *sum;
+  float *grad, *max, *sum;
   float *level_grad, *level_max;
   double* level_sum;
   int32_t* count;
-  PanelLabels* labels;
-  float *tile, *scores;
-  TileLabels* tile_labels;
-  size_t bytes;
 
-  ForwardState(const InfoNceForward& p, int64_t rows, void* base) {
-    Carver carver{static_cast<char*>(base)};
+  ForwardState(const InfoNceForward& p, int64_t rows, Carver& carver) {
     const size_t lanes = size_t(round_up(rows, LANES)), levels = has_level_sums(p) ? size_t(p.L) : 0;
-    panels = carver.take<float>(lanes * p.D);
     grad = carver.take<float>(p.query_grad ? lanes * p.D : 0);
     max = carver.take<float>(lanes);
     sum = carver.take<float>(lanes);
@@ -52,20 +45,10 @@ struct ForwardState {
     level_max = carver.take<float>(lanes * levels);
     level_sum = carver.take<double>(lanes * levels);
     count = carver.take<int32_t>(lanes * p.L);
-    labels = carver.take<PanelLabels>(lanes / LANES);
-    tile = carver.take<float>(size_t(tile_rows(p.D)) * tile_stride(p.D));
-    scores = carver.take<float>(size_t(tile_rows(p.D)) * LANES);
-    tile_labels = carver.take<TileLabels>(1);
-    bytes = carver.used;
   }
 
-  void start(const InfoNceForward& p, Range rows) {
-    const int64_t lanes = round_up(rows.end - rows.begin, LANES), levels = has_level_sums(p) ? p.L : 0;
-    for (int64_t i = 0; i < lanes; i += LANES) {
-      const int64_t first = rows.begin + i;
-      pack_panel(p.query, p.dtype, first, rows.end - first, p.D, panels + i * p.D);
-      pack_labels(p, first, rows.end - first, labels[i / LANES]);
-    }
+  void start(const InfoNceForward& p, int64_t rows) const {
+    const int64_t lanes = round_up(rows, LANES), levels = has_level_sums(p) ? p.L : 0;
     for (int64_t i = 0; i < lanes; ++i) max[i] = -INFINITY, sum[i] = 0.0f;
     for (int64_t i = 0; i < lanes * levels; ++i) level_max[i] = -INFINITY, level_sum[i] = 0.0;
     memset(count, 0, sizeof(int32_t) * size_t(lanes * p.L));
@@ -76,140 +59,193 @@ struct ForwardState {
   }
 };
 
-// A few keys of a tile with a weight each.
+// And what it works with: the queries as words, a tile of keys, and one panel's scores against it.
+template <class Word>
+struct ForwardWork {
+  ForwardState state;
+  Word* panels;
+  PanelLabels* labels;
+  KeyTile<Word> tile;
+  TileLabels* tile_labels;
+  float* scores;
+  Word* weights;  // e^{s - m}; floats lie in the place of the scores
+  MarkedKeys* marked;
+
+  ForwardWork(const InfoNceForward& p, int64_t rows, Carver&& carver) : state(p, rows, carver), tile(carver, p.D) {
+    const size_t lanes = size_t(round_up(rows, LANES)), keys = size_t(tile_rows(p.D));
+    panels = carver.take<Word>(lanes * words<Word>(p.D));
+    labels = carver.take<PanelLabels>(lanes / LANES);
+    tile_labels = carver.take<TileLabels>(1);
+    scores = carver.take<float>(keys * LANES);
+    weights = kTerms<Word> == 1 ? reinterpret_cast<Word*>(scores) : carver.take<Word>(keys / 2 * LANES);
+    marked = carver.take<MarkedKeys>(LANES);
+    bytes = carver.used;
+  }
+  size_t bytes;
+};
+
+// A few keys of a tile, a score and a weight each; room for a whole vector more.
 struct KeyList {
   int n = 0;
-  int key[kMaxTileRows];
-  float score[kMaxTileRows], weight[kMaxTileRows];
+  int key[kMaxTileRows + W];
+  float score[kMaxTileRows + W], weight[kMaxTileRows + W];
 };
 
 // out (D) = scale * out + sum_j weight_j key_j
-static void add_keys(const KeyList& list, const float* tile, int D, float scale, float* out) {
+template <class Word>
+static void add_keys(const KeyList& list, const KeyTile<Word>& tile, float scale, float* out) {
   constexpr int V = 4;
-  const int columns = int(round_up(D, W)), ld = tile_stride(D);
+  const int columns = padded(tile.D);
   int d = 0;
   for (; d + V * W <= columns; d += V * W) {
     vfloat acc[V] = {};
-    for (int j = 0; j < list.n; ++j) {
-      const float* row = tile + ptrdiff_t(list.key[j]) * ld + d;
-      for (int v = 0; v < V; ++v) acc[v] += splat(list.weight[j]) * load(row + v * W);
-    }
+    for (int j = 0; j < list.n; ++j)
+      for (int v = 0; v < V; ++v) acc[v] += splat(list.weight[j]) * tile.column(list.key[j], d + v * W);
     for (int v = 0; v < V; ++v) store(out + d + v * W, splat(scale) * load(out + d + v * W) + acc[v]);
   }
   for (; d < columns; d += W) {
     vfloat acc = {};
-    for (int j = 0; j < list.n; ++j) acc += splat(list.weight[j]) * load(tile + ptrdiff_t(list.key[j]) * ld + d);
+    for (int j = 0; j < list.n; ++j) acc += splat(list.weight[j]) * tile.column(list.key[j], d);
     store(out + d, splat(scale) * load(out + d) + acc);
   }
 }
 
 // The keys of `list` join the online softmax (max, sum, grad) of one query at one level.
-static void join_softmax(KeyList& list, const float* tile, int D, float& max, double& sum, float* grad) {
+template <class Word>
+static void join_softmax(KeyList& list, const KeyTile<Word>& tile, float& max, double& sum, float* grad) {
   float highest = max;
   for (int j = 0; j < list.n; ++j) highest = list.score[j] > highest ? list.score[j] : highest;
   const float reference = IFND_ISA::max(highest, kLowest);
   const float scale = exp(max - reference);
+  for (int j = list.n; j < list.n + W; ++j) list.score[j] = -INFINITY;
+  for (int j = 0; j < list.n; j += W) store(list.weight + j, exp(load(list.score + j) - splat(reference)));
   double added = 0.0;
-  for (int j = 0; j < list.n; ++j) {
-    list.weight[j] = exp(list.score[j] - reference);
-    added += list.weight[j];
-  }
+  for (int j = 0; j < list.n; ++j) added += list.weight[j];
   max = highest;
   sum = sum * scale + added;
-  if (grad) add_keys(list, tile, D, scale, grad);
+  if (grad) add_keys(list, tile, scale, grad);
 }
 
-// One query's special keys in this tile: counts them, moves exceptional ones to the level sums, and takes out of
-// the dense scores whatever is not a common key.
-static void special_keys(const InfoNceForward& p, ForwardState& state, int64_t query, const int32_t* mask, int keys) {
-  float* scores = state.scores + query % LANES;
+// Of one query's marked keys, those of level l that count in its own sums: the kept ones, or attracted ones.
+static void level_keys(const MarkedKeys& marked, int l, bool attract, KeyList& list) {
+  list.n = 0;
+  for (int j = 0; j < marked.n; ++j) {
+    list.key[list.n] = marked.key[j];
+    list.score[list.n] = marked.score[j];
+    list.weight[list.n] = 1.0f;
+    list.n += marked.levels[j] != 0 && (marked.levels[j] >> l & 1) == int(attract);
+  }
+}
+
+// One query's marked keys in this tile: counts them, moves exceptional ones to the level sums, and takes out of the
+// dense scores whatever is not a common key.
+template <class Word>
+static void marked_keys(const InfoNceForward& p, const ForwardWork<Word>& work, int64_t query) {
+  const ForwardState& state = work.state;
+  const MarkedKeys& marked = work.marked[query % LANES];
+  const bool attract = p.strategy == Strategy::attract;
   for (int l = 0; l < p.L; ++l)
-    for (int k = 0; k < keys; ++k) state.count[query * p.L + l] += mask[k] >> l & int32_t(mask[k] != kSameImage) & 1;
+    for (int j = 0; j < marked.n; ++j) state.count[query * p.L + l] += marked.levels[j] >> l & 1;
   if (has_level_sums(p)) {
-    const bool attract = p.strategy == Strategy::attract;
+    KeyList list;
     for (int l = 0; l < p.L; ++l) {
-      KeyList list;
-      for (int k = 0; k < keys; ++k) {
-        const bool detected = mask[k] >> l & 1;
-        if (mask[k] == 0 || mask[k] == kSameImage || detected != attract) continue;
-        list.key[list.n] = k;
-        list.score[list.n] = scores[ptrdiff_t(k) * LANES];
-        list.weight[list.n++] = 1.0f;
-      }
+      level_keys(marked, l, attract, list);
       if (list.n == 0) continue;
       const int64_t at = query * p.L + l;
       float* grad = p.query_grad ? state.level_grad + at * padded(p.D) : nullptr;
       if (attract) {
         for (int j = 0; j < list.n; ++j) state.level_sum[at] += list.score[j];
-        if (grad) add_keys(list, state.tile, p.D, 1.0f, grad);
+        if (grad) add_keys(list, work.tile, 1.0f, grad);
       } else {
-        join_softmax(list, state.tile, p.D, state.level_max[at], state.level_sum[at], grad);
+        join_softmax(list, work.tile, state.level_max[at], state.level_sum[at], grad);
       }
     }
   }
-  for (int k = 0; k < keys; ++k)
-    if (p.strategy == Strategy::attract ? mask[k] == kSameImage : mask[k] != 0)
-      scores[ptrdiff_t(k) * LANES] = -INFINITY;
+  for (int j = 0; j < marked.n; ++j)
+    if (!attract || marked.levels[j] == 0) work.scores[ptrdiff_t(marked.key[j]) * LANES + query % LANES] = -INFINITY;
 }
 
-// The online softmax of one panel: scores (keys, LANES) become e^{s - m}; max, sum and grad follow.
-static void common_keys(ForwardState& state, int64_t first, int keys, int D, bool with_grad) {
+// e^{s - reference} of every key, as weights; returns their sum.
+IFND_INLINE vfloat exponentials(const float* scores, int keys, vfloat reference, float* weights) {
+  vfloat sum = {};
+  for (int k = 0; k < keys; ++k) {
+    const vfloat e = exp(load(scores + ptrdiff_t(k) * LANES) - reference);
+    store(weights + ptrdiff_t(k) * LANES, e);
+    sum += e;
+  }
+  return sum;
+}
+
+#ifdef __AVX512BF16__
+IFND_INLINE vfloat exponentials(const float* scores, int keys, vfloat reference, Pair* weights) {
+  vfloat sum = {};
+  for (int k = 0; k < keys; k += 2, scores += 2 * LANES, weights += LANES) {
+    const vfloat first = exp(load(scores) - reference);
+    const vfloat second = k + 1 < keys ? exp(load(scores + LANES) - reference) : vfloat{};
+    store(weights, to_pairs(first, second));
+    sum += first + second;
+  }
+  return sum;
+}
+#endif
+
+// The online softmax of one panel: scores (keys, LANES) become weights e^{s - m}; max, sum and grad follow.
+template <class Word>
+static void common_keys(const ForwardWork<Word>& work, int64_t first, int keys, int D, bool with_grad) {
+  const ForwardState& state = work.state;
   for (int v = 0; v < LANES; v += W) {
-    float* scores = state.scores + v;
+    const float* scores = work.scores + v;
     const vfloat before = load(state.max + first + v);
     vfloat highest = before;
     for (int k = 0; k < keys; ++k) highest = max(load(scores + ptrdiff_t(k) * LANES), highest);
     const vfloat reference = max(highest, splat(kLowest)), scale = exp(before - reference);
-    vfloat added = {};
-    for (int k = 0; k < keys; ++k) {
-      const vfloat e = exp(load(scores + ptrdiff_t(k) * LANES) - reference);
-      store(scores + ptrdiff_t(k) * LANES, e);
-      added += e;
-    }
+    const vfloat added = exponentials(scores, keys, reference, work.weights + v);
     store(state.max + first + v, highest);
     store(state.sum + first + v, load(state.sum + first + v) * scale + added);
-    if (!with_grad || !any(highest > before)) continue;
+    if (!with_grad || !true_lanes(highest > before)) continue;
     float* grad = state.grad + first * D + v;
     for (int d = 0; d < D; ++d) store(grad + ptrdiff_t(d) * LANES, load(grad + ptrdiff_t(d) * LANES) * scale);
   }
 }
 
-static size_t forward_bytes(const InfoNceForward& p, int64_t rows) { return ForwardState(p, rows, nullptr).bytes; }
-
-static void forward_pass(const InfoNceForward& p, Range rows, Range keys, void* workspace) {
+template <class Word>
+static void forward_over(const InfoNceForward& p, Range rows, Range keys, void* workspace) {
   const int64_t count = rows.end - rows.begin;
-  ForwardState state(p, count, workspace);
-  state.start(p, rows);
+  const ForwardWork<Word> work(p, count, Carver{static_cast<char*>(workspace)});
+  work.state.start(p, count);
+  for (int64_t at = 0; at < count; at += LANES) {
+    pack_panel(p.query, p.dtype, rows.begin + at, count - at, p.D, work.panels + at * words<Word>(p.D));
+    pack_labels(p, rows.begin + at, count - at, work.labels[at / LANES]);
+  }
   const float inverse_temperature = float(1.0 / p.temperature);
   const bool matching = uses_labels(p) || uses_ids(p);
   const int step = tile_rows(p.D);
   for (int64_t key = keys.begin; key < keys.end; key += step) {
     const int n = int(min_of<int64_t>(step, keys.end - key));
-    pack_tile(p.negatives, p.dtype, key, n, p.D, state.tile);
-    if (matching) pack_labels(p, key, n, *state.tile_labels);
-    for (int64_t first = 0; first < count; first += LANES) {
+    work.tile.pack(p.negatives, p.dtype, key, n);
+    if (matching) pack_labels(p, key, n, *work.tile_labels);
+    for (int64_t at = 0; at < count; at += LANES) {
       // 1. s = q n^T / tau
-      panel_scores(n, count - first, p.D, inverse_temperature, state.tile, tile_stride(p.D),
-                   state.panels + first * p.D, state.scores);
+      work.tile.scores(n, count - at, inverse_temperature, work.panels + at * words<Word>(p.D), work.scores);
       // 2. false negatives and the own image out of s, exceptional keys into their levels' sums
-      if (matching) {
-        const PanelLabels& labels = state.labels[first / LANES];
-        int32_t touched[LANES], mask[kMaxTileRows];
-        touched_lanes(p, labels, *state.tile_labels, n, touched);
-        for (int lane = 0; lane < min_of<int64_t>(LANES, count - first); ++lane)
-          if (touched[lane]) {
-            lane_masks(p, labels, lane, *state.tile_labels, n, mask);
-            special_keys(p, state, first + lane, mask, n);
-          }
-      }
+      if (matching)
+        for (uint32_t lanes = find_marked(p, work.labels[at / LANES], count - at, *work.tile_labels, n, work.scores,
+                                          work.marked);
+             lanes; lanes &= lanes - 1)
+          marked_keys(p, work, at + __builtin_ctz(lanes));
       // 3. online softmax: s becomes e^{s - m}
-      common_keys(state, first, n, p.D, p.query_grad != nullptr);
+      common_keys(work, at, n, p.D, p.query_grad != nullptr);
       // 4. G += n^T e^{s - m}
-      if (p.query_grad)
-        multiply_add<true>(p.D, int(min_of<int64_t>(LANES, round_up(count - first, W))), n, 1.0f, state.tile,
-                           tile_stride(p.D), state.scores, LANES, state.grad + first * p.D, LANES);
+      if (p.query_grad) work.tile.add_weighted(n, count - at, work.weights, work.state.grad + at * p.D);
     }
   }
+}
+
+static size_t forward_bytes(const InfoNceForward& p, int64_t rows) {
+  return by_word(p.dtype, [&](auto word) { return ForwardWork<decltype(word)>(p, rows, Carver{}).bytes; });
+}
+static void forward_pass(const InfoNceForward& p, Range rows, Range keys, void* workspace) {
+  by_word(p.dtype, [&](auto word) { forward_over<decltype(word)>(p, rows, keys, workspace); });
 }
 
 // sum e^{max - reference}; a sum without a maximum is 0, or NaN from NaN logits, which must show.
@@ -225,7 +261,10 @@ struct Chunks {
   size_t stride;
   int count;
 
-  ForwardState operator[](int c) const { return ForwardState(p, group_rows, base + stride * size_t(c)); }
+  ForwardState operator[](int c) const {
+    Carver carver{base + stride * size_t(c)};
+    return ForwardState(p, group_rows, carver);
+  }
 };
 
 struct OnlineSum {

@@ -39,17 +39,15 @@ int64_t widest(const std::vector<Range>& groups) {
   return rows;
 }
 
-int64_t forward_bytes_per_row(const InfoNceForward& p) {
-  const bool level_sums = p.query_labels && (p.strategy == Strategy::attract || p.L > 1);
-  return int64_t(sizeof(float)) * p.D * (2 + (level_sums ? p.L : 0));
-}
+// Of the query and its gradient: the levels' own sums are rarely touched.
+int64_t bytes_per_row(const InfoNce& p) { return int64_t(sizeof(float)) * p.D * 2; }
 
 // Each thread takes whole rows of its own, through all the keys.
 void forward_by_rows(const InfoNceForward& p, const Kernels& k, int threads) {
   std::vector<std::vector<Range>> groups;
   int64_t rows = 0;
   for (int t = 0; t < threads; ++t) {
-    groups.push_back(groups_of(part(p.B, k.lanes, threads, t), k.lanes, forward_bytes_per_row(p)));
+    groups.push_back(groups_of(part(p.B, k.lanes, threads, t), k.lanes, bytes_per_row(p)));
     rows = std::max(rows, widest(groups.back()));
   }
   const size_t bytes = k.forward_bytes(p, rows);
@@ -65,7 +63,7 @@ void forward_by_rows(const InfoNceForward& p, const Kernels& k, int threads) {
 
 // Too few rows for the threads: a group of rows at a time, each thread takes a chunk of the keys.
 void forward_by_keys(const InfoNceForward& p, const Kernels& k, int threads, int chunks) {
-  const std::vector<Range> groups = groups_of({0, p.B}, k.lanes, forward_bytes_per_row(p));
+  const std::vector<Range> groups = groups_of({0, p.B}, k.lanes, bytes_per_row(p));
   const size_t bytes = k.forward_bytes(p, widest(groups));
   Scratch scratch(bytes * size_t(chunks));
   for (const Range& group : groups) {
@@ -95,7 +93,7 @@ void info_nce_forward(const InfoNceForward& p, int threads) {
 
 void info_nce_negatives_grad(const InfoNceNegativesGrad& p, int threads) {
   const Kernels& k = kernels();
-  const std::vector<Range> groups = groups_of({0, p.B}, k.lanes, int64_t(sizeof(float)) * p.D * 2);
+  const std::vector<Range> groups = groups_of({0, p.B}, k.lanes, bytes_per_row(p));
   const int chunks = int(std::clamp<int64_t>(p.K / 8, 1, threads));
   const size_t bytes = k.pass_bytes(p);
   Scratch packed(k.group_bytes(p, widest(groups))), scratch(bytes * size_t(chunks));

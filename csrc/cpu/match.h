@@ -1,16 +1,13 @@
 // Which keys of a tile are a query's false negatives (per level), and which show its own image.
 //
-// Matches are few, so a whole panel of queries is first tested against a whole tile of keys with two vector
-// operations per level and key: the minimum of (query label ^ key label) is 0 where some key matched. Only
-// the lanes touched are then looked at key by key.
+// Matches are few, so each key is first tested against a whole panel of queries: the minimum over the levels of
+// (query label ^ key label) is 0 in the lanes where some level matched. Only those lanes are looked at one by one.
 #pragma once
 
 #include "simd.h"
 #include "tile.h"
 
 IFND_BEGIN
-
-constexpr int32_t kSameImage = 1 << 30;  // in a mask whose low bits are the levels at which the key is in F_l
 
 struct PanelLabels {
   int32_t label[kMaxLevels][LANES];  // -2: none, equal to no key's
@@ -54,38 +51,49 @@ static inline void pack_labels(const InfoNce& p, int64_t first, int keys, TileLa
   }
 }
 
-// touched[lane] != 0: some key of the tile has a label, or the low half of an id, in common with the lane.
-static inline void touched_lanes(const InfoNce& p, const PanelLabels& panel, const TileLabels& tile, int keys,
-                                 int32_t* touched) {
-  for (int v = 0; v < LANES; v += W) {
-    vuint least = bits<vuint>(splat(int32_t(-1)));
-    const auto compare = [&](const int32_t* queries, const int32_t* key) {
-      const vint q = load(queries + v);
-      for (int k = 0; k < keys; ++k) {
-        const vuint difference = bits<vuint>(q ^ splat(key[k]));
-        least = least < difference ? least : difference;
-      }
-    };
-    if (uses_labels(p))
-      for (int l = 0; l < p.L; ++l) compare(panel.label[l], tile.label[l]);
-    if (uses_ids(p)) compare(panel.id_low, tile.id_low);
-    store(touched + v, bits<vint>(least == vuint{}));
-  }
-}
+// Keys that one query has something in common with, in order.
+struct MarkedKeys {
+  int n;
+  uint16_t key[kMaxTileRows];
+  uint16_t levels[kMaxTileRows];  // bit l: in F_l; 0: of the query's own image, whatever its labels
+  float score[kMaxTileRows];
+};
+static_assert(kMaxLevels <= 16, "levels are the bits of an uint16_t");
 
-// One lane's masks: bit l for a key in F_l, kSameImage alone for one of its own image, 0 for a plain negative.
-static inline void lane_masks(const InfoNce& p, const PanelLabels& panel, int lane, const TileLabels& tile, int keys,
-                              int32_t* mask) {
-  memset(mask, 0, sizeof(int32_t) * size_t(keys));
-  if (uses_labels(p))
-    for (int l = 0; l < p.L; ++l) {
-      const int32_t y = panel.label[l][lane];
-      for (int k = 0; k < keys; ++k) mask[k] |= int32_t(tile.label[l][k] == y) << l;
+// Fills marked[lane] for the panel's first `lanes` lanes; returns which of them have any (as bits).
+static uint32_t find_marked(const InfoNce& p, const PanelLabels& panel, int64_t lanes, const TileLabels& tile, int keys,
+                            const float* scores, MarkedKeys* marked) {
+  const int levels = uses_labels(p) ? p.L : 0;
+  const uint32_t present = lanes >= LANES ? ~uint32_t(0) >> (32 - LANES) : (uint32_t(1) << lanes) - 1;
+  const bool ids = uses_ids(p);
+  uint32_t found = 0;
+  for (int k = 0; k < keys; ++k) {
+    uint32_t candidates = 0;
+    for (int v = 0; v < LANES; v += W) {
+      vuint least = splat(~uint32_t(0));
+      const auto compare = [&](const int32_t* queries, int32_t key) {
+        const vuint difference = bits<vuint>(load(queries + v) ^ splat(key));
+        least = least < difference ? least : difference;
+      };
+      for (int l = 0; l < levels; ++l) compare(panel.label[l], tile.label[l][k]);
+      if (ids) compare(panel.id_low, tile.id_low[k]);
+      candidates |= true_lanes(bits<vint>(least == vuint{})) << v;
     }
-  if (uses_ids(p)) {
-    const int64_t id = panel.id[lane];
-    for (int k = 0; k < keys; ++k) mask[k] = tile.id[k] == id ? kSameImage : mask[k];
+    for (candidates &= present; candidates; candidates &= candidates - 1) {
+      const int lane = __builtin_ctz(candidates);
+      const bool same_image = ids && panel.id[lane] == tile.id[k];
+      uint32_t mask = 0;
+      for (int l = 0; l < levels; ++l) mask |= uint32_t(panel.label[l][lane] == tile.label[l][k]) << l;
+      if (!same_image && mask == 0) continue;  // only the low halves of the ids agreed
+      MarkedKeys& mine = marked[lane];
+      if (!(found >> lane & 1)) mine.n = 0;
+      found |= uint32_t(1) << lane;
+      mine.key[mine.n] = uint16_t(k);
+      mine.levels[mine.n] = uint16_t(same_image ? 0 : mask);
+      mine.score[mine.n++] = scores[ptrdiff_t(k) * LANES + lane];
+    }
   }
+  return found;
 }
 
 IFND_END

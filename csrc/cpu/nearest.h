@@ -4,31 +4,28 @@
 #pragma once
 
 #include "exp.h"
-#include "matmul.h"
 #include "tile.h"
 
 IFND_BEGIN
 
-struct AssignWorkspace {
-  float *panels, *best, *sum;
+template <class Word>
+struct AssignWork {
+  Tile<Word> tile;
+  Word* panels;
+  float *best, *sum, *scores;
   int32_t* label;
-  float *tile, *scores;
   size_t bytes;
 
-  AssignWorkspace(const AssignClusters& p, int64_t rows, void* base) {
-    Carver carver{static_cast<char*>(base)};
+  AssignWork(const AssignClusters& p, int64_t rows, Carver&& carver) : tile(carver, p.D) {
     const size_t lanes = size_t(round_up(rows, LANES));
-    panels = carver.take<float>(lanes * p.D);
+    panels = carver.take<Word>(lanes * words<Word>(p.D));
     best = carver.take<float>(lanes);
     sum = carver.take<float>(lanes);
     label = carver.take<int32_t>(lanes);
-    tile = carver.take<float>(size_t(tile_rows(p.D)) * tile_stride(p.D));
     scores = carver.take<float>(size_t(tile_rows(p.D)) * LANES);
     bytes = carver.used;
   }
 };
-
-static size_t assign_bytes(const AssignClusters& p, int64_t rows) { return AssignWorkspace(p, rows, nullptr).bytes; }
 
 static void half_norms(const AssignClusters& p, Range centroids, float* out) {
   float row[kMaxDim];
@@ -44,7 +41,8 @@ static void half_norms(const AssignClusters& p, Range centroids, float* out) {
 }
 
 // One panel against one tile of centroids, the first of them number `first`.
-static void update_nearest(const AssignWorkspace& work, int64_t at, int64_t first, int centroids,
+template <class Word>
+static void update_nearest(const AssignWork<Word>& work, int64_t at, int64_t first, int centroids,
                            const float* half_norms, float inverse_temperature, bool with_confidence) {
   for (int v = 0; v < LANES; v += W) {
     float* scores = work.scores + v;
@@ -71,25 +69,33 @@ static void update_nearest(const AssignWorkspace& work, int64_t at, int64_t firs
   }
 }
 
-static void assign_rows(const AssignClusters& p, const float* half_norms, Range rows, void* workspace) {
+template <class Word>
+static void assign_over(const AssignClusters& p, const float* half_norms, Range rows, void* workspace) {
   const int64_t count = rows.end - rows.begin, lanes = round_up(count, LANES);
-  const AssignWorkspace work(p, count, workspace);
+  const AssignWork<Word> work(p, count, Carver{static_cast<char*>(workspace)});
   const float inverse_temperature = float(1.0 / p.temperature);
   const int step = tile_rows(p.D);
   for (int64_t at = 0; at < lanes; at += LANES)
-    pack_panel(p.features, p.dtype, rows.begin + at, count - at, p.D, work.panels + at * p.D);
+    pack_panel(p.features, p.dtype, rows.begin + at, count - at, p.D, work.panels + at * words<Word>(p.D));
   for (int64_t i = 0; i < lanes; ++i) work.best[i] = -INFINITY, work.sum[i] = 0.0f, work.label[i] = 0;
   for (int64_t j = 0; j < p.C; j += step) {
     const int n = int(min_of<int64_t>(step, p.C - j));
-    pack_tile(p.centroids, p.dtype, j, n, p.D, work.tile);
+    work.tile.pack(p.centroids, p.dtype, j, n);
     for (int64_t at = 0; at < count; at += LANES) {
-      panel_scores(n, count - at, p.D, 1.0f, work.tile, tile_stride(p.D), work.panels + at * p.D, work.scores);
+      work.tile.scores(n, count - at, 1.0f, work.panels + at * words<Word>(p.D), work.scores);
       update_nearest(work, at, j, n, half_norms, inverse_temperature, p.confidence != nullptr);
     }
   }
   memcpy(p.labels + rows.begin, work.label, sizeof(int32_t) * size_t(count));
   if (p.confidence)
     for (int64_t i = 0; i < count; ++i) p.confidence[rows.begin + i] = 1.0f / work.sum[i];
+}
+
+static size_t assign_bytes(const AssignClusters& p, int64_t rows) {
+  return by_word(p.dtype, [&](auto word) { return AssignWork<decltype(word)>(p, rows, Carver{}).bytes; });
+}
+static void assign_rows(const AssignClusters& p, const float* half_norms, Range rows, void* workspace) {
+  by_word(p.dtype, [&](auto word) { assign_over<decltype(word)>(p, half_norms, rows, workspace); });
 }
 
 IFND_END

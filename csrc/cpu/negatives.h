@@ -7,23 +7,23 @@
 
 #include "exp.h"
 #include "match.h"
-#include "matmul.h"
 #include "tile.h"
 
 IFND_BEGIN
 
 // A group of queries, packed once and read by all threads.
+template <class Word>
 struct QueryGroup {
-  float *panels, *rows;     // per panel of LANES queries: (D, LANES) and its transpose (LANES, padded D)
-  float *shift, *factor;    // per query: a, and g / tau mean_l e^{a - lse_l}
+  Word *panels, *rows;   // per panel of LANES queries: (words of D, LANES), and (words of LANES, padded D)
+  float *shift, *factor;  // per query: a, and g / tau mean_l e^{a - lse_l}
   PanelLabels* labels;
   size_t bytes;
 
   QueryGroup(const InfoNceNegativesGrad& p, int64_t count, const void* base) {
     Carver carver{static_cast<char*>(const_cast<void*>(base))};
     const size_t lanes = size_t(round_up(count, LANES));
-    panels = carver.take<float>(lanes * p.D);
-    rows = carver.take<float>(lanes * padded(p.D));
+    panels = carver.take<Word>(lanes * words<Word>(p.D));
+    rows = carver.take<Word>(lanes / kTerms<Word> * padded(p.D));
     shift = carver.take<float>(lanes);
     factor = carver.take<float>(lanes);
     labels = carver.take<PanelLabels>(lanes / LANES);
@@ -31,37 +31,39 @@ struct QueryGroup {
   }
 };
 
-struct NegativesWorkspace {
-  float *tile, *grad, *scores;
+template <class Word>
+struct NegativesWork {
+  Tile<Word> tile;
+  float *grad, *scores;
+  Word* weights;  // (keys, words of LANES); floats lie in the place of the scores
   TileLabels* labels;
+  MarkedKeys* marked;
   size_t bytes;
 
-  NegativesWorkspace(const InfoNceNegativesGrad& p, void* base) {
-    Carver carver{static_cast<char*>(base)};
+  NegativesWork(const InfoNceNegativesGrad& p, Carver&& carver) : tile(carver, p.D) {
     const size_t keys = size_t(tile_rows(p.D));
-    tile = carver.take<float>(keys * tile_stride(p.D));
     grad = carver.take<float>(keys * tile_stride(p.D));
     scores = carver.take<float>(keys * LANES);
+    weights = kTerms<Word> == 1 ? reinterpret_cast<Word*>(scores) : carver.take<Word>(keys * LANES / kTerms<Word>);
     labels = carver.take<TileLabels>(1);
+    marked = carver.take<MarkedKeys>(LANES);
     bytes = carver.used;
   }
 };
 
-static size_t group_bytes(const InfoNceNegativesGrad& p, int64_t rows) { return QueryGroup(p, rows, nullptr).bytes; }
-static size_t pass_bytes(const InfoNceNegativesGrad& p) { return NegativesWorkspace(p, nullptr).bytes; }
-
-static void group_pack(const InfoNceNegativesGrad& p, Range rows, int panel, void* memory) {
+template <class Word>
+static void pack_queries(const InfoNceNegativesGrad& p, Range rows, int panel, void* memory) {
   const int64_t at = int64_t(panel) * LANES, first = rows.begin + at;
   const int64_t count = min_of<int64_t>(LANES, rows.end - first);
-  const QueryGroup group(p, rows.end - rows.begin, memory);
-  pack_panel(p.query, p.dtype, first, count, p.D, group.panels + at * p.D);
+  const QueryGroup<Word> group(p, rows.end - rows.begin, memory);
+  pack_panel(p.query, p.dtype, first, count, p.D, group.panels + at * words<Word>(p.D));
+  Word* zipped = group.rows + at / kTerms<Word> * padded(p.D);
+  memset(zipped, 0, sizeof(Word) * size_t(LANES / kTerms<Word>) * size_t(padded(p.D)));
+  pack_zipped(p.query, p.dtype, first, count, p.D, padded(p.D), zipped);
   pack_labels(p, first, count, group.labels[panel]);
   for (int lane = 0; lane < LANES; ++lane) {
-    float* row = group.rows + (at + lane) * padded(p.D);
     group.shift[at + lane] = group.factor[at + lane] = 0.0f;
-    memset(row, 0, sizeof(float) * size_t(padded(p.D)));
     if (lane >= count) continue;
-    convert_row(p.query, p.dtype, first + lane, p.D, row);
     const float* lse = p.log_normalizer + (first + lane) * p.L;
     float least = lse[0];
     for (int l = 1; l < p.L; ++l) least = min_of(lse[l], least);
@@ -72,69 +74,77 @@ static void group_pack(const InfoNceNegativesGrad& p, Range rows, int panel, voi
   }
 }
 
-// d loss / d s of one query and a key that its mask marks; `dense` is what the key would get unmarked.
-static float marked_weight(const InfoNceNegativesGrad& p, int64_t query, int32_t mask, float score, float dense) {
-  if (mask == kSameImage) return 0.0f;
+// Overwrites the weights g (d loss / d s) / tau of one query's marked keys in its column.
+static void marked_weights(const InfoNceNegativesGrad& p, int64_t query, const MarkedKeys& marked, float* column) {
   const double g = p.loss_grad[query] / p.temperature / p.L;
-  double mean = 0.0;
+  const bool attract = p.strategy == Strategy::attract;
+  float weight[kMaxTileRows + W] = {};
   for (int l = 0; l < p.L; ++l) {
-    const bool detected = mask >> l & 1;
-    if (p.strategy == Strategy::attract)
-      mean -= detected ? 1.0 / (1.0 + p.false_negative_counts[query * p.L + l]) : 0.0;
-    else
-      mean += detected ? 0.0 : ::exp(double(score) - p.log_normalizer[query * p.L + l]);
-  }
-  return (p.strategy == Strategy::attract ? dense : 0.0f) + float(g * mean);
-}
-
-// scores (keys, LANES) become weights g d loss / d s / tau.
-static void scores_to_weights(const InfoNceNegativesGrad& p, const QueryGroup& group, int64_t at, int64_t first,
-                              int64_t count, const NegativesWorkspace& work, int keys) {
-  const bool matching = uses_labels(p) || uses_ids(p);
-  const PanelLabels& labels = group.labels[at / LANES];
-  int32_t touched[LANES] = {}, mask[kMaxTileRows];
-  float column[kMaxTileRows];
-  if (matching) touched_lanes(p, labels, *work.labels, keys, touched);
-  for (int lane = 0; lane < count; ++lane) {  // marked keys first, from the scores; parked until the rest is done
-    if (!touched[lane]) continue;
-    float* scores = work.scores + lane;
-    const float shift = group.shift[at + lane], factor = group.factor[at + lane];
-    lane_masks(p, labels, lane, *work.labels, keys, mask);
-    for (int k = 0; k < keys; ++k) column[k] = scores[ptrdiff_t(k) * LANES];
-    for (int k = 0; k < keys; ++k) {
-      const float dense = mask[k] && p.strategy != Strategy::attract ? 0.0f : exp(column[k] - shift) * factor;
-      scores[ptrdiff_t(k) * LANES] = mask[k] ? marked_weight(p, first + lane, mask[k], column[k], dense) : dense;
+    const float pull = float(g / (1.0 + p.false_negative_counts[query * p.L + l]));
+    const vfloat lse = splat(p.log_normalizer[query * p.L + l]), push = splat(float(g));
+    for (int j = 0; j < marked.n; j += W) {
+      float kept[W], detected[W], score[W];
+      for (int i = 0; i < W; ++i) {
+        const int in_level = j + i < marked.n ? marked.levels[j + i] >> l & 1 : 1;
+        kept[i] = float(1 - in_level), detected[i] = float(in_level);
+        score[i] = in_level && !attract ? -INFINITY : marked.score[min_of(j + i, marked.n - 1)];
+      }
+      const vfloat added = attract ? push * exp(load(score) - lse) - splat(pull) * load(detected)
+                                   : push * exp(load(score) - lse) * load(kept);
+      store(weight + j, load(weight + j) + added);
     }
   }
+  for (int j = 0; j < marked.n; ++j)
+    column[ptrdiff_t(marked.key[j]) * LANES] = marked.levels[j] == 0 ? 0.0f : weight[j];
+}
+
+IFND_INLINE void as_words(const float*, int, float*) {}
+#ifdef __AVX512BF16__
+IFND_INLINE void as_words(const float* scores, int keys, Pair* weights) {
+  for (int k = 0; k < keys; ++k, scores += LANES, weights += W)
+    store(weights, to_bfloat16(load(scores), load(scores + W)));
+}
+#endif
+
+// scores (keys, LANES) become weights g (d loss / d s) / tau.
+template <class Word>
+static void scores_to_weights(const InfoNceNegativesGrad& p, const QueryGroup<Word>& group, int64_t at, int64_t first,
+                              int64_t count, const NegativesWork<Word>& work, int keys) {
+  uint32_t marked = 0;
+  if (uses_labels(p) || uses_ids(p))
+    marked = find_marked(p, group.labels[at / LANES], count, *work.labels, keys, work.scores, work.marked);
   for (int v = 0; v < LANES; v += W) {
     const vfloat shift = load(group.shift + at + v), factor = load(group.factor + at + v);
-    const vint done = load(touched + v) != 0;
     for (int k = 0; k < keys; ++k) {
       float* scores = work.scores + ptrdiff_t(k) * LANES + v;
-      const vfloat s = load(scores);
-      store(scores, done ? s : exp(s - shift) * factor);
+      store(scores, exp(load(scores) - shift) * factor);
     }
   }
+  for (; marked; marked &= marked - 1) {
+    const int lane = __builtin_ctz(marked);
+    marked_weights(p, first + lane, work.marked[lane], work.scores + lane);
+  }
+  as_words(work.scores, keys, work.weights);
 }
 
-static void negatives_pass(const InfoNceNegativesGrad& p, Range rows, Range keys, const void* memory, void* workspace,
+template <class Word>
+static void negatives_over(const InfoNceNegativesGrad& p, Range rows, Range keys, const void* memory, void* workspace,
                            bool first_group) {
   const int64_t count = rows.end - rows.begin;
-  const QueryGroup group(p, count, memory);
-  const NegativesWorkspace work(p, workspace);
+  const QueryGroup<Word> group(p, count, memory);
+  const NegativesWork<Word> work(p, Carver{static_cast<char*>(workspace)});
   const float inverse_temperature = float(1.0 / p.temperature);
   const int step = tile_rows(p.D), ld = tile_stride(p.D), columns = int(round_up(p.D, W));
   for (int64_t key = keys.begin; key < keys.end; key += step) {
     const int n = int(min_of<int64_t>(step, keys.end - key));
-    pack_tile(p.negatives, p.dtype, key, n, p.D, work.tile);
+    work.tile.pack(p.negatives, p.dtype, key, n);
     if (uses_labels(p) || uses_ids(p)) pack_labels(p, key, n, *work.labels);
-    memset(work.grad, 0, sizeof(float) * size_t(n) * size_t(ld));
     for (int64_t at = 0; at < count; at += LANES) {
       const int64_t lanes = min_of<int64_t>(LANES, count - at);
-      panel_scores(n, lanes, p.D, inverse_temperature, work.tile, ld, group.panels + at * p.D, work.scores);
+      work.tile.scores(n, lanes, inverse_temperature, group.panels + at * words<Word>(p.D), work.scores);
       scores_to_weights(p, group, at, rows.begin + at, lanes, work, n);
-      multiply_add<false>(n, columns, int(lanes), 1.0f, work.scores, LANES, group.rows + at * padded(p.D),
-                          padded(p.D), work.grad, ld);
+      multiply<false>(n, columns, words<Word>(int(lanes)), 1.0f, work.weights, LANES / kTerms<Word>,
+                      group.rows + at / kTerms<Word> * padded(p.D), padded(p.D), work.grad, ld, at > 0);
     }
     for (int k = 0; k < n; ++k) {
       float* out = p.negatives_grad + (key + k) * p.D;
@@ -142,6 +152,21 @@ static void negatives_pass(const InfoNceNegativesGrad& p, Range rows, Range keys
       for (int d = 0; d < p.D; ++d) out[d] = first_group ? grad[d] : out[d] + grad[d];
     }
   }
+}
+
+static size_t group_bytes(const InfoNceNegativesGrad& p, int64_t rows) {
+  return by_word(p.dtype, [&](auto word) { return QueryGroup<decltype(word)>(p, rows, nullptr).bytes; });
+}
+static size_t pass_bytes(const InfoNceNegativesGrad& p) {
+  return by_word(p.dtype, [&](auto word) { return NegativesWork<decltype(word)>(p, Carver{}).bytes; });
+}
+static void group_pack(const InfoNceNegativesGrad& p, Range rows, int panel, void* memory) {
+  by_word(p.dtype, [&](auto word) { pack_queries<decltype(word)>(p, rows, panel, memory); });
+}
+static void negatives_pass(const InfoNceNegativesGrad& p, Range rows, Range keys, const void* memory, void* workspace,
+                           bool first_group) {
+  by_word(p.dtype,
+          [&](auto word) { negatives_over<decltype(word)>(p, rows, keys, memory, workspace, first_group); });
 }
 
 IFND_END

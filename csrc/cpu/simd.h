@@ -1,5 +1,5 @@
 // Vectors of W floats by the compilers' vector extension (GCC, Clang), as wide as the instruction set that
-// this translation unit is compiled for.
+// this translation unit is compiled for; intrinsics only for what the extension can't say.
 //
 // Kernel sources are compiled once per instruction set, each time into the namespace IFND_ISA. They use no
 // inline function or template from outside that namespace (so nothing of the standard library but C
@@ -13,8 +13,12 @@
 
 #include "kernels.h"
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #ifndef IFND_ISA
-#error "compile kernel sources with -DIFND_ISA=portable|avx2|avx512 and -DIFND_VECTOR_BYTES=16|32|64"
+#error "compile kernel sources with -DIFND_ISA=portable|avx2|avx512|avx512bf16 and -DIFND_VECTOR_BYTES=16|32|64"
 #endif
 
 #define IFND_BEGIN namespace ifnd { namespace IFND_ISA {
@@ -29,6 +33,16 @@ typedef uint32_t vuint __attribute__((vector_size(IFND_VECTOR_BYTES)));
 
 constexpr int W = IFND_VECTOR_BYTES / 4;
 
+// What a matrix product multiplies: floats, or pairs of bfloat16 (the first in the low half) by dot instructions.
+typedef uint32_t Pair;
+template <class Word> constexpr int kTerms = 1;
+template <> constexpr int kTerms<Pair> = 2;
+#ifdef __AVX512BF16__
+constexpr bool kBfloat16Dots = true;
+#else
+constexpr bool kBfloat16Dots = false;
+#endif
+
 // The matrix product holds ROWS x VECTORS vectors of sums in registers; a panel is VECTORS vectors wide.
 constexpr int ROWS = IFND_VECTOR_BYTES == 64 ? 8 : IFND_VECTOR_BYTES == 32 ? 6 : 4;
 constexpr int VECTORS = 2;
@@ -38,10 +52,13 @@ constexpr float kLowest = -3.40282347e38f;
 
 IFND_INLINE vfloat load(const float* p) { vfloat v; memcpy(&v, p, sizeof v); return v; }
 IFND_INLINE vint load(const int32_t* p) { vint v; memcpy(&v, p, sizeof v); return v; }
+IFND_INLINE vuint load(const uint32_t* p) { vuint v; memcpy(&v, p, sizeof v); return v; }
 IFND_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 IFND_INLINE void store(int32_t* p, vint v) { memcpy(p, &v, sizeof v); }
+IFND_INLINE void store(uint32_t* p, vuint v) { memcpy(p, &v, sizeof v); }
 IFND_INLINE vfloat splat(float x) { return x - vfloat{}; }
 IFND_INLINE vint splat(int32_t x) { return x - vint{}; }
+IFND_INLINE vuint splat(uint32_t x) { return x - vuint{}; }
 IFND_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }  // b where either is NaN
 IFND_INLINE float max(float a, float b) { return a > b ? a : b; }
 
@@ -56,12 +73,42 @@ IFND_INLINE To bits(From from) {
   return to;
 }
 
-IFND_INLINE bool any(vint mask) {
-  int32_t lane[W], all = 0;
+// Bit i: lane i of a comparison's result is true.
+IFND_INLINE uint32_t true_lanes(vint mask) {
+#if defined(__AVX512F__) && IFND_VECTOR_BYTES == 64
+  return _mm512_movepi32_mask(__m512i(mask));
+#elif defined(__AVX2__) && IFND_VECTOR_BYTES == 32
+  return uint32_t(_mm256_movemask_ps(__m256(mask)));
+#elif defined(__SSE2__) && IFND_VECTOR_BYTES == 16
+  return uint32_t(_mm_movemask_ps(__m128(mask)));
+#else
+  int32_t lane[W];
   store(lane, mask);
-  for (int i = 0; i < W; ++i) all |= lane[i];
-  return all != 0;
+  uint32_t lanes = 0;
+  for (int i = 0; i < W; ++i) lanes |= uint32_t(lane[i] & 1) << i;
+  return lanes;
+#endif
 }
+
+// sum + x * y, and for pairs sum + x_low * y_low + x_high * y_high (denormal numbers count as 0).
+IFND_INLINE vfloat add_product(vfloat sum, vfloat x, vfloat y) { return sum + x * y; }
+#ifdef __AVX512BF16__
+IFND_INLINE vfloat add_product(vfloat sum, vuint x, vuint y) {
+  return vfloat(_mm512_dpbf16_ps(__m512(sum), __m512bh(x), __m512bh(y)));
+}
+
+// bfloat16 of 2 W floats in order, rounded to nearest even; denormal numbers give 0.
+IFND_INLINE vuint to_bfloat16(vfloat first, vfloat second) {
+  return vuint(_mm512_cvtne2ps_pbh(__m512(second), __m512(first)));
+}
+
+// Lane i: the pair (first_i, second_i), rounded so.
+IFND_INLINE vuint to_pairs(vfloat first, vfloat second) {
+  alignas(64) static const uint16_t zip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return vuint(_mm512_permutexvar_epi16(_mm512_load_si512(zip), __m512i(to_bfloat16(first, second))));
+}
+#endif
 
 IFND_INLINE float sum(vfloat v) {  // pairwise
   float lane[W];

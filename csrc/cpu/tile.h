@@ -1,18 +1,21 @@
-// Rows of any dtype in, float32 tiles and panels out.
-//   tile  (rows, D) row-major, zero-padded to padded(D) columns, rows tile_stride(D) floats apart
-//   panel (D, LANES) the transpose of up to LANES rows, missing rows zero
+// Rows of any dtype in, tiles and panels of words (simd.h) out.
+//   tile  (keys, D), and for the gradient the same with its words along the keys
+//   panel (words of D, LANES): the transpose of up to LANES rows, missing rows zero
 #pragma once
 
+#include "matmul.h"
 #include "simd.h"
 
 IFND_BEGIN
 
 constexpr int kMaxTileRows = 128;
 
-IFND_INLINE int padded(int D) { return int(round_up(D, 16)); }
-// 16 floats more, so that rows of a power of two don't all fall into the same few cache sets.
-IFND_INLINE int tile_stride(int D) { return padded(D) + 16; }
-// About 64 KB of keys: they stay in the second-level cache beside a group of queries.
+template <class Word>
+IFND_INLINE int words(int terms) { return (terms + kTerms<Word> - 1) / kTerms<Word>; }
+IFND_INLINE int padded(int n) { return int(round_up(n, 16)); }
+// 16 words more, so that rows of a power of two don't all fall into the same few cache sets.
+IFND_INLINE int tile_stride(int n) { return padded(n) + 16; }
+// About 64 KB of float keys: they stay in the second-level cache beside a group of queries.
 IFND_INLINE int tile_rows(int D) { return min_of(kMaxTileRows, D >= 1024 ? 16 : int(16384 / padded(D) / 8 * 8)); }
 
 IFND_INLINE float from_bfloat16(uint16_t x) { return bits<float>(uint32_t(x) << 16); }
@@ -30,30 +33,84 @@ static inline void convert_row(const void* matrix, DType dtype, int64_t row, int
     return;
   }
   const uint16_t* in = static_cast<const uint16_t*>(matrix) + row * D;
-  if (dtype == DType::bfloat16)
-    for (int d = 0; d < D; ++d) out[d] = from_bfloat16(in[d]);
-  else
-    for (int d = 0; d < D; ++d) out[d] = from_float16(in[d]);
-}
-
-static inline void pack_tile(const void* matrix, DType dtype, int64_t first, int rows, int D, float* tile) {
-  for (int i = 0; i < rows; ++i) {
-    float* row = tile + ptrdiff_t(i) * tile_stride(D);
-    convert_row(matrix, dtype, first + i, D, row);
-    for (int d = D; d < padded(D); ++d) row[d] = 0.0f;
+  int d = 0;
+  if (dtype == DType::bfloat16) {
+    for (; d < D; ++d) out[d] = from_bfloat16(in[d]);
+    return;
   }
+#ifdef __F16C__
+  for (; d + 8 <= D; d += 8)
+    _mm256_storeu_ps(out + d, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + d))));
+#endif
+  for (; d < D; ++d) out[d] = from_float16(in[d]);
 }
 
-static inline void pack_panel(const void* matrix, DType dtype, int64_t first, int64_t rows, int D, float* panel) {
-  float row[kMaxDim];
+// A row's words, zero up to `columns` words (a multiple of W).
+static inline void pack_row(const void* matrix, DType dtype, int64_t row, int D, float* out, int columns) {
+  convert_row(matrix, dtype, row, D, out);
+  for (int d = D; d < columns; ++d) out[d] = 0.0f;
+}
+
+#ifdef __AVX512BF16__
+static inline void pack_row(const void* matrix, DType dtype, int64_t row, int D, Pair* out, int columns) {
+  if (dtype == DType::bfloat16) {
+    const size_t bytes = sizeof(uint16_t) * size_t(D);
+    memcpy(out, static_cast<const uint16_t*>(matrix) + row * D, bytes);
+    memset(reinterpret_cast<char*>(out) + bytes, 0, sizeof(Pair) * size_t(columns) - bytes);
+    return;
+  }
+  float x[kMaxDim + 2 * W];
+  pack_row(matrix, dtype, row, D, x, 2 * columns);
+  for (int p = 0; p < columns; p += W) store(out + p, to_bfloat16(load(x + 2 * p), load(x + 2 * p + W)));
+}
+#endif
+
+template <class Word>
+static void pack_panel(const void* matrix, DType dtype, int64_t first, int64_t rows, int D, Word* panel) {
+  Word row[kMaxDim + W];
+  const int P = words<Word>(D);
   for (int lane = 0; lane < LANES; ++lane) {
     if (lane < rows)
-      convert_row(matrix, dtype, first + lane, D, row);
+      pack_row(matrix, dtype, first + lane, D, row, int(round_up(P, W)));
     else
-      memset(row, 0, sizeof(float) * size_t(D));
-    for (int d = 0; d < D; ++d) panel[ptrdiff_t(d) * LANES + lane] = row[d];
+      memset(row, 0, sizeof(Word) * size_t(P));
+    for (int p = 0; p < P; ++p) panel[ptrdiff_t(p) * LANES + lane] = row[p];
   }
 }
+
+// Rows whose words lie along the rows: float rows as they are; a row of pairs out of every two rows, a missing one zero.
+static inline void pack_zipped(const void* matrix, DType dtype, int64_t first, int64_t rows, int D, int stride,
+                               float* out) {
+  for (int64_t i = 0; i < rows; ++i) pack_row(matrix, dtype, first + i, D, out + i * stride, padded(D));
+}
+
+#ifdef __AVX512BF16__
+// W bfloat16 of a row of pairs from column d on, as floats.
+IFND_INLINE vuint widened(const Pair* row, int d) {
+  typedef uint16_t Halves __attribute__((vector_size(IFND_VECTOR_BYTES / 2)));
+  Halves halves;
+  memcpy(&halves, row + d / 2, sizeof halves);
+  return __builtin_convertvector(halves, vuint) << 16;
+}
+
+IFND_INLINE void zip(const Pair* even, const Pair* odd, int columns, Pair* out) {
+  for (int d = 0; d < columns; d += W) store(out + d, widened(even, d) >> 16 | widened(odd, d));
+}
+
+static inline void pack_zipped(const void* matrix, DType dtype, int64_t first, int64_t rows, int D, int stride,
+                               Pair* out) {
+  const int columns = padded(words<Pair>(D));
+  Pair even[kMaxDim / 2], odd[kMaxDim / 2];
+  for (int64_t i = 0; i < rows; i += 2) {
+    pack_row(matrix, dtype, first + i, D, even, columns);
+    if (i + 1 < rows)
+      pack_row(matrix, dtype, first + i + 1, D, odd, columns);
+    else
+      memset(odd, 0, sizeof odd);
+    zip(even, odd, padded(D), out + i / 2 * stride);
+  }
+}
+#endif
 
 // One after the other out of a block of memory, each aligned for any vector. On a null block it only counts.
 struct Carver {
@@ -67,5 +124,78 @@ struct Carver {
     return p;
   }
 };
+
+// Keys with their words along D, for scores.
+template <class Word>
+struct Tile {
+  int D, stride;
+  Word* rows;
+
+  Tile(Carver& carver, int dim) : D(dim), stride(tile_stride(words<Word>(dim))) {
+    rows = carver.take<Word>(size_t(tile_rows(dim)) * size_t(stride));
+  }
+
+  Word* row(int key) const { return rows + ptrdiff_t(key) * stride; }
+
+  void pack(const void* matrix, DType dtype, int64_t first, int keys) const {
+    for (int k = 0; k < keys; ++k) pack_row(matrix, dtype, first + k, D, row(k), padded(words<Word>(D)));
+  }
+
+  // scores (keys, LANES) = alpha * rows panel; only the first `lanes` lanes need be right.
+  void scores(int keys, int64_t lanes, float alpha, const Word* panel, float* scores) const {
+    multiply<false>(keys, int(min_of<int64_t>(LANES, round_up(lanes, W))), words<Word>(D), alpha, rows, stride, panel,
+                    LANES, scores, LANES, false);
+  }
+};
+
+// Keys for the gradient as well: their weighted sum over keys has its words along the keys.
+template <class Word>
+struct KeyTile;
+
+template <>
+struct KeyTile<float> : Tile<float> {
+  using Tile::Tile;
+
+  // grad (D, LANES) += keys^T weights (keys, LANES)
+  void add_weighted(int keys, int64_t lanes, const float* weights, float* grad) const {
+    multiply<true>(D, int(min_of<int64_t>(LANES, round_up(lanes, W))), keys, 1.0f, rows, stride, weights, LANES, grad,
+                   LANES, true);
+  }
+  vfloat column(int key, int d) const { return load(row(key) + d); }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct KeyTile<Pair> : Tile<Pair> {
+  Pair* zipped;  // (words of keys, D)
+  int zipped_stride;
+
+  KeyTile(Carver& carver, int dim) : Tile(carver, dim), zipped_stride(tile_stride(dim)) {
+    zipped = carver.take<Pair>(size_t(tile_rows(dim) / 2) * size_t(zipped_stride));
+  }
+
+  void pack(const void* matrix, DType dtype, int64_t first, int keys) const {
+    Tile::pack(matrix, dtype, first, keys);
+    if (keys % 2) memset(row(keys), 0, sizeof(Pair) * size_t(stride));
+    for (int k = 0; k < keys; k += 2) zip(row(k), row(k + 1), padded(D), zipped + ptrdiff_t(k / 2) * zipped_stride);
+  }
+
+  void add_weighted(int keys, int64_t lanes, const Pair* weights, float* grad) const {
+    multiply<true>(D, int(min_of<int64_t>(LANES, round_up(lanes, W))), words<Pair>(keys), 1.0f, zipped, zipped_stride,
+                   weights, LANES, grad, LANES, true);
+  }
+  vfloat column(int key, int d) const { return bits<vfloat>(widened(row(key), d)); }
+};
+#endif
+
+// function(Word{}) with the words that inputs of this dtype are multiplied as.
+template <class Function>
+static auto by_word(DType dtype, const Function& function) {
+#ifdef __AVX512BF16__
+  if (dtype == DType::bfloat16) return function(Pair{});
+#endif
+  (void)dtype;
+  return function(float{});
+}
 
 IFND_END
