@@ -381,6 +381,80 @@ def test_values_of_assignment_ties_take_the_lowest_index():
         assert confidence.max() <= 1 / 3 + 1e-6
 
 
+UP, DOWN = 1 + 1.02 * 2.0**-8, 1 + 0.98 * 2.0**-8  # bfloat16 rounds them so, to 1 + 2^-7 and to 1
+
+
+def misrounded(which: str) -> tuple[Tensor, Tensor]:
+    """Rows and centroids: nearest by a hair is centroid 37, but far from it once `which` is rounded to bfloat16."""
+    x, c = torch.ones(70, 64), torch.full((100, 64), 0.25)
+    if which == "centroids":
+        c[[3, 90]], c[37] = UP, DOWN
+        c[[3, 90], 0] = 0.98
+    else:
+        x[:, ::2], x[:, 1::2] = DOWN, UP
+        c[[3, 37, 90]] = 0.0
+        c[[3, 90], 1::2] = 1.0
+        c[37, ::2] = 1.0
+        c[37, 0] += 2.0**-7
+    return x, c
+
+
+SCREENED = {
+    "clusters": lambda c, noise: c[torch.arange(500) % len(c)] + 0.01 * noise,
+    "collapsed": lambda c, noise: c[:1] + 1e-4 * noise,
+    "short": lambda c, noise: 1e-6 * noise,
+    "tiny": lambda c, noise: 1e-25 * noise,
+    "below normal numbers": lambda c, noise: 1e-39 * noise,
+    "huge": lambda c, noise: 1e15 * noise,
+    "overflowing": lambda c, noise: 3e38 * noise.sign(),
+    "zero": lambda c, noise: 0 * noise,
+    "mixed lengths": lambda c, noise: noise * 10.0 ** torch.linspace(-30, 10, 500)[:, None],
+    "not finite": lambda c, noise: noise.masked_fill(noise > 2.5, torch.inf).masked_fill(noise < -2.5, torch.nan),
+}
+
+
+@pytest.mark.parametrize("metric", [0, 1])
+@pytest.mark.parametrize("kind", ["spread", "near each other", "duplicated", "mixed lengths", "unit lengths"])
+@pytest.mark.parametrize("features", SCREENED)
+def test_values_of_labels_alone_are_those_with_confidence(features, kind, metric):
+    """Labels without confidence may be found by bfloat16 screening: they are the same, ties included."""
+    generator = torch.Generator().manual_seed(0)
+    c, noise = torch.randn(700, 64, generator=generator), torch.randn(500, 64, generator=generator)
+    if kind == "near each other":
+        c = c[:1] + 1e-3 * c
+    elif kind == "duplicated":
+        c = c[:70].repeat(10, 1)
+    elif kind == "mixed lengths":
+        c = c * 10.0 ** torch.linspace(-20, 3, 700)[torch.randperm(700, generator=generator), None]
+    elif kind == "unit lengths":
+        c = torch.nn.functional.normalize(c)
+    x = SCREENED[features](c, noise).contiguous()
+    labels, _ = native_assign(x, c, metric)
+    bare, _ = native_assign(x, c, metric, with_confidence=False)
+    assert torch.equal(bare, labels)
+
+
+@pytest.mark.parametrize("which", ["features", "centroids"])
+def test_values_of_labels_where_bfloat16_orders_centroids_wrongly(which):
+    x, c = misrounded(which)
+    assert ((x.double() @ c.double().T).argmax(1) == 37).all()
+    assert not ((x.bfloat16().double() @ c.bfloat16().double().T).argmax(1) == 37).any()
+    labels, _ = native_assign(x, c, with_confidence=False)
+    assert (labels == 37).all()
+
+
+@pytest.mark.parametrize("metric", [0, 1])
+def test_values_of_labels_decided_by_float32_rounding(metric):
+    """Exact in bfloat16, and equally near: which sum of the same terms is the largest depends on their order."""
+    generator = torch.Generator().manual_seed(0)
+    x = (10.0 ** (8 * torch.rand(3000, 1, generator=generator) - 7)).bfloat16().float().repeat(1, 512)
+    terms = torch.randn(512, generator=generator).bfloat16().float() + 1
+    c = torch.stack([terms[torch.randperm(512, generator=generator)] for _ in range(20)] + [0 * terms] * 60)
+    labels, _ = native_assign(x, c, metric)
+    bare, _ = native_assign(x, c, metric, with_confidence=False)
+    assert torch.equal(bare, labels) and len(labels.unique()) > 2
+
+
 def test_values_of_assignment_do_not_depend_on_the_split():
     torch.manual_seed(0)
     x, c = torch.randn(700, 48), torch.randn(90, 48)

@@ -2,6 +2,7 @@
 #include "forward.h"
 #include "negatives.h"
 #include "nearest.h"
+#include "screen.h"
 
 IFND_BEGIN
 

@@ -27,10 +27,11 @@ struct Kernels {
                          void* workspace, bool first);
 
   // Assignment: half the squared norms of the centroids `range`; bytes of workspace for `rows` features;
-  // labels and confidence of `rows`. half_norms is null for the inner product.
+  // labels and confidence of `rows`. half_norms is null for the inner product. `screen`: first rule out what a
+  // faster, less precise pass can, where there is one; returns the number of rows for which that was in vain.
   void (*half_norms)(const AssignClusters&, Range centroids, float* half_norms);
   size_t (*assign_bytes)(const AssignClusters&, int64_t rows);
-  void (*assign_rows)(const AssignClusters&, const float* half_norms, Range rows, void* workspace);
+  int64_t (*assign_rows)(const AssignClusters&, const float* half_norms, Range rows, bool screen, void* workspace);
 
   void (*exp)(const float* x, float* y, int64_t n);  // the kernels' own exp, for its test
 };

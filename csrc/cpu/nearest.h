@@ -14,16 +14,14 @@ struct AssignWork {
   Word* panels;
   float *best, *sum, *scores;
   int32_t* label;
-  size_t bytes;
 
-  AssignWork(const AssignClusters& p, int64_t rows, Carver&& carver) : tile(carver, p.D) {
+  AssignWork(const AssignClusters& p, int64_t rows, Carver& carver) : tile(carver, p.D) {
     const size_t lanes = size_t(round_up(rows, LANES));
     panels = carver.take<Word>(lanes * words<Word>(p.D));
     best = carver.take<float>(lanes);
     sum = carver.take<float>(lanes);
     label = carver.take<int32_t>(lanes);
     scores = carver.take<float>(size_t(tile_rows(p.D)) * LANES);
-    bytes = carver.used;
   }
 };
 
@@ -70,9 +68,8 @@ static void update_nearest(const AssignWork<Word>& work, int64_t at, int64_t fir
 }
 
 template <class Word>
-static void assign_over(const AssignClusters& p, const float* half_norms, Range rows, void* workspace) {
+static void assign_with(const AssignWork<Word>& work, const AssignClusters& p, const float* half_norms, Range rows) {
   const int64_t count = rows.end - rows.begin, lanes = round_up(count, LANES);
-  const AssignWork<Word> work(p, count, Carver{static_cast<char*>(workspace)});
   const float inverse_temperature = float(1.0 / p.temperature);
   const int step = tile_rows(p.D);
   for (int64_t at = 0; at < lanes; at += LANES)
@@ -89,13 +86,6 @@ static void assign_over(const AssignClusters& p, const float* half_norms, Range 
   memcpy(p.labels + rows.begin, work.label, sizeof(int32_t) * size_t(count));
   if (p.confidence)
     for (int64_t i = 0; i < count; ++i) p.confidence[rows.begin + i] = 1.0f / work.sum[i];
-}
-
-static size_t assign_bytes(const AssignClusters& p, int64_t rows) {
-  return by_word(p.dtype, [&](auto word) { return AssignWork<decltype(word)>(p, rows, Carver{}).bytes; });
-}
-static void assign_rows(const AssignClusters& p, const float* half_norms, Range rows, void* workspace) {
-  by_word(p.dtype, [&](auto word) { assign_over<decltype(word)>(p, half_norms, rows, workspace); });
 }
 
 IFND_END
