@@ -58,11 +58,12 @@ void info_nce(int64_t B, int64_t K, int D, int L, ifnd::DType dtype, ifnd::Strat
   ifnd::info_nce_negatives_grad(g, threads);
 }
 
-void assign(int64_t N, int64_t C, int D, ifnd::DType dtype, ifnd::Metric metric, int threads) {
+void assign(int64_t N, int64_t C, int D, ifnd::DType dtype, ifnd::Metric metric, bool with_confidence, int threads) {
   const auto features = values(N * D, dtype), centroids = values(C * D, dtype);
   std::vector<int32_t> labels(N);
   std::vector<float> confidence(N);
-  ifnd::assign_clusters({features.data(), centroids.data(), N, C, D, dtype, metric, 0.2, labels.data(), confidence.data()},
+  ifnd::assign_clusters({features.data(), centroids.data(), N, C, D, dtype, metric, 0.2, labels.data(),
+                         with_confidence ? confidence.data() : nullptr},
                         threads);
 }
 
@@ -90,8 +91,9 @@ int main() {
                                         {70, 50, 129, 2}, {5, 40, 2048, 2}})
           info_nce(B, K, D, L, ifnd::DType(dtype), ifnd::Strategy(strategy), threads);
       for (int metric = 0; metric < 2; ++metric)
-        for (const auto [N, C, D] : {std::array<int, 3>{1, 1, 1}, {37, 301, 33}, {300, 7, 129}, {5, 40, 2048}})
-          assign(N, C, D, ifnd::DType(dtype), ifnd::Metric(metric), threads);
+        for (const auto [N, C, D] : {std::array<int, 3>{1, 1, 1}, {37, 301, 33}, {300, 7, 129}, {5, 70, 2048}})
+          for (const bool with_confidence : {true, false})
+            assign(N, C, D, ifnd::DType(dtype), ifnd::Metric(metric), with_confidence, threads);
     }
   std::printf("%s exp %.3f\n", ifnd::kernels().isa, exp_error());
 }
