@@ -1,13 +1,16 @@
 """What every benchmark shares: the machine in each report, the device, and how a call is timed.
 
-    pytest bench/ --benchmark-only        the tables
-    pytest bench/ --benchmark-disable     every body once at small sizes (fixture `small`), results checked
+pytest bench/ --benchmark-only        the tables
+python bench/report.py                the same, with floors and ratios, into bench/results
+pytest bench/ --benchmark-disable     every body once at small sizes (fixture `small`), results checked
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 
 from ifnd_fast.ops import backends
 
-ROUNDS = 3  # after a warm-up round; the tables' medians are of these
+SECONDS, ROUNDS = 2.0, (3, 25)  # of a timing, after a warm-up; the tables' medians are of so many rounds
 
 
 def machine() -> dict[str, Any]:
@@ -67,17 +70,41 @@ def fused(device: torch.device) -> Callable[[str, torch.dtype], str]:
 
 
 @pytest.fixture
-def measure(benchmark: Any, device: torch.device) -> Callable[..., Any]:
-    """measure(function, **extra_info): the result of function(), timed until the device has finished."""
+def threads() -> Iterator[Callable[[int], None]]:
+    """threads(n): n threads for torch, faiss and the kernels until the end of the test."""
+    before = torch.get_num_threads()
 
-    def run(function: Callable[[], Any], **extra_info: Any) -> Any:
+    def use(n: int) -> None:
+        torch.set_num_threads(n)
+        if "faiss" in sys.modules:
+            sys.modules["faiss"].omp_set_num_threads(n)
+
+    yield use
+    use(before)
+
+
+@pytest.fixture
+def measure(benchmark: Any, device: torch.device) -> Callable[..., Any]:
+    """measure(function, row, operations, **extra_info): the result of function(), timed until the device has finished.
+
+    `row` names it in its group's table; `operations` are those of its matrix products, two for a multiply-add.
+    """
+
+    def run(function: Callable[[], Any], row: str, operations: float | None = None, **extra_info: Any) -> Any:
         def timed() -> Any:
             result = function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             return result
 
-        benchmark.extra_info.update(machine(), device=str(device), **extra_info)
-        return benchmark.pedantic(timed, rounds=ROUNDS, warmup_rounds=1)
+        extra_info |= {"row": row, "operations": operations, "threads": torch.get_num_threads(), "device": str(device)}
+        benchmark.extra_info.update(extra_info)
+        if benchmark.disabled:
+            return benchmark(timed)
+        timed()  # compiles, starts threads, takes memory
+        start = time.perf_counter()
+        timed()
+        rounds = int(SECONDS / (time.perf_counter() - start))
+        return benchmark.pedantic(timed, rounds=min(max(rounds, ROUNDS[0]), ROUNDS[1]))
 
     return run

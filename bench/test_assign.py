@@ -1,4 +1,4 @@
-"""Nearest centroid of every row, D = 128: fused, faiss's exact search, and plain torch on chunks of rows.
+"""Nearest centroid of every row: fused, faiss's exact search, and plain torch on chunks of rows.
 
 Centroids are the rows' own dtype; faiss takes float32 only, and gives no confidence. faiss's index is built
 beforehand, only the search is timed.
@@ -16,15 +16,27 @@ from ifnd_fast import assign_clusters
 
 TEMPERATURE = 0.2
 CHUNK = 4096
-SIZES = [(100_000, 3_000), (50_000, 1_000)]
+Size = tuple[int, int, int]
+SIZES: tuple[Size, ...] = ((100_000, 3_000, 128), (50_000, 1_000, 128))
+OTHER_SIZES: tuple[Size, ...] = (
+    (40_000, 3_000, 64), (20_000, 3_000, 256), (2_000, 3_000, 2048), (20_000, 25_000, 128)
+)  # fmt: skip
+ODD_SIZES: tuple[Size, ...] = ((10_007, 999, 100), (9_984, 992, 96), (10_240, 1_024, 112))
 
-every_size = pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
+
+def title(size: Size) -> str:
+    return "N={:,} C={:,} D={}".format(*size)
 
 
-def points(size: tuple[int, int], small: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def points(size: Size, small: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
-    n, c = (2_000, 100) if small else size
-    return normalize(torch.randn(n, 128)).to(device), normalize(torch.randn(c, 128)).to(device)
+    n, c = (2_000, 100) if small else size[:2]
+    return normalize(torch.randn(n, size[2])).to(device), normalize(torch.randn(c, size[2])).to(device)
+
+
+def operations(size: Size) -> int:
+    n, c, d = size
+    return 2 * n * c * d
 
 
 def torch_in_chunks(x: Tensor, c: Tensor, metric: str, return_confidence: bool) -> tuple[Tensor, Tensor]:
@@ -48,44 +60,73 @@ def check(labels: Tensor | np.ndarray, x: Tensor, c: Tensor, metric: str) -> Non
     assert same.float().mean() > 0.999
 
 
-@every_size
+def run_fused(size, return_confidence, device, small, fused, measure, row="fused", dtype=torch.float32, **how) -> None:
+    x, c = (t.to(dtype) for t in points(size, small, device))
+    backend = fused("assign_clusters", dtype)
+    how |= {"return_confidence": return_confidence, "temperature": TEMPERATURE, "backend": backend}
+    work = {"operations": operations(size), "dtype": str(dtype), "backend": backend}
+    result = measure(lambda: assign_clusters(x, c, **how), row, **work)
+    if small:
+        labels, confidence = result if return_confidence else (result, None)
+        check(labels, x, c, how.get("metric", "inner_product"))
+        if return_confidence:
+            _, expected = assign_clusters(x, c, temperature=TEMPERATURE, backend="reference")
+            torch.testing.assert_close(confidence, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES + OTHER_SIZES, ids=title)
 @pytest.mark.parametrize("metric", ["inner_product", "l2"])
 @pytest.mark.parametrize("name", ["fused", "faiss", "torch"])
 def test_labels(name, metric, size, device, small, fused, measure, benchmark):
-    benchmark.group = f"labels by {metric}: N={size[0]:,} C={size[1]:,} D=128, float32"
-    x, c = points(size, small, device)
+    benchmark.group = f"labels by {metric}: {title(size)}, float32"
     if name == "fused":
-        backend = fused("assign_clusters", torch.float32)
-        how = {"metric": metric, "return_confidence": False, "backend": backend}
-        labels = measure(lambda: assign_clusters(x, c, **how), backend=backend)
-    elif name == "faiss":
+        return run_fused(size, False, device, small, fused, measure, metric=metric)
+    x, c = points(size, small, device)
+    work = {"operations": operations(size), "dtype": "torch.float32"}
+    if name == "faiss":
         if device.type != "cpu":
             pytest.skip("faiss's index is on the CPU here")
         faiss = pytest.importorskip("faiss")
         faiss.omp_set_num_threads(torch.get_num_threads())
-        index = {"inner_product": faiss.IndexFlatIP, "l2": faiss.IndexFlatL2}[metric](128)
+        index = {"inner_product": faiss.IndexFlatIP, "l2": faiss.IndexFlatL2}[metric](size[2])
         index.add(c.numpy())
-        labels = measure(lambda: index.search(x.numpy(), 1)[1], backend="faiss " + faiss.__version__)
+        work["backend"] = "faiss " + faiss.__version__
+        labels = measure(lambda: index.search(x.numpy(), 1)[1], name, **work)
     else:
-        labels, _ = measure(lambda: torch_in_chunks(x, c, metric, False), backend="torch")
+        labels, _ = measure(lambda: torch_in_chunks(x, c, metric, False), name, **work)
     if small:
         check(labels, x, c, metric)
 
 
-@every_size
-@pytest.mark.parametrize("name", ["fused", "fused_bfloat16", "torch"])
+@pytest.mark.parametrize("size", SIZES + OTHER_SIZES, ids=title)
+@pytest.mark.parametrize("name", ["fused", "fused, bfloat16", "torch"])
 def test_labels_and_confidence(name, size, device, small, fused, measure, benchmark):
-    benchmark.group = f"labels and confidence: N={size[0]:,} C={size[1]:,} D=128"
-    x, c = points(size, small, device)
-    if name == "fused_bfloat16":
-        x, c = x.bfloat16(), c.bfloat16()
+    benchmark.group = f"labels and confidence: {title(size)}"
     if name == "torch":
-        labels, confidence = measure(lambda: torch_in_chunks(x, c, "inner_product", True), backend="torch")
+        x, c = points(size, small, device)
+        work = {"operations": operations(size), "dtype": "torch.float32"}
+        labels, _ = measure(lambda: torch_in_chunks(x, c, "inner_product", True), name, **work)
+        if small:
+            check(labels, x, c, "inner_product")
     else:
-        backend = fused("assign_clusters", x.dtype)
-        how = {"temperature": TEMPERATURE, "backend": backend}
-        labels, confidence = measure(lambda: assign_clusters(x, c, **how), backend=backend)
-    if small:
-        check(labels, x, c, "inner_product")
-        _, expected = assign_clusters(x, c, temperature=TEMPERATURE, backend="reference")
-        torch.testing.assert_close(confidence, expected, rtol=1e-4, atol=1e-5)
+        dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+        run_fused(size, True, device, small, fused, measure, name, dtype)
+
+
+@pytest.mark.parametrize("return_confidence", [True, False])
+@pytest.mark.parametrize("n", [1, 2])
+def test_threads(n, return_confidence, device, small, fused, measure, threads, benchmark):
+    if device.type != "cpu":
+        pytest.skip("threads are the CPU's")
+    what = "labels and confidence" if return_confidence else "labels by inner_product"
+    benchmark.group = f"{what}, number of threads: {title(SIZES[0])}, float32"
+    threads(n)
+    run_fused(SIZES[0], return_confidence, device, small, fused, measure, row=f"{n} threads")
+
+
+@pytest.mark.parametrize("return_confidence", [True, False])
+@pytest.mark.parametrize("size", ODD_SIZES, ids=title)
+def test_odd_sizes(size, return_confidence, device, small, fused, measure, benchmark):
+    what = "labels and confidence" if return_confidence else "labels by inner_product"
+    benchmark.group = f"{what}, odd sizes, float32"
+    run_fused(size, return_confidence, device, small, fused, measure, row=title(size))

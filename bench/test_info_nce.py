@@ -1,9 +1,9 @@
 """The loss with its gradients, fused and as plain torch: against a queue (MoCo) and within the batch (SimCLR).
 
-eager             the reference, queue stored (K, D)
-eager_transposed  the same, queue stored (D, K), as MoCo stores it
-eager_half        as under autocast: the products in bfloat16, the softmax in float32
-compiled          torch.compile of the reference
+eager         the reference, queue stored (K, D)
+eager_half    as under autocast: the products in bfloat16, the softmax in float32
+compiled      torch.compile of the reference
+..._transposed  the same, queue stored (D, K), as MoCo stores it
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ifnd_fast.ops import reference
 
 TEMPERATURE = 0.2
 CLUSTERS = (25_000, 50_000, 100_000)  # ImageNet's levels: a few false negatives a query
-IMPLEMENTATIONS = ("fused", "compiled", "eager")
+ODD_SIZES = ((37, 10007, 100), (32, 10240, 96), (48, 10240, 112), (251, 10007, 100), (256, 10240, 96))
+PEERS = ("fused", "compiled", "compiled_transposed", "eager", "eager_transposed")
 
 Loss = Callable[..., Tensor]
 
@@ -33,22 +34,23 @@ class Batch(NamedTuple):
     labels_and_ids: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def queue_batch(B: int, K: int, L: int, dtype: torch.dtype, device: torch.device) -> Batch:
-    """Half of the labels accepted; D = 128."""
+def queue_batch(B: int, K: int, D: int, L: int, dtype: torch.dtype, device: torch.device) -> Batch:
+    """Half of the labels accepted."""
     torch.manual_seed(0)
-    query, positive, negatives = (normalize(torch.randn(n, 128)).to(device, dtype) for n in (B, B, K))
+    query, positive, negatives = (normalize(torch.randn(n, D)).to(device, dtype) for n in (B, B, K))
     labels = torch.stack([torch.randint(-clusters, clusters, (B + K,)) for clusters in CLUSTERS[:L]], 1)
     labels = labels.clamp(min=-1).int().to(device)
     ids = torch.randint(1_000_000, (B + K,)).to(device)
     return Batch(query.requires_grad_(), positive, negatives, (labels[:B], labels[B:], ids[:B], ids[B:]))
 
 
-def in_batch(B: int, L: int, device: torch.device) -> tuple[Tensor, Batch]:
-    """Two views of B images: each of the 2B rows against all rows. Returns the features that want a gradient too."""
+def in_batch(rows: int, device: torch.device) -> tuple[Tensor, Batch]:
+    """Two views of rows / 2 images, each row against all rows. Returns the features that want a gradient too."""
     torch.manual_seed(0)
-    z = normalize(torch.randn(2, B, 128, device=device), dim=2).requires_grad_()
-    labels = torch.stack([torch.randint(-c, c, (B,)) for c in (100, 300, 1000)[:L]], 1).clamp(min=-1).int()
-    labels, ids = labels.repeat(2, 1).to(device), torch.arange(B, device=device).repeat(2)
+    images = rows // 2
+    z = normalize(torch.randn(2, images, 128, device=device), dim=2).requires_grad_()
+    labels = torch.stack([torch.randint(-c, c, (images,)) for c in (100, 300, 1000)], 1).clamp(min=-1).int()
+    labels, ids = labels.repeat(2, 1).to(device), torch.arange(images, device=device).repeat(2)
     return z, Batch(z.flatten(0, 1), z.flip(0).flatten(0, 1), z.flatten(0, 1), (labels, labels, ids, ids))
 
 
@@ -80,7 +82,7 @@ def fused_with(backend: str) -> Loss:
 
 
 def implementation_of(name: str, fused: Callable[[str, torch.dtype], str], dtype: torch.dtype) -> Loss:
-    if name == "compiled":
+    if name.startswith("compiled"):
         torch.compiler.reset()
         return cast(Loss, torch.compile(eager, dynamic=False))
     if name == "fused":
@@ -88,9 +90,11 @@ def implementation_of(name: str, fused: Callable[[str, torch.dtype], str], dtype
     return eager_half if name == "eager_half" else eager
 
 
-def run_queue(name, strategy, L, dtype, device, small, fused, measure) -> None:
-    batch = queue_batch(*((32, 1024) if small else (256, 65536)), L, dtype, device)
-    if name == "eager_transposed":
+def run_queue(
+    name, device, small, fused, measure, strategy="eliminate", L=3, dtype=torch.float32, row=None, B=256, K=65536, D=128
+) -> None:
+    batch = queue_batch(*((32, 1024, D) if small else (B, K, D)), L, dtype, device)
+    if name.endswith("_transposed"):
         batch = batch._replace(negatives=batch.negatives.t().contiguous().t())
     loss = implementation_of(name, fused, dtype)
 
@@ -98,51 +102,83 @@ def run_queue(name, strategy, L, dtype, device, small, fused, measure) -> None:
         value = loss(*batch[:3], *batch.labels_and_ids, strategy=strategy)
         return torch.autograd.grad(value, batch.query)[0]
 
-    gradient = measure(step, backend=name)
+    gradient = measure(step, row or name, operations=2 * 2 * B * K * D, dtype=str(dtype))
     if small:
         torch.testing.assert_close(gradient, step(eager), rtol=0.05, atol=1e-6 if dtype == torch.float32 else 1e-4)
 
 
 @pytest.mark.benchmark(group="queue: B=256 K=65536 D=128 L=3 eliminate, float32")
-@pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "eager_transposed"])
+@pytest.mark.parametrize("name", PEERS)
 def test_queue_float32(name, device, small, fused, measure):
-    run_queue(name, "eliminate", 3, torch.float32, device, small, fused, measure)
+    run_queue(name, device, small, fused, measure)
 
 
 @pytest.mark.benchmark(group="queue: B=256 K=65536 D=128 L=3 eliminate, bfloat16")
-@pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "eager_half"])
+@pytest.mark.parametrize("name", [*PEERS, "eager_half"])
 def test_queue_bfloat16(name, device, small, fused, measure):
-    run_queue(name, "eliminate", 3, torch.bfloat16, device, small, fused, measure)
+    run_queue(name, device, small, fused, measure, dtype=torch.bfloat16)
+
+
+@pytest.mark.benchmark(group="queue: B=256 K=65536 D=128 L=3 eliminate, float16")
+@pytest.mark.parametrize("name", ["fused"])
+def test_queue_float16(name, device, small, fused, measure):
+    run_queue(name, device, small, fused, measure, dtype=torch.float16)
 
 
 @pytest.mark.benchmark(group="queue: B=256 K=65536 D=128 L=3 attract, float32")
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["fused", "compiled", "eager"])
 def test_queue_attract(name, device, small, fused, measure):
-    run_queue(name, "attract", 3, torch.float32, device, small, fused, measure)
+    run_queue(name, device, small, fused, measure, strategy="attract")
 
 
 @pytest.mark.benchmark(group="queue: B=256 K=65536 D=128 keep (MoCo's plain loss), float32")
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["fused", "compiled", "eager"])
 def test_queue_keep(name, device, small, fused, measure):
-    run_queue(name, "keep", 3, torch.float32, device, small, fused, measure)
+    run_queue(name, device, small, fused, measure, strategy="keep")
 
 
 @pytest.mark.benchmark(group="queue: B=256 K=65536 D=128 L=1 eliminate, float32")
-@pytest.mark.parametrize("name", ["fused", "eager"])
+@pytest.mark.parametrize("name", ["fused", "compiled", "eager"])
 def test_queue_one_level(name, device, small, fused, measure):
-    run_queue(name, "eliminate", 1, torch.float32, device, small, fused, measure)
+    run_queue(name, device, small, fused, measure, L=1)
 
 
-@pytest.mark.benchmark(group="in batch: B=1024 D=128 L=3 eliminate, all gradients, float32")
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_in_batch(name, device, small, fused, measure):
-    z, batch = in_batch(64 if small else 1024, 3, device)
+@pytest.mark.benchmark(group="queue, number of threads: B=256 K=65536 D=128 L=3 eliminate, float32")
+@pytest.mark.parametrize("n", [1, 2])
+def test_queue_threads(n, device, small, fused, measure, threads):
+    if device.type != "cpu":
+        pytest.skip("threads are the CPU's")
+    threads(n)
+    run_queue("fused", device, small, fused, measure, row=f"{n} threads")
+
+
+@pytest.mark.benchmark(group="queue, number of keys: B=256 D=128 L=3 eliminate, float32")
+@pytest.mark.parametrize("K", [1024, 4096, 16384, 65536, 262144, 1048576])
+def test_queue_keys(K, device, small, fused, measure):
+    run_queue("fused", device, small, fused, measure, row=f"K={K:,}", K=K)
+
+
+@pytest.mark.benchmark(group="queue, odd sizes: L=3 eliminate, float32")
+@pytest.mark.parametrize(
+    "size", [(37, 10007, 100), (32, 10240, 96), (48, 10240, 112), (251, 10007, 100), (256, 10240, 96)]
+)
+def test_queue_odd_sizes(size, device, small, fused, measure):
+    sizes = dict(zip("BKD", size, strict=True))
+    run_queue("fused", device, small, fused, measure, row=" ".join(f"{k}={n}" for k, n in sizes.items()), **sizes)
+
+
+@pytest.mark.parametrize("rows", [1024, 4096])
+@pytest.mark.parametrize("name", ["fused", "compiled", "eager"])
+def test_in_batch(name, rows, device, small, fused, measure, benchmark):
+    benchmark.group = f"in batch: B=K={rows} D=128 L=3 eliminate, all gradients, float32"
+    z, batch = in_batch(64 if small else rows, device)
     loss = implementation_of(name, fused, torch.float32)
 
     def step(loss: Loss = loss) -> Tensor:
         value = loss(*batch[:3], *batch.labels_and_ids)
         return torch.autograd.grad(value, z, retain_graph=True)[0]
 
-    gradient = measure(step, backend=name)
+    # Scores and the query's gradient, then again scores and the negatives' gradient.
+    gradient = measure(step, name, operations=4 * 2 * rows * rows * 128, dtype="torch.float32")
     if small:
         torch.testing.assert_close(gradient, step(eager), rtol=1e-3, atol=1e-7)

@@ -27,7 +27,7 @@ def test_kmeans(name, device, small, fused, measure, benchmark):
         pytest.skip(f"{name} computes on the CPU here")
     if name == "fused":
         backend = fused("assign_clusters", torch.float32)
-        model = measure(lambda: KMeans(c, max_iter=ITERATIONS).fit(x, init=start), backend=backend)
+        model = measure(lambda: KMeans(c, max_iter=ITERATIONS).fit(x, init=start), name, backend=backend)
         centroids = model.cluster_centers_
     elif name == "faiss":
         faiss = pytest.importorskip("faiss")
@@ -39,7 +39,7 @@ def test_kmeans(name, device, small, fused, measure, benchmark):
             model.index.search(x.numpy(), 1)  # the others give labels too
             return model.centroids
 
-        centroids = torch.from_numpy(measure(faiss_kmeans, backend="faiss " + faiss.__version__))
+        centroids = torch.from_numpy(measure(faiss_kmeans, name, backend="faiss " + faiss.__version__))
     else:
         sklearn = pytest.importorskip("sklearn")
         from sklearn.cluster import KMeans as SklearnKMeans
@@ -47,6 +47,7 @@ def test_kmeans(name, device, small, fused, measure, benchmark):
         settings = {"max_iter": ITERATIONS, "n_init": 1, "tol": 0, "algorithm": "lloyd"}
         model = measure(
             lambda: SklearnKMeans(c, init=start.numpy(), **settings).fit(x.numpy()),
+            name,
             backend="scikit-learn " + sklearn.__version__,
         )
         centroids = torch.from_numpy(model.cluster_centers_).to(x)

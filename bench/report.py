@@ -1,0 +1,221 @@
+"""python bench/report.py: run the benches, and write what they measured against their floors and targets.
+
+Writes bench/results/cpu.md (the CPU's tables). Let the machine be idle: the figures are ratios within this one run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import peak_memory
+import tyro
+
+RESULTS = Path(__file__).parent / "results" / "cpu.md"
+QUEUE = "queue: B=256 K=65536 D=128 L=3 eliminate"
+PEAK = "peak: multiply-adds in registers"
+MATRIX_BYTES = 4 * 256 * 65536
+LARGE, MEDIUM = "N=100,000 C=3,000 D=128", "N=50,000 C=1,000 D=128"
+OTHERS = ("N=40,000 C=3,000 D=64", "N=20,000 C=3,000 D=256", "N=2,000 C=3,000 D=2048", "N=20,000 C=25,000 D=128")
+
+
+@dataclass
+class Options:
+    """Run the benches and write bench/results/cpu.md."""
+
+    run: Path | None = None
+    """a file that pytest bench/ --benchmark-only --benchmark-json=FILE wrote, instead of a new run"""
+    write: bool = True
+    """write bench/results/cpu.md, besides printing it"""
+
+
+class Run:
+    """Groups of rows: seconds (median), operations and threads of each."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        self.machine = report["machine_info"]
+        self.date = report["datetime"][:10]
+        self.groups: dict[str, dict[str, dict[str, Any]]] = {}
+        for bench in report["benchmarks"]:
+            info = bench["extra_info"]
+            if info["device"] == "cpu":
+                row = {**info, "seconds": bench["stats"]["median"], "fastest": bench["stats"]["min"]}
+                self.groups.setdefault(bench["group"], {})[info["row"]] = row
+
+    def seconds(self, group: str, row: str = "fused") -> float:
+        return self.groups[group][row]["seconds"]
+
+    def speed(self, group: str, row: str) -> float:
+        """Operations per second of the matrix products."""
+        return self.groups[group][row]["operations"] / self.seconds(group, row)
+
+    def peak(self, dtype: str = "float32", threads: int = 2) -> float:
+        row = f"{dtype}, {threads} threads"
+        return self.speed(PEAK, row) if row in self.groups[PEAK] else self.peak("float32", threads)
+
+    def peers(self, group: str, kind: str) -> float:
+        """The fastest of the rows of that kind, whatever its queue's layout."""
+        return min(row["seconds"] for name, row in self.groups[group].items() if name.startswith(kind))
+
+
+def new_run() -> Run:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run.json"
+        command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-q", "--benchmark-only"]
+        subprocess.run([*command, f"--benchmark-json={out}"], check=True)
+        return Run(json.loads(out.read_text()))
+
+
+def loss_targets(run: Run) -> list[tuple[str, str, str]]:
+    rows = []
+    for dtype, most in (("float32", 1.5), ("bfloat16", 1.8)):
+        group = f"{QUEUE}, {dtype}"
+        floor = run.groups[group]["fused"]["operations"] / run.peak(dtype)
+        ratio = run.seconds(group) / floor
+        rows.append((f"{group}: time over its products at peak ({1e3 * floor:.1f} ms)", f"≤ {most}", f"{ratio:.2f}"))
+    group = f"{QUEUE}, float32"
+    for kind, least in (("compiled", 4), ("eager", 15)):
+        rows.append(
+            (
+                f"{group}: faster than {kind}, best layout",
+                f"≥ {least}",
+                f"{run.peers(group, kind) / run.seconds(group):.1f}",
+            )
+        )
+    one_level = run.seconds("queue: B=256 K=65536 D=128 L=1 eliminate, float32")
+    attract = run.seconds("queue: B=256 K=65536 D=128 L=3 attract, float32")
+    rows.append(("three levels over one", "≤ 1.10", f"{run.seconds(group) / one_level:.2f}"))
+    rows.append(("attraction over elimination", "≤ 1.15", f"{attract / run.seconds(group):.2f}"))
+    for n in (1024, 4096):
+        group = f"in batch: B=K={n} D=128 L=3 eliminate, all gradients, float32"
+        rows.append(
+            (f"{group}: faster than compiled", "≥ 2", f"{run.seconds(group, 'compiled') / run.seconds(group):.1f}")
+        )
+    return rows + scaling_targets(run)
+
+
+def scaling_targets(run: Run) -> list[tuple[str, str, str]]:
+    keys = run.groups["queue, number of keys: B=256 D=128 L=3 eliminate, float32"]
+    counts = {int(row.removeprefix("K=").replace(",", "")): found["seconds"] for row, found in keys.items()}
+    per_key = counts[max(counts)] / max(counts)
+    worst = {k: seconds / (per_key * k) for k, seconds in counts.items()}
+    threads = "queue, number of threads: B=256 K=65536 D=128 L=3 eliminate, float32"
+    return [
+        (
+            "time per key over that at K=1,048,576, for K = " + ", ".join(f"{k:,}" for k in worst),
+            "0.85 to 1.15",
+            " ".join(f"{share:.2f}" for share in worst.values()),
+        ),
+        ("loss: 2 threads over 1", "≥ 1.8", f"{run.seconds(threads, '1 threads') / run.seconds(threads, '2 threads'):.2f}"),
+        ("loss, odd sizes: " + odd_sizes(run, "queue, odd sizes: L=3 eliminate, float32")[0], "≥ 0.80",
+         odd_sizes(run, "queue, odd sizes: L=3 eliminate, float32")[1]),
+    ]  # fmt: skip
+
+
+def odd_sizes(run: Run, group: str) -> tuple[str, str]:
+    """Speed of the first size over the mean of its two neighbours'."""
+    odd, *others = list(run.groups[group])[:3]
+    neighbours = sum(run.speed(group, row) for row in others) / len(others)
+    return f"{odd} over the mean of {' and '.join(others)}", f"{run.speed(group, odd) / neighbours:.2f}"
+
+
+def memory_targets() -> list[tuple[str, str, str]]:
+    share = {name: peak_memory.in_subprocess(name, 65536) / MATRIX_BYTES for name in ("fused", "compiled", "eager")}
+    others = ", ".join(f"{name} {100 * part:.0f}%" for name, part in share.items() if name != "fused")
+    quadrupled = peak_memory.in_subprocess("fused", 262144) / MATRIX_BYTES
+    return [
+        (f"peak extra memory, share of a B x K float32 matrix at K=65536 ({others})", "< 2%", f"{100 * share['fused']:.2f}%"),
+        ("the same bytes at K=262144, of that matrix at K=65536", "flat", f"{100 * quadrupled:.2f}%"),
+    ]  # fmt: skip
+
+
+def assignment_targets(run: Run) -> list[tuple[str, str, str]]:
+    rows = []
+
+    def faiss(size: str) -> float:
+        return min(run.seconds(f"labels by {metric}: {size}, float32", "faiss") for metric in ("inner_product", "l2"))
+
+    for size in (LARGE, MEDIUM):
+        group = f"labels and confidence: {size}"
+        rows.append(
+            (f"{group}, float32: share of the peak", "≥ 75%", f"{100 * run.speed(group, 'fused') / run.peak():.0f}%")
+        )
+        rows.append(
+            (f"{group}, float32: faster than faiss's labels", "≥ 1.35", f"{faiss(size) / run.seconds(group):.2f}")
+        )
+    for size, least in [(LARGE, 2), (MEDIUM, 2), *((size, 1) for size in OTHERS)]:
+        group = f"labels by inner_product: {size}, float32"
+        rows.append((f"{group}: faster than faiss", f"≥ {least}", f"{faiss(size) / run.seconds(group):.2f}"))
+    for size in OTHERS:
+        group = f"labels and confidence: {size}"
+        rows.append((f"{group}: faster than faiss's labels", "", f"{faiss(size) / run.seconds(group):.2f}"))
+    for what in ("labels and confidence", "labels by inner_product"):
+        group = f"{what}, number of threads: {LARGE}, float32"
+        gain = run.seconds(group, "1 threads") / run.seconds(group, "2 threads")
+        rows.append((f"{what}: 2 threads over 1", "≥ 1.8", f"{gain:.2f}"))
+        sizes, ratio = odd_sizes(run, f"{what}, odd sizes, float32")
+        rows.append((f"{what}, odd sizes: {sizes}", "≥ 0.80", ratio))
+    return rows
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
+
+
+def group_table(run: Run, group: str) -> list[str]:
+    rows = []
+    for name, row in run.groups[group].items():
+        speed = share = ""
+        if row.get("operations"):
+            operations = row["operations"] / row["seconds"]
+            dtype = "bfloat16" if "bfloat16" in row.get("dtype", name) else "float32"
+            speed, share = f"{1e-9 * operations:.0f}", f"{100 * operations / run.peak(dtype, row['threads']):.0f}%"
+        over = f"{row['seconds'] / run.seconds(group):.2f}" if "fused" in run.groups[group] else ""
+        rows.append((name, f"{1e3 * row['seconds']:.2f}", f"{1e3 * row['fastest']:.2f}", speed, share, over))
+    header = ("", "median ms", "fastest ms", "GFLOP/s", "of peak", "over fused")
+    return ["", f"**{group}**", "", *table(header, rows)]
+
+
+def installed(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
+
+
+def main(options: Options) -> None:
+    run = Run(json.loads(options.run.read_text())) if options.run else new_run()
+    machine = run.machine
+    targets = loss_targets(run) + memory_targets() + assignment_targets(run)
+    lines = [
+        "# CPU kernels, measured",
+        "",
+        f"`python bench/report.py`, {run.date}. {machine['CPU']}, {machine['threads']} threads, kernels for "
+        f"{machine['instruction set']}. Python {platform.python_version()}, "
+        + ", ".join(map(installed, ("torch", "faiss-gpu", "scikit-learn", "numpy")))
+        + ".",
+        "",
+        "Medians of calls of one process on an otherwise idle machine. GFLOP/s counts matrix products only; peak is what "
+        "a loop that touches only registers reaches in the same run (bench/peak.cpp), of bfloat16 dot products for "
+        "bfloat16 inputs. Labels alone of float32 inputs are screened in bfloat16, so they can pass 100% of the float32 "
+        "peak. Memory is the growth of the resident peak (bench/peak_memory.py).",
+        "",
+        *table(("target", "", "measured"), targets),
+        *(line for group in sorted(run.groups) for line in group_table(run, group)),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.write:
+        RESULTS.write_text(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
