@@ -191,9 +191,9 @@ IFND_INLINE vfloat exponentials(const float* scores, int keys, vfloat reference,
 
 // The online softmax of one panel: scores (keys, LANES) become weights e^{s - m}; max, sum and grad follow.
 template <class Word>
-static void common_keys(const ForwardWork<Word>& work, int64_t first, int keys, int D, bool with_grad) {
+static void common_keys(const ForwardWork<Word>& work, int64_t first, int64_t lanes, int keys, int D, bool with_grad) {
   const ForwardState& state = work.state;
-  for (int v = 0; v < LANES; v += W) {
+  for (int v = 0; v < min_of<int64_t>(LANES, lanes); v += W) {
     const float* scores = work.scores + v;
     const vfloat before = load(state.max + first + v);
     vfloat highest = before;
@@ -234,7 +234,7 @@ static void forward_over(const InfoNceForward& p, Range rows, Range keys, void* 
              lanes; lanes &= lanes - 1)
           marked_keys(p, work, at + __builtin_ctz(lanes));
       // 3. online softmax: s becomes e^{s - m}
-      common_keys(work, at, n, p.D, p.query_grad != nullptr);
+      common_keys(work, at, count - at, n, p.D, p.query_grad != nullptr);
       // 4. G += n^T e^{s - m}
       if (p.query_grad) work.tile.add_weighted(n, count - at, work.weights, work.state.grad + at * p.D);
     }

@@ -84,7 +84,8 @@ void info_nce_forward(const InfoNceForward& p, int threads) {
   const Kernels& k = kernels();
   const int64_t panels = ceil_div(p.B, k.lanes);
   const int chunks = int(std::clamp<int64_t>(p.K / kMinKeys, 1, threads));
-  const bool rows_balance = panels % threads == 0 || panels >= 4 * int64_t(threads);
+  const int64_t most_rows = ceil_div(panels, threads) * k.lanes;  // of a thread, if they split the rows
+  const bool rows_balance = 8 * most_rows * threads <= 9 * p.B;
   if (rows_balance || chunks < std::min<int64_t>(panels, threads))
     forward_by_rows(p, k, int(std::min<int64_t>(panels, threads)));
   else

@@ -20,17 +20,21 @@ IFND_INLINE Word element(const Word* a, ptrdiff_t lda, int m, int p) {
   return word;
 }
 
-template <int M, int V, bool Transposed, class Word>
+// M rows, N columns: vectors of W lanes, or one of NARROW.
+template <int M, int N, bool Transposed, class Word>
 IFND_INLINE void register_block(int P, float alpha, const Word* a, ptrdiff_t lda, const Word* b, ptrdiff_t ldb,
                                 float* c, ptrdiff_t ldc, bool add) {
-  vfloat acc[M][V] = {};
+  constexpr int width = N % W == 0 ? W : NARROW, V = N / width;
+  using Sums = typename Lanes<float, width>::Vector;
+  using Words = typename Lanes<Word, width>::Vector;
+  Sums acc[M][V] = {};
   for (int p = 0; p < P; ++p) {
-    decltype(load(b)) row[V];
+    Words row[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) row[v] = load(b + p * ldb + v * W);
+    for (int v = 0; v < V; ++v) memcpy(&row[v], b + p * ldb + v * width, sizeof row[v]);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const auto x = splat(element<Transposed>(a, lda, m, p));
+      const Words x = element<Transposed>(a, lda, m, p) - Words{};
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) acc[m][v] = add_product(acc[m][v], x, row[v]);
     }
@@ -39,24 +43,27 @@ IFND_INLINE void register_block(int P, float alpha, const Word* a, ptrdiff_t lda
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      float* out = c + m * ldc + v * W;
-      store(out, add ? load(out) + splat(alpha) * acc[m][v] : splat(alpha) * acc[m][v]);
+      float* out = c + m * ldc + v * width;
+      Sums before{};
+      if (add) memcpy(&before, out, sizeof before);
+      const Sums after = add ? before + alpha * acc[m][v] : alpha * acc[m][v];
+      memcpy(out, &after, sizeof after);
     }
 }
 
 // The last, fewer than ROWS rows.
-template <int M, int V, bool Transposed, class Word>
+template <int M, int N, bool Transposed, class Word>
 IFND_INLINE void remaining_rows(int m, int P, float alpha, const Word* a, ptrdiff_t lda, const Word* b, ptrdiff_t ldb,
                                 float* c, ptrdiff_t ldc, bool add) {
   if constexpr (M > 0) {
     if (m == M)
-      register_block<M, V, Transposed>(P, alpha, a, lda, b, ldb, c, ldc, add);
+      register_block<M, N, Transposed>(P, alpha, a, lda, b, ldb, c, ldc, add);
     else
-      remaining_rows<M - 1, V, Transposed>(m, P, alpha, a, lda, b, ldb, c, ldc, add);
+      remaining_rows<M - 1, N, Transposed>(m, P, alpha, a, lda, b, ldb, c, ldc, add);
   }
 }
 
-template <int V, bool Transposed, class Word>
+template <int N, bool Transposed, class Word>
 static void multiply_columns(int M, int P, float alpha, const Word* a, ptrdiff_t lda, const Word* b, ptrdiff_t ldb,
                              float* c, ptrdiff_t ldc, bool add) {
   for (int p = 0; p < P; p += kDepth) {
@@ -65,22 +72,23 @@ static void multiply_columns(int M, int P, float alpha, const Word* a, ptrdiff_t
     for (int m = 0; m < M; m += ROWS) {
       const Word* block = a + (Transposed ? p * lda + m : m * lda + p);
       if (M - m >= ROWS)
-        register_block<ROWS, V, Transposed>(depth, alpha, block, lda, panel, ldb, c + m * ldc, ldc, add || p > 0);
+        register_block<ROWS, N, Transposed>(depth, alpha, block, lda, panel, ldb, c + m * ldc, ldc, add || p > 0);
       else
-        remaining_rows<ROWS - 1, V, Transposed>(M - m, depth, alpha, block, lda, panel, ldb, c + m * ldc, ldc,
+        remaining_rows<ROWS - 1, N, Transposed>(M - m, depth, alpha, block, lda, panel, ldb, c + m * ldc, ldc,
                                                 add || p > 0);
     }
   }
 }
 
-// N is a multiple of W, P counts words. A is (M, P) with row stride lda, or stored as (P, M) when Transposed.
+// N is a multiple of NARROW, P counts words. A is (M, P) with row stride lda, or stored as (P, M) when Transposed.
 template <bool Transposed, class Word>
 static void multiply(int M, int N, int P, float alpha, const Word* a, ptrdiff_t lda, const Word* b, ptrdiff_t ldb,
                      float* c, ptrdiff_t ldc, bool add) {
   int n = 0;
   for (; n + LANES <= N; n += LANES)
-    multiply_columns<VECTORS, Transposed>(M, P, alpha, a, lda, b + n, ldb, c + n, ldc, add);
-  for (; n < N; n += W) multiply_columns<1, Transposed>(M, P, alpha, a, lda, b + n, ldb, c + n, ldc, add);
+    multiply_columns<LANES, Transposed>(M, P, alpha, a, lda, b + n, ldb, c + n, ldc, add);
+  for (; n + W <= N; n += W) multiply_columns<W, Transposed>(M, P, alpha, a, lda, b + n, ldb, c + n, ldc, add);
+  if (n < N) multiply_columns<NARROW, Transposed>(M, P, alpha, a, lda, b + n, ldb, c + n, ldc, add);
 }
 
 IFND_END

@@ -40,9 +40,9 @@ static void half_norms(const AssignClusters& p, Range centroids, float* out) {
 
 // One panel against one tile of centroids, the first of them number `first`.
 template <class Word>
-static void update_nearest(const AssignWork<Word>& work, int64_t at, int64_t first, int centroids,
+static void update_nearest(const AssignWork<Word>& work, int64_t at, int64_t lanes, int64_t first, int centroids,
                            const float* half_norms, float inverse_temperature, bool with_confidence) {
-  for (int v = 0; v < LANES; v += W) {
+  for (int v = 0; v < min_of<int64_t>(LANES, lanes); v += W) {
     float* scores = work.scores + v;
     const vfloat before = load(work.best + at + v);
     vfloat best = before;
@@ -80,7 +80,7 @@ static void assign_with(const AssignWork<Word>& work, const AssignClusters& p, c
     work.tile.pack(p.centroids, p.dtype, j, n);
     for (int64_t at = 0; at < count; at += LANES) {
       work.tile.scores(n, count - at, 1.0f, work.panels + at * words<Word>(p.D), work.scores);
-      update_nearest(work, at, j, n, half_norms, inverse_temperature, p.confidence != nullptr);
+      update_nearest(work, at, count - at, j, n, half_norms, inverse_temperature, p.confidence != nullptr);
     }
   }
   memcpy(p.labels + rows.begin, work.label, sizeof(int32_t) * size_t(count));

@@ -32,6 +32,12 @@ typedef int32_t vint __attribute__((vector_size(IFND_VECTOR_BYTES)));
 typedef uint32_t vuint __attribute__((vector_size(IFND_VECTOR_BYTES)));
 
 constexpr int W = IFND_VECTOR_BYTES / 4;
+constexpr int NARROW = W >= 8 ? W / 2 : W;  // lanes that a matrix product is rounded up to
+
+template <class Lane, int N>
+struct Lanes {
+  typedef Lane Vector __attribute__((vector_size(sizeof(Lane) * N)));
+};
 
 // What a matrix product multiplies: floats, or pairs of bfloat16 (the first in the low half) by dot instructions.
 typedef uint32_t Pair;
@@ -91,10 +97,15 @@ IFND_INLINE uint32_t true_lanes(vint mask) {
 }
 
 // sum + x * y, and for pairs sum + x_low * y_low + x_high * y_high (denormal numbers count as 0).
-IFND_INLINE vfloat add_product(vfloat sum, vfloat x, vfloat y) { return sum + x * y; }
+template <class Vector>
+IFND_INLINE Vector add_product(Vector sum, Vector x, Vector y) { return sum + x * y; }
 #ifdef __AVX512BF16__
 IFND_INLINE vfloat add_product(vfloat sum, vuint x, vuint y) {
   return vfloat(_mm512_dpbf16_ps(__m512(sum), __m512bh(x), __m512bh(y)));
+}
+IFND_INLINE Lanes<float, NARROW>::Vector add_product(Lanes<float, NARROW>::Vector sum, Lanes<Pair, NARROW>::Vector x,
+                                                     Lanes<Pair, NARROW>::Vector y) {
+  return Lanes<float, NARROW>::Vector(_mm256_dpbf16_ps(__m256(sum), __m256bh(x), __m256bh(y)));
 }
 
 // bfloat16 of 2 W floats in order, rounded to nearest even; denormal numbers give 0.

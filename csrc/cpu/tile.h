@@ -143,7 +143,7 @@ struct Tile {
 
   // scores (keys, LANES) = alpha * rows panel; only the first `lanes` lanes need be right.
   void scores(int keys, int64_t lanes, float alpha, const Word* panel, float* scores) const {
-    multiply<false>(keys, int(min_of<int64_t>(LANES, round_up(lanes, W))), words<Word>(D), alpha, rows, stride, panel,
+    multiply<false>(keys, int(min_of<int64_t>(LANES, round_up(lanes, NARROW))), words<Word>(D), alpha, rows, stride, panel,
                     LANES, scores, LANES, false);
   }
 };
@@ -158,7 +158,7 @@ struct KeyTile<float> : Tile<float> {
 
   // grad (D, LANES) += keys^T weights (keys, LANES)
   void add_weighted(int keys, int64_t lanes, const float* weights, float* grad) const {
-    multiply<true>(D, int(min_of<int64_t>(LANES, round_up(lanes, W))), keys, 1.0f, rows, stride, weights, LANES, grad,
+    multiply<true>(D, int(min_of<int64_t>(LANES, round_up(lanes, NARROW))), keys, 1.0f, rows, stride, weights, LANES, grad,
                    LANES, true);
   }
   vfloat column(int key, int d) const { return load(row(key) + d); }
@@ -181,7 +181,7 @@ struct KeyTile<Pair> : Tile<Pair> {
   }
 
   void add_weighted(int keys, int64_t lanes, const Pair* weights, float* grad) const {
-    multiply<true>(D, int(min_of<int64_t>(LANES, round_up(lanes, W))), words<Pair>(keys), 1.0f, zipped, zipped_stride,
+    multiply<true>(D, int(min_of<int64_t>(LANES, round_up(lanes, NARROW))), words<Pair>(keys), 1.0f, zipped, zipped_stride,
                    weights, LANES, grad, LANES, true);
   }
   vfloat column(int key, int d) const { return bits<vfloat>(widened(row(key), d)); }
