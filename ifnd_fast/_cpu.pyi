@@ -61,3 +61,16 @@ def assign_clusters(
     confidence: int,
     threads: int,
 ) -> None: ...
+def cluster_sums(
+    features: int,
+    labels: int,
+    centroids: int,
+    N: int,
+    C: int,
+    D: int,
+    dtype: int,
+    sums: int,
+    counts: int,
+    distances: int,
+    threads: int,
+) -> None: ...

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ifnd_fast.ops import assign_clusters, backends, checks
+from ifnd_fast.ops import assign_clusters, backends, checks, cpu
 
 Callback = Callable[[int, float], object]
 
@@ -202,17 +202,15 @@ def lloyd(
     previous_labels, previous_inertia = None, torch.inf
     for iteration in range(1, max_iter + 1):
         labels = assign(x, centroids)
-        inertia = torch.nan
-        if callback is not None or tol > 0:
-            inertia = float(squared_distances(x, labels, centroids).sum(dtype=torch.float64))
+        sums, counts, distances = cluster_sums(x, labels, centroids)
+        inertia = float(distances.sum(dtype=torch.float64))
         if callback is not None:
             callback(iteration, inertia)
         # The previous centroids came from these very labels (and refills, which change labels).
         if previous_labels is not None and torch.equal(labels, previous_labels):
             return Clustering(centroids, labels, iteration)
-        sums, counts = cluster_sums(x, labels, len(centroids))
         centroids = update(sums, counts, centroids, spherical)
-        centroids = repair(x, labels, centroids, counts)
+        centroids = repair(x, distances, centroids, counts)
         if tol > 0 and previous_inertia - inertia <= tol * previous_inertia < torch.inf:
             break
         previous_labels, previous_inertia = labels, inertia
@@ -343,12 +341,16 @@ def squared_distances(x: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
     return distances
 
 
-def cluster_sums(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Tensor]:
-    """Sum of each cluster's rows, (C, D) float64, and their number, (C,) int64.
+def cluster_sums(x: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of each cluster's rows (C, D) float64, their number (C,) int64, and `squared_distances` (N,) float32.
 
-    No atomics, so the same bits every time. Rows are sorted by cluster and added up in float32 in bags of
-    at most BAG_ROWS, the bags in float64: rounding does not grow with a cluster's size.
+    No atomics, so the same bits every time. Where no kernel does it in one sweep, rows are sorted by cluster
+    and added up in float32 in bags of at most BAG_ROWS, the bags in float64: rounding does not grow with a
+    cluster's size.
     """
+    if backends.choose("auto", "cluster_sums", x.device, x.dtype) == "cpu":
+        return cpu.cluster_sums(x, labels, centroids)
+    n_clusters = len(centroids)
     sums = torch.zeros(n_clusters, x.shape[1], dtype=torch.float64, device=x.device)
     for part in chunks(x):
         ordered, order = torch.sort(labels[part], stable=True)
@@ -358,7 +360,8 @@ def cluster_sums(x: Tensor, labels: Tensor, n_clusters: int) -> tuple[Tensor, Te
         bag_sums = F.embedding_bag(order, x[part].float(), bags, mode="sum")
         present, bags_per_cluster = torch.unique_consecutive(ordered[bags].long(), return_counts=True)
         sums[present] += torch.segment_reduce(bag_sums.double(), "sum", lengths=bags_per_cluster)
-    return sums, torch.bincount(labels, minlength=n_clusters)
+    counts = torch.bincount(labels, minlength=n_clusters)
+    return sums, counts, squared_distances(x, labels, centroids)
 
 
 def update(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: bool = False) -> Tensor:
@@ -375,16 +378,17 @@ def update(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: bool = Fa
     return torch.where(kept[:, None], centroids, means.float())
 
 
-def repair(x: Tensor, labels: Tensor, centroids: Tensor, counts: Tensor) -> Tensor:
+def repair(x: Tensor, distances: Tensor, centroids: Tensor, counts: Tensor) -> Tensor:
     """Put the centroid of each empty cluster on a point: the ones farthest from their own centroid.
 
-    Distinct points, the lowest index first among equals. Where too few differ from their centroid, the rest
-    stay where they are.
+    `distances` (N,) are the squared ones to the rows' own centroids, `counts` (C,) the clusters' sizes. Distinct
+    points, the lowest index first among equals. Where too few differ from their centroid, the rest stay where
+    they are.
     """
     empty = (counts == 0).nonzero().flatten()
     if len(empty) == 0:
         return centroids
-    distances, order = squared_distances(x, labels, centroids).sort(descending=True, stable=True)
+    distances, order = distances.sort(descending=True, stable=True)
     order = order[distances > 0]
     look = len(empty)
     while True:  # look further down the order until enough of the rows are distinct
@@ -420,7 +424,7 @@ def fill(x: Tensor, run: Clustering) -> Clustering:
         counts = torch.bincount(labels, minlength=len(centroids))
         if bool(counts.all()):
             break
-        centroids = repair(x, labels, centroids, counts)
+        centroids = repair(x, squared_distances(x, labels, centroids), centroids, counts)
         previous, labels = labels, assign(x, centroids)
         if torch.equal(labels, previous):
             distinct = len(distinct_rows(x, len(centroids)))

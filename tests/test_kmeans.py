@@ -169,35 +169,71 @@ def test_chunking_does_not_change_the_result(seed, chunk, k):
     assert (parts.labels_ == whole.labels_).all()
 
 
+@pytest.fixture(params=["cpu", "reference"])
+def sums_backend(request, monkeypatch):
+    """The kernel, and the torch operations that a GPU takes."""
+    if request.param == "reference":
+        monkeypatch.setattr(kmeans.backends, "_cpu", None)
+    elif kmeans.backends._cpu is None:
+        pytest.skip("extension not built")
+    assert kmeans.backends.choose("auto", "cluster_sums", torch.device("cpu"), torch.float32) == request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_cluster_sums(dtype, chunk, monkeypatch):
+@pytest.mark.parametrize("dim", [1, 5, 70])
+def test_cluster_sums(dim, dtype, chunk, sums_backend, monkeypatch):
     monkeypatch.setattr(kmeans, "CHUNK_ELEMENTS", chunk)
-    x = torch.randn(1000, 5).to(dtype)
+    x, centroids = torch.randn(1000, dim).to(dtype), torch.randn(7, dim)
     labels = torch.randint(3, (1000,), dtype=torch.int32) * 2  # clusters 1, 3, 5 and 6 stay empty
-    sums, counts = kmeans.cluster_sums(x, labels, 7)
-    expected = torch.zeros(7, 5, dtype=torch.float64).index_add(0, labels.long(), x.double())
+    sums, counts, distances = kmeans.cluster_sums(x, labels, centroids)
+    expected = torch.zeros(7, dim, dtype=torch.float64).index_add(0, labels.long(), x.double())
     torch.testing.assert_close(sums, expected, atol=1e-4, rtol=1e-5)
     assert counts.tolist() == torch.bincount(labels, minlength=7).tolist()
+    expected = (x.double() - centroids[labels.long()].double()).square().sum(1)
+    torch.testing.assert_close(distances, expected.float(), rtol=1e-5, atol=0)
 
 
-def test_sums_of_a_large_cluster_keep_their_digits():  # float32 throughout is off by 3e-3
+def test_sums_of_a_large_cluster_keep_their_digits(sums_backend):  # float32 throughout is off by 3e-3
     x = torch.full((300_000, 1), 0.1)
-    sums, _ = kmeans.cluster_sums(x, torch.zeros(len(x), dtype=torch.int32), 1)
+    sums, _, distances = kmeans.cluster_sums(x, torch.zeros(len(x), dtype=torch.int32), x[:1])
     assert float(sums) == pytest.approx(300_000 * float(x[0, 0].double()), rel=1e-5)
+    assert not distances.any()
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_sums_refuse_labels_out_of_range(label):
+    if kmeans.backends._cpu is None:
+        pytest.skip("extension not built")
+    with pytest.raises(ValueError, match="labels must be 0 to C - 1"):
+        kmeans.cluster_sums(torch.ones(2, 1), torch.tensor([0, label], dtype=torch.int32), torch.ones(3, 1))
+
+
+def test_cluster_sums_do_not_depend_on_the_number_of_threads():
+    x, centroids = torch.randn(5000, 33), torch.randn(40, 33)
+    labels = (torch.rand(5000) ** 4 * 40).int()  # the first clusters hold most rows
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(kmeans.cluster_sums(x, labels, centroids))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 def test_repair_takes_the_farthest_distinct_points():
     x = torch.tensor([[0.0], [1.0], [9.0], [9.0], [7.0], [-8.0]])
     centroids = torch.tensor([[0.0], [50.0], [60.0], [70.0]])
-    labels = torch.zeros(6, dtype=torch.int32)
-    repaired = kmeans.repair(x, labels, centroids, torch.tensor([6, 0, 0, 0]))
+    distances = (x - centroids[0]).square().sum(1)
+    repaired = kmeans.repair(x, distances, centroids, torch.tensor([6, 0, 0, 0]))
     assert repaired.flatten().tolist() == [0.0, 9.0, -8.0, 7.0]
 
 
 def test_repair_leaves_centroids_alone_when_no_point_is_off_its_own():
     x, centroids = torch.ones(3, 1), torch.tensor([[1.0], [5.0]])
-    repaired = kmeans.repair(x, torch.zeros(3, dtype=torch.int32), centroids, torch.tensor([3, 0]))
+    repaired = kmeans.repair(x, torch.zeros(3), centroids, torch.tensor([3, 0]))
     assert torch.equal(repaired, centroids)
 
 

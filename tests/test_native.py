@@ -602,29 +602,32 @@ def test_scratch_memory_is_small():
     assert 0 < int(done.stdout) < 0.02 * 256 * 65536 * 4 / 1024
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory) -> Path:
-    """tests/native/driver.cpp and the kernels, compiled with address and undefined-behaviour checks."""
+def build_driver(sanitizers: str, build: Path) -> Path:
+    """tests/native/driver.cpp and the kernels, compiled with these checks into the folder `build`."""
     probe = subprocess.run(
-        ["c++", "-fsanitize=address,undefined", "-x", "c++", "-", "-o", os.devnull],
+        ["c++", f"-fsanitize={sanitizers}", "-x", "c++", "-", "-o", os.devnull],
         input="int main() {}",
         text=True,
         capture_output=True,
     )
     if probe.returncode != 0:
         pytest.skip("the compiler has no sanitizer runtime: " + probe.stderr[-200:])
-    build = tmp_path_factory.mktemp("sanitized")
-    flags = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+    flags = f"-O1 -g -fsanitize={sanitizers} -fno-sanitize-recover=all -I{ROOT / 'csrc' / 'cpu'}"
     configure = [
         *("cmake", "-G", "Ninja", "-S", str(ROOT / "csrc"), "-B", str(build), "-DCMAKE_BUILD_TYPE=None"),
         *("-DIFND_MODULE=none", f"-DIFND_DRIVER={ROOT / 'tests' / 'native' / 'driver.cpp'}"),
-        *(f"-DCMAKE_CXX_FLAGS={flags} -I{ROOT / 'csrc' / 'cpu'}",),
+        f"-DCMAKE_CXX_FLAGS={flags}",
     ]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in (configure, ["cmake", "--build", str(build)]):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return build
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    return build_driver("address,undefined", tmp_path_factory.mktemp("sanitized"))
 
 
 @pytest.mark.slow
@@ -637,6 +640,18 @@ def test_sanitized(isa, sanitized):
     name, _, error = done.stdout.split()
     assert name == isa
     assert float(error) <= 1.1, "exp.h states its error"
+
+
+@pytest.mark.slow
+def test_no_data_races(tmp_path):
+    # What remains outside parallel.h's annotations is the compiler's own record of a parallel region.
+    (tmp_path / "suppressions").write_text("race_top:_omp_fn\n")
+    environment = {**os.environ, "TSAN_OPTIONS": f"suppressions={tmp_path / 'suppressions'}"}
+    driver = build_driver("thread", tmp_path / "build") / "driver"
+    done = subprocess.run([str(driver)], env=environment, capture_output=True, text=True, timeout=250)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("this kernel's address space randomisation is more than the sanitizer's runtime knows")
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -97,6 +97,21 @@ void assign_clusters(Address features, Address centroids, int64_t N, int64_t C, 
   ifnd::assign_clusters(p, threads);
 }
 
+void cluster_sums(Address features, Address labels, Address centroids, int64_t N, int64_t C, int64_t D, int dtype,
+                  Address sums, Address counts, Address distances, int threads) {
+  check_common(D, dtype, 1.0, threads);
+  check(N >= 1 && C >= 1 && C <= INT32_MAX, "N must be 1 or more and C 1 to 2^31 - 1");
+  const ifnd::ClusterSums p{pointer<const void>(features), pointer<const int32_t>(labels),
+                            pointer<const float>(centroids), N, C, int(D), ifnd::DType(dtype), pointer<double>(sums),
+                            pointer<int64_t>(counts), pointer<float>(distances)};
+  bool labels_in_range;
+  {
+    nb::gil_scoped_release release;
+    labels_in_range = ifnd::cluster_sums(p, threads);
+  }
+  check(labels_in_range, "labels must be 0 to C - 1");
+}
+
 nb::dict features() {
   nb::dict out;
   for (const ifnd::Feature* f = ifnd::cpu_features(); f->name; ++f) out[f->name] = f->present;
@@ -119,4 +134,6 @@ NB_MODULE(_cpu, m) {
         "negatives_grad"_a, "threads"_a);
   m.def("assign_clusters", &assign_clusters, "features"_a, "centroids"_a, "N"_a, "C"_a, "D"_a, "dtype"_a,
         "metric"_a, "temperature"_a, "labels"_a, "confidence"_a, "threads"_a);
+  m.def("cluster_sums", &cluster_sums, "features"_a, "labels"_a, "centroids"_a, "N"_a, "C"_a, "D"_a, "dtype"_a,
+        "sums"_a, "counts"_a, "distances"_a, "threads"_a);
 }

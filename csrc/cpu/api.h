@@ -19,5 +19,6 @@ const Feature* cpu_features();
 void info_nce_forward(const InfoNceForward&, int threads);
 void info_nce_negatives_grad(const InfoNceNegativesGrad&, int threads);
 void assign_clusters(const AssignClusters&, int threads);
+bool cluster_sums(const ClusterSums&, int threads);  // false: a label is not in [0, C)
 
 }  // namespace ifnd

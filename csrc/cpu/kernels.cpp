@@ -3,6 +3,7 @@
 #include "negatives.h"
 #include "nearest.h"
 #include "screen.h"
+#include "sums.h"
 
 IFND_BEGIN
 
@@ -15,7 +16,7 @@ static void exp_array(const float* x, float* y, int64_t n) {
 
 const Kernels kernels = {
     IFND_NAME(IFND_ISA), LANES,      forward_bytes, forward_pass, forward_finish, group_bytes, pass_bytes,
-    group_pack,          negatives_pass, half_norms,    assign_bytes, assign_rows,    exp_array,
+    group_pack,          negatives_pass, half_norms,    assign_bytes, assign_rows,    sum_cluster,    exp_array,
 };
 
 IFND_END

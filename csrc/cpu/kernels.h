@@ -33,6 +33,8 @@ struct Kernels {
   size_t (*assign_bytes)(const AssignClusters&, int64_t rows);
   int64_t (*assign_rows)(const AssignClusters&, const float* half_norms, Range rows, bool screen, void* workspace);
 
+  void (*sum_cluster)(const ClusterSums&, int64_t cluster, const int64_t* rows, int64_t n);
+
   void (*exp)(const float* x, float* y, int64_t n);  // the kernels' own exp, for its test
 };
 

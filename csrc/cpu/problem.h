@@ -60,4 +60,16 @@ struct AssignClusters {
   float* confidence;  // (N,) or null
 };
 
+struct ClusterSums {
+  const void* features;     // (N, D)
+  const int32_t* labels;    // (N,)
+  const float* centroids;   // (C, D)
+  int64_t N, C;
+  int D;
+  DType dtype;
+  double* sums;      // (C, D)
+  int64_t* counts;   // (C,)
+  float* distances;  // (N,), squared, to the row's own centroid
+};
+
 }  // namespace ifnd

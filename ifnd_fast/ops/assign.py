@@ -29,7 +29,7 @@ def assign_clusters(
     Args:
         features: (N, D), N >= 1; float32, float16, bfloat16 (float64: reference only).
         centroids: (C, D), C >= 1, of features' dtype and device.
-        temperature: of the softmax, above 0; unused without confidence.
+        temperature: of the softmax, 1e-30 or more; unused without confidence.
         return_confidence: False is faster, for Lloyd's algorithm.
         metric: "inner_product" or "l2".
         backend: "auto", or one of "cuda", "triton", "cpu", "reference" by name.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first: the order in which "auto" tries them
-OPERATORS = ("info_nce", "assign_clusters")
+OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
 
 try:
     from ifnd_fast import _cpu

@@ -9,6 +9,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_DIM = 2048
+SMALLEST_TEMPERATURE = 1e-30  # logits of unit rows, and their inverse, stay finite in float32
 
 
 def matrix(name: str, value: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
@@ -61,8 +62,8 @@ def temperature(value: float) -> float:
         value = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"temperature must be a number, got {value!r}") from None
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"temperature must be a finite number above 0, got {value}")
+    if not SMALLEST_TEMPERATURE <= value < math.inf:
+        raise ValueError(f"temperature must be a finite number of {SMALLEST_TEMPERATURE} or more, got {value}")
     return value
 
 

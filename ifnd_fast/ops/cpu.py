@@ -106,3 +106,25 @@ def assign_clusters(
         torch.get_num_threads(),
     )
     return labels, confidence
+
+
+def cluster_sums(features: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums (C, D) float64, counts (C,) int64, and squared distances (N,) float32 to the own centroid."""
+    features, labels, centroids = features.contiguous(), labels.contiguous(), centroids.contiguous()
+    sums = torch.empty(centroids.shape, dtype=torch.float64)
+    counts = torch.empty(len(centroids), dtype=torch.int64)
+    distances = torch.empty(len(features))
+    _cpu.cluster_sums(
+        features.data_ptr(),
+        labels.data_ptr(),
+        centroids.data_ptr(),
+        len(features),
+        len(centroids),
+        features.shape[1],
+        _DTYPES[features.dtype],
+        sums.data_ptr(),
+        counts.data_ptr(),
+        distances.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return sums, counts, distances

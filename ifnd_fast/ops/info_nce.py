@@ -40,7 +40,7 @@ def info_nce(
         query: (B, D) anchors; float32, float16, bfloat16 (float64: reference only). Usually L2-normalised.
         positive: (B, D) other view of each anchor.
         negatives: (K, D) queue, K >= 0.
-        temperature: softmax temperature, above 0.
+        temperature: softmax temperature, 1e-30 or more.
         query_labels: (B, L) int32 pseudo labels at L levels, 1 <= L <= 16; -1 is no accepted label.
         negative_labels: (K, L) int32. Without labels nothing is detected.
         query_ids: (B,) int64 dataset indices. negative_ids: (K,) int64.
@@ -50,7 +50,9 @@ def info_nce(
 
     Returns:
         The loss, float32 (float64 for float64 inputs): a scalar, or (B,) with reduction "none". It is
-        differentiable once in query, positive and negatives (the reference: any number of times).
+        differentiable once in query, positive and negatives (the reference: any number of times). Logits and
+        sums are float32; from half-precision inputs a gradient's softmax weights may be rounded to the inputs'
+        dtype before they multiply the keys, as tensor cores need, and the loss never is.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range (labels are read

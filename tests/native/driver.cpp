@@ -67,6 +67,17 @@ void assign(int64_t N, int64_t C, int D, ifnd::DType dtype, ifnd::Metric metric,
                         threads);
 }
 
+void cluster_sums(int64_t N, int64_t C, int D, ifnd::DType dtype, int threads) {
+  const auto features = values(N * D, dtype), centroids = values(C * D, ifnd::DType::float32);
+  const auto labels = integers<int32_t>(size_t(N), 0, int(C) - 1);
+  std::vector<double> sums(C * D);
+  std::vector<int64_t> counts(C);
+  std::vector<float> distances(N);
+  ifnd::cluster_sums({features.data(), labels.data(), reinterpret_cast<const float*>(centroids.data()), N, C, D, dtype,
+                      sums.data(), counts.data(), distances.data()},
+                     threads);
+}
+
 double exp_error() {
   std::vector<float> x, y;
   for (double at = -86.0; at < 88.0; at += 174.0 / 1e6) x.push_back(float(at));
@@ -90,10 +101,12 @@ int main() {
         for (const auto [B, K, D, L] : {std::array<int, 4>{1, 1, 1, 1}, {3, 0, 5, 2}, {37, 301, 33, 3}, {2, 700, 17, 16},
                                         {70, 50, 129, 2}, {5, 40, 2048, 2}})
           info_nce(B, K, D, L, ifnd::DType(dtype), ifnd::Strategy(strategy), threads);
-      for (int metric = 0; metric < 2; ++metric)
-        for (const auto [N, C, D] : {std::array<int, 3>{1, 1, 1}, {37, 301, 33}, {300, 7, 129}, {5, 70, 2048}})
+      for (const auto [N, C, D] : {std::array<int, 3>{1, 1, 1}, {37, 301, 33}, {300, 7, 129}, {5, 70, 2048}}) {
+        cluster_sums(N, C, D, ifnd::DType(dtype), threads);
+        for (const auto metric : {ifnd::Metric::inner_product, ifnd::Metric::l2})
           for (const bool with_confidence : {true, false})
-            assign(N, C, D, ifnd::DType(dtype), ifnd::Metric(metric), with_confidence, threads);
+            assign(N, C, D, ifnd::DType(dtype), metric, with_confidence, threads);
+      }
     }
   std::printf("%s exp %.3f\n", ifnd::kernels().isa, exp_error());
 }

@@ -25,7 +25,8 @@ def call(operator: str, dtype: torch.dtype, backend: str, device: str = "cpu"):
     )  # fmt: skip
 
 
-every_operator = pytest.mark.parametrize("operator", backends.OPERATORS)
+# cluster_sums is not public and knows no backend by name.
+every_operator = pytest.mark.parametrize("operator", [name for name in backends.OPERATORS if name != "cluster_sums"])
 
 
 @every_operator
