@@ -7,6 +7,7 @@ pytest bench/ --benchmark-disable     every body once at small sizes (fixture `s
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import time
@@ -14,12 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no worker processes beside what is measured
+
 import pytest
 import torch
 
 from ifnd_fast.ops import backends
 
-SECONDS, ROUNDS = 2.0, (3, 25)  # of a timing, after a warm-up; the tables' medians are of so many rounds
+SECONDS, ROUNDS = 2.0, (3, 400)  # of a timing, after a warm-up; the tables' medians are of so many rounds
 
 
 def machine() -> dict[str, Any]:
