@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ifnd_fast.ops import backends, checks, cpu, reference
+from ifnd_fast.ops import backends, checks, reference
 
 METRICS = ("inner_product", "l2")
 
@@ -56,23 +56,26 @@ def assign_clusters(
             f"got shapes {tuple(features.shape)} and {tuple(centroids.shape)}"
         )
     backend = backends.choose(backend, "assign_clusters", features.device, features.dtype)
-    run = reference.assign_clusters if backend == "reference" else _assign_clusters
-    labels, confidence = run(
-        features.detach(), centroids.detach(), temperature, metric, return_confidence
-    )
+    arguments = (features.detach(), centroids.detach(), temperature, metric, return_confidence)
+    if backend == "reference":
+        labels, confidence = reference.assign_clusters(*arguments)
+    else:
+        labels, confidence = _assign_clusters(*arguments, backend)
     return (labels, confidence) if return_confidence else labels
 
 
 @torch.library.custom_op("ifnd_fast::assign_clusters", mutates_args=())
 def _assign_clusters(
-    features: Tensor, centroids: Tensor, temperature: float, metric: str, return_confidence: bool
+    features: Tensor, centroids: Tensor, temperature: float, metric: str, return_confidence: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Labels (N,) int32 and confidence (N,), or (0,) where it is not wanted."""
-    return cpu.assign_clusters(features, centroids, temperature, metric, return_confidence)
+    module = backends.module_of(backend, "assign_clusters")
+    with torch.cuda.device_of(features):
+        return module.assign_clusters(features, centroids, temperature, metric, return_confidence)
 
 
 @_assign_clusters.register_fake
-def _(features, centroids, temperature, metric, return_confidence):
+def _(features, centroids, temperature, metric, return_confidence, backend):
     rows = len(features)
     return (
         features.new_empty(rows, dtype=torch.int32),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from types import ModuleType
+
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first: the order in which "auto" tries them
 OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
+TRITON_CAPABILITY = (8, 0)  # on older cards Triton multiplies without their tensor cores
 
 try:
     from ifnd_fast import _cpu
@@ -25,15 +30,39 @@ def refusal(backend: str, operator: str, device: torch.device, dtype: torch.dtyp
     """Why `backend` can't run `operator` for tensors of this device and dtype; None when it can."""
     if backend == "reference":
         return None
-    if backend in ("cuda", "triton"):
+    if backend == "cuda" or (backend == "triton" and operator == "cluster_sums"):
         return f"this version has no {backend} kernel for {operator}"
+    if backend == "triton":
+        return _triton_refusal(device, dtype)
     if _cpu is None:
         return f"the extension ifnd_fast._cpu did not import ({_cpu_import_error}); install with pip"
     if device.type != "cpu":
         return f"it computes on the CPU and the tensors are on {device}"
+    return _dtype_refusal(dtype)
+
+
+def _dtype_refusal(dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {dtype}"
     return None
+
+
+def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and triton_interprets():
+        return _dtype_refusal(dtype)
+    if device.type != "cuda":
+        return f"it computes on a GPU and the tensors are on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < TRITON_CAPABILITY:
+        return "it needs compute capability {}.{}, and {} has {}.{}".format(*TRITON_CAPABILITY, device, *capability)
+    return _dtype_refusal(dtype)
+
+
+def triton_interprets() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU: slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def explain(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -48,10 +77,20 @@ def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype
         ValueError: the name is unknown, or the backend asked for can't run here (with the reason).
     """
     if backend == "auto":
-        return next(name for name, reason in explain(operator, device, dtype).items() if reason is None)
+        allowed = [name for name, reason in explain(operator, device, dtype).items() if reason is None]
+        if device.type == "cpu" and "triton" in allowed:
+            allowed.remove("triton")  # interpreted: only when asked for by name
+        return allowed[0]
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     reason = refusal(backend, operator, device, dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} can't run {operator} here: {reason}")
     return backend
+
+
+def module_of(backend: str, operator: str) -> ModuleType:
+    """Where this fused backend's function for the operator is; Triton's are imported, and compiled, on first use."""
+    if backend == "triton":
+        return importlib.import_module(f"ifnd_fast.kernels.{'assign' if operator == 'assign_clusters' else operator}")
+    return importlib.import_module(f"ifnd_fast.ops.{backend}")

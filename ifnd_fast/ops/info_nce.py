@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ifnd_fast.ops import backends, checks, cpu, reference
+from ifnd_fast.ops import backends, checks, reference
 
 STRATEGIES = ("eliminate", "attract", "keep")
 REDUCTIONS = ("mean", "sum", "none")
@@ -144,9 +144,11 @@ def _info_nce(
     what the negatives' gradient needs: log_normalizer (B, L) and false_negative_counts (B, L)."""
     _check_label_range(query_labels, negative_labels)
     labels_and_ids = (query_labels, negative_labels, query_ids, negative_ids)
-    return cpu.info_nce_forward(
-        query, positive, negatives, labels_and_ids, temperature, false_negatives, with_grad
-    )
+    module = backends.module_of(backend, "info_nce")
+    with torch.cuda.device_of(query):
+        return module.info_nce_forward(
+            query, positive, negatives, labels_and_ids, temperature, false_negatives, with_grad
+        )
 
 
 @_info_nce.register_fake
@@ -182,10 +184,12 @@ def _negatives_grad(
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32: a second pass, only where it is asked for."""
     labels_and_ids = (query_labels, negative_labels, query_ids, negative_ids)
-    return cpu.info_nce_negatives_grad(
-        loss_grad, query, negatives, labels_and_ids, log_normalizer, false_negative_counts,
-        temperature, false_negatives,
-    )  # fmt: skip
+    module = backends.module_of(backend, "info_nce")
+    with torch.cuda.device_of(query):
+        return module.info_nce_negatives_grad(
+            loss_grad, query, negatives, labels_and_ids, log_normalizer, false_negative_counts,
+            temperature, false_negatives,
+        )  # fmt: skip
 
 
 @_negatives_grad.register_fake

@@ -53,7 +53,7 @@ class Case:
         return {"loss": loss.detach(), **dict(zip(INPUTS, gradients, strict=True))}
 
     def upstream_of(self, reduction: str) -> Tensor:
-        return self.upstream if reduction == "none" else torch.tensor(-1.7)
+        return self.upstream if reduction == "none" else torch.tensor(-1.7).to(self.upstream)
 
     def sizes(self, right: dict[str, Tensor], reduction: str) -> dict[str, Tensor]:
         """Sizes of what is added up in each result; more than the result itself where terms cancel."""
@@ -76,8 +76,8 @@ class Case:
             # A column for each query, 1 in its row alone and 0 in every key: the logits stay as they are, and a
             # key's gradient in column i is what comes through query i.
             query, positive, negatives = (getattr(self, name).detach().double() for name in INPUTS)
-            mark = torch.eye(len(query)).double()
-            marks = torch.zeros(len(negatives), len(query)).double().requires_grad_()
+            mark = torch.eye(len(query)).to(query)
+            marks = torch.zeros(len(negatives), len(query)).to(query).requires_grad_()
             loss = case.loss(
                 torch.cat([query, mark], 1), torch.cat([positive, 0 * mark], 1), torch.cat([negatives, marks], 1),
                 backend="reference", reduction="sum",
@@ -103,9 +103,13 @@ class Case:
             if value.numel() == 0:
                 continue
             error, allowed = ((x[name].double() - value).abs() for x in (fused, plain))
-            limit = float(allowed.max() + ROUNDING * (1 + self.largest_logit()) * sizes[name].max())
+            plain_error = allowed.max()
             if name in ("query", "negatives") and self.query.dtype in (torch.bfloat16, torch.float16):
-                error -= torch.finfo(self.query.dtype).eps / 2 * sizes[name]
+                half_unit = torch.finfo(self.query.dtype).eps / 2
+                error -= half_unit * sizes[name]
+                # Of the rounding of a few results plain torch may escape the worst; of these, by other weights, not.
+                plain_error = torch.maximum(plain_error, half_unit * value.abs().max())
+            limit = float(plain_error + ROUNDING * (1 + self.largest_logit()) * sizes[name].max())
             assert error.max() <= limit, f"{name}: error {error.max():.3g}, {limit:.3g} is allowed"
 
     def largest_logit(self) -> float:
@@ -121,19 +125,19 @@ class Case:
 
 def make_case(
     B: int, K: int, D: int, L: int = 1, *, dtype: torch.dtype = torch.float32, clusters: int = 5, labels: bool = True,
-    ids: bool = True, scale: float = 1.0, seed: int = 0, **settings,
+    ids: bool = True, scale: float = 1.0, seed: int = 0, device: str = "cpu", **settings,
 ) -> Case:  # fmt: skip
     """Rows of length `scale`; labels from -1 to clusters - 1; about one key in K of a query's own image."""
     generator = torch.Generator().manual_seed(seed)
 
     def rows(n: int) -> Tensor:
         unit = torch.nn.functional.normalize(torch.randn(n, D, generator=generator))
-        return (scale * unit).to(dtype)
+        return (scale * unit).to(device, dtype)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=generator)
+        return torch.randint(low, high, shape, generator=generator).to(device)
 
-    upstream = torch.randn(B, generator=generator)
+    upstream = torch.randn(B, generator=generator).to(device)
     upstream[1::5] = 0
     return Case(
         rows(B), rows(B), rows(K),

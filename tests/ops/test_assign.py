@@ -157,7 +157,7 @@ def test_inputs_need_not_be_contiguous(metric):
 @pytest.mark.parametrize("return_confidence", [True, False])
 @every_metric
 def test_opcheck(metric, return_confidence):
-    arguments = (data(9, 8), data(4, 8, 1), 0.2, metric, return_confidence)
+    arguments = (data(9, 8), data(4, 8, 1), 0.2, metric, return_confidence, "cpu")
     torch.library.opcheck(torch.ops.ifnd_fast.assign_clusters.default, arguments)
 
 

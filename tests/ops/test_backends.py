@@ -65,11 +65,11 @@ def test_float64_goes_to_the_reference(operator):
 
 
 def test_auto_takes_the_first_that_can():
-    """In the order of BACKENDS, the fastest first; the reference always can."""
+    """In the order of BACKENDS, the fastest first; the reference always can, and Triton's interpreter is not asked."""
     for dtype in (*DTYPES, torch.float64):
         reasons = backends.explain("info_nce", CPU, dtype)
         assert tuple(reasons) == backends.BACKENDS and reasons["reference"] is None
-        allowed = [name for name, reason in reasons.items() if reason is None]
+        allowed = [name for name, reason in reasons.items() if reason is None and name != "triton"]
         assert backends.choose("auto", "info_nce", CPU, dtype) == allowed[0]
 
 

@@ -1,0 +1,214 @@
+"""python bench/audit.py: compile every GPU kernel for every card, without a GPU, and table what came of it.
+
+Writes bench/results/audit.md: registers, spills, stack, shared memory, blocks that fit a multiprocessor, and the tensor
+core instruction, each as ptxas reports it or as it stands in the PTX. tests/gpu/test_audit.py fails when a kernel
+differs from the committed table for the worse.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import tyro
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ifnd_fast.kernels import assign, info_nce, tiles
+from ifnd_fast.kernels.tiles import Tile
+
+JSON = Path(__file__).parent / "results" / "audit.json"
+CARDS = (80, 86, 89, 90, 100, 120)
+# Registers, KiB of shared memory and warps of a multiprocessor (CUDA C++ Programming Guide,
+# table of technical specifications by compute capability).
+REGISTERS = 65536
+SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Audit:
+    """One kernel on one card."""
+
+    kernel: str
+    dtype: str
+    card: int
+    registers: int
+    spills: int  # bytes stored and loaded
+    stack: int  # bytes
+    shared: int  # bytes
+    blocks: int  # per multiprocessor
+    tensor_core: str  # the instruction, or "" for none
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is compiled in: rows of `dim` numbers, `levels` levels of labels."""
+
+    dim: int = 128
+    levels: int = 3
+
+
+def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, dict[str, Any], Tile]]:
+    """Every kernel, by name: function, constants, warps and stages."""
+    loss, nearest = (tiles.tile_of(name, dtype, divmod(card, 10)) for name in ("info_nce", "assign_clusters"))
+    chunk, chunks = tiles.chunk_of(size.dim)
+    of_rows = {"D": size.dim, "CHUNK": chunk, "CHUNKS": chunks}
+    levels = {"L": size.levels, "LP": triton.next_power_of_2(size.levels), "HAS_LABELS": True}
+    products = {"PRECISION": "ieee", "HAS_IDS": True, "SHIFT": info_nce.shift_of(dtype), "WITH_GRAD": True}
+    of_loss = {**of_rows, **levels, **products, "ROWS": loss.rows, "KEYS": loss.columns}
+    of_marked = {**of_loss, "KEYS": loss.marked, "FLAG_KEYS": loss.columns}
+    small = Tile(info_nce.ROWS_PER_PROGRAM, 0, 4, 1)
+    out: dict[str, tuple[Any, dict[str, Any], Tile]] = {}
+    for attract in (False, True):
+        name = "attract" if attract else "eliminate"
+        for kernel, constants, tile in (
+            (info_nce.pass_kernel, of_loss, loss),
+            (info_nce.marked_sums_kernel, of_marked, loss),
+            (info_nce.normalise_kernel, {**of_rows, **levels, "ROWS": small.rows}, small),
+            (info_nce.marked_grad_kernel, of_marked, loss),
+            (info_nce.negatives_grad_kernel, of_loss, loss),
+        ):
+            label = kernel.fn.__name__.removesuffix("_kernel")
+            out[f"info_nce {label}, {name}"] = (kernel, {**constants, "ATTRACT": attract}, tile)
+    constants = {"D": size.dim, "ELEMENTS": info_nce.ELEMENTS_PER_PROGRAM, "SCALED": True}
+    out["info_nce add_splits"] = (info_nce.add_splits_kernel, constants, small)
+    for with_confidence in (True, False):
+        name = "labels and confidence" if with_confidence else "labels"
+        constants = {**of_rows, "PRECISION": "ieee", "ROWS": nearest.rows, "COLUMNS": nearest.columns, "L2": True}
+        out[f"assign {name}"] = (assign.assign_kernel, {**constants, "WITH_CONFIDENCE": with_confidence}, nearest)
+    return out
+
+
+def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
+    """Argument types, by the arguments' names."""
+    of_inputs = {"query", "positive", "negatives", "features", "centroids"}
+    integers = {"query_labels": "*i32", "negative_labels": "*i32", "query_ids": "*i64", "negative_ids": "*i64",
+                "labels": "*i32", "counts": "*i32", "level_count": "*i32", "flags": "*i8"}  # fmt: skip
+    numbers = {"B": "i32", "K": "i32", "N": "i32", "C": "i32", "split_keys": "i32", "tiles": "i32", "splits": "i32",
+               "scale": "fp32", "inverse_temperature": "fp32"}  # fmt: skip
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in of_inputs:
+            types[name] = f"*{dtype}"
+        else:
+            types[name] = integers.get(name) or numbers.get(name) or "*fp32"
+    return types
+
+
+def compile_one(name: str, dtype: str, card: int, size: Shape) -> Audit:
+    kernel, constants, tile = kernels(DTYPES[dtype], card, size)[name]
+    types = signature(kernel, constants, dtype)
+    # As at a launch: torch's memory is aligned to 16 bytes.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, types, {n: constants[n] for n in types if n in constants}, aligned)
+    compiled = triton.compile(source, GPUTarget("cuda", card, 32), {"num_warps": tile.warps, "num_stages": tile.stages})
+    ptx = compiled.asm["ptx"]
+    registers, spills, stack = ptxas(ptx)
+    shared = compiled.metadata.shared
+    granted = -(-registers // 8) * 8 * 32 * tile.warps  # registers are given out 8 at a time to each thread of a warp
+    blocks = min(REGISTERS // granted, WARPS[card] // tile.warps, SHARED[card] * 1024 // (shared + 1024), 32)
+    found = re.search(r"\b(wgmma\.mma_async|tcgen05\.mma|mma)\.sync\.aligned\.m\w+|tcgen05\.mma", ptx)
+    return Audit(name, dtype, card, registers, spills, stack, shared, blocks, found.group() if found else "")
+
+
+def ptxas(ptx: str) -> tuple[int, int, int]:
+    """Registers, bytes spilled (stores and loads) and bytes of stack."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)  # type: ignore[union-attr]
+    program = triton.knobs.nvidia.ptxas_blackwell.path if "sm_1" in target else triton.knobs.nvidia.ptxas.path
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [program, "-v", f"-arch={target}", str(source), "-o", os.devnull]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return (
+        max(map(int, re.findall(r"Used (\d+) registers", report))),
+        sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        max(map(int, re.findall(r"(\d+) bytes stack frame", report))),
+    )
+
+
+@dataclass
+class Options:
+    """Compile every GPU kernel for every card and write bench/results/audit.md and audit.json."""
+
+    cards: tuple[int, ...] = CARDS
+    """compute capabilities, 80 for 8.0"""
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    """of the inputs"""
+    only: str = ""
+    """kernels whose name holds this"""
+    jobs: int = os.cpu_count() or 1
+    """compilations at a time"""
+    size: Shape = Shape()
+    """compiled in; of other sizes than the default the table is printed, not written"""
+    check: bool = False
+    """compare with audit.json, fail where a kernel is worse, and write nothing"""
+
+
+def worse(now: Audit, before: Audit) -> list[str]:
+    """In what a kernel is worse than the committed table says."""
+    faults = [
+        f"{field} {getattr(now, field)}, was {getattr(before, field)}"
+        for field in ("spills", "stack", "shared")
+        if getattr(now, field) > getattr(before, field)
+    ]
+    if now.blocks < before.blocks:
+        faults.append(f"{now.blocks} blocks fit a multiprocessor, were {before.blocks}")
+    if now.tensor_core != before.tensor_core:
+        faults.append(f"tensor core instruction {now.tensor_core or 'none'}, was {before.tensor_core or 'none'}")
+    return [f"{now.kernel}, {now.dtype}, sm_{now.card}: {fault}" for fault in faults]
+
+
+def check(audits: list[Audit]) -> None:
+    recorded = {(a["kernel"], a["dtype"], a["card"]): Audit(**a) for a in json.loads(JSON.read_text())}
+    faults = [fault for now in audits for fault in worse(now, recorded[now.kernel, now.dtype, now.card])]
+    print("\n".join(faults) or f"{len(audits)} kernels are as {JSON} says")
+    sys.exit(bool(faults))
+
+
+def main(options: Options) -> None:
+    wanted = [
+        (name, dtype, card, options.size)
+        for card in options.cards
+        for dtype in options.dtypes
+        for name in kernels(DTYPES[dtype], card, options.size)
+        if options.only in name
+    ]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        audits = list(pool.map(compile_one, *zip(*wanted, strict=True)))
+    if options.check:
+        check(audits)
+    header = ("kernel", "dtype", "sm", "registers", "spill bytes", "stack", "shared bytes", "blocks", "tensor core")
+    lines = [
+        "# GPU kernels as compiled",
+        "",
+        f"`python bench/audit.py`: Triton {triton.__version__}, D={options.size.dim}, L={options.size.levels}, without "
+        "a GPU. `blocks`: how many fit one multiprocessor by registers, warps and shared memory.",
+        "",
+        *("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header))),
+        *("| " + " | ".join(map(str, asdict(audit).values())) + " |" for audit in audits),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.size != Shape():
+        return
+    JSON.with_suffix(".md").write_text(text)
+    JSON.write_text("[\n" + ",\n".join(json.dumps(asdict(audit)) for audit in audits) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

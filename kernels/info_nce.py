@@ -1,0 +1,472 @@
+"""info_nce in Triton: logits, false negatives, log-sum-exps and the query's gradient in one pass over the queue.
+
+Let s_k = q.n_k / tau. Every level l needs  Z_l = e^{s+} + sum_{k not in F_l} e^{s_k}  and, for the gradient,
+sum_k w_k n_k  with the weights  w_k = mean_l [k not in F_l] e^{s_k} / Z_l,  and Z_l is known only at the end. Keys in
+no F_l count alike at every level; keys in some F_l are few. So, with the queue split over programs,
+
+1. `pass_kernel`: one online softmax over the keys in no F_l, whose weighted key sum G is accumulated as flash attention
+   accumulates its output. Tiles that hold a false negative are flagged.
+2. `marked_sums_kernel`: in the flagged tiles alone, |F_l| and each level's own online softmax over the keys that are in
+   another level's F, not in its own. Nothing is ever subtracted: a level's largest logit may be masked in another.
+3. `normalise_kernel`: joins the splits, in order: loss, log Z_l, |F_l|, and what each split's G is to be scaled by.
+4. `marked_grad_kernel`: in the flagged tiles alone, now that Z_l is known, those keys' part of the gradient.
+5. `add_splits_kernel`: the splits' gradients, in order, and the positive's.
+
+Attraction: every key but the own image's is in the dense softmax; level l sums T_l = sum_{F_l} s_k in 2, and
+-mean_l [k in F_l] / (1 + |F_l|) are the weights of 4. No atomics: the same bits every time.
+Logits carry a factor log2(e), so that exponentials are powers of 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ifnd_fast.kernels.products import (
+    LN2,
+    LOG2E,
+    excluded_pairs,
+    level_pairs,
+    load_column,
+    load_rows,
+    marked_pairs,
+    similarities,
+)  # fmt: skip
+from ifnd_fast.kernels.tiles import Tile, capability_of, chunk_of, multiprocessors, tile_of
+
+PROGRAMS_PER_MULTIPROCESSOR = 2
+# Weights in (0, 1] are rounded to the inputs' dtype to be multiplied. In float16 those below 2^-14 would lose digits,
+# so all are scaled by this power of 2: relative to the largest, digits last to 2^-29.
+FLOAT16_SHIFT = 15
+ROWS_PER_PROGRAM = 16  # of the kernels that only join sums
+ELEMENTS_PER_PROGRAM = 1024
+
+
+@triton.jit(do_not_specialize=["B", "K", "split_keys", "tiles"])
+def pass_kernel(
+    query, negatives, query_labels, negative_labels, query_ids, negative_ids,
+    split_max, split_sum, split_grad, flags, B, K, split_keys, tiles, scale,
+    D: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, WITH_GRAD: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS queries, one split of the keys, one chunk of the gradient's columns."""
+    row = tl.program_id(0) * ROWS
+    rows = row + tl.arange(0, ROWS)
+    split, chunk = tl.program_id(1), tl.program_id(2)
+    valid = rows < B
+    end = tl.minimum(K, (split + 1) * split_keys)
+    q = load_rows(query, row, valid, 0, D, CHUNK)
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    grad = tl.zeros((ROWS, CHUNK), tl.float32)
+
+    for first in range(split * split_keys, end, KEYS):
+        exists = first + tl.arange(0, KEYS) < end
+        if CHUNKS == 1:
+            n = load_rows(negatives, first, exists, 0, D, CHUNK)
+            s = tl.dot(q, tl.trans(n), input_precision=PRECISION) * scale
+        else:
+            s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
+            n = load_rows(negatives, first, exists, chunk, D, CHUNK)
+        excluded = excluded_pairs(query_ids, negative_ids, row, valid, first, exists, HAS_IDS)
+        marked = marked_pairs(query_labels, negative_labels, row, valid, first, exists, excluded, L, HAS_LABELS)
+        if HAS_LABELS:
+            flag = tl.max(marked.to(tl.int32)).to(tl.int8)
+            tl.store(flags + tl.program_id(0).to(tl.int64) * tiles + first // KEYS, flag)
+        s = tl.where(excluded if ATTRACT else excluded | marked, float("-inf"), s)
+        raised = tl.maximum(highest, tl.max(s, 1))
+        reference = tl.where(raised == float("-inf"), 0.0, raised) - SHIFT
+        weights = tl.exp2(s - reference[:, None])
+        rescale = tl.exp2(highest - SHIFT - reference)
+        total = total * rescale + tl.sum(weights, 1)
+        highest = raised
+        if WITH_GRAD:
+            grad = tl.dot(weights.to(n.dtype), n, grad * rescale[:, None], input_precision=PRECISION)
+
+    at = split.to(tl.int64) * B + rows
+    if chunk == 0:
+        tl.store(split_max + at, highest - SHIFT, mask=valid)
+        tl.store(split_sum + at, total, mask=valid)
+    if WITH_GRAD:
+        columns = chunk * CHUNK + tl.arange(0, CHUNK)
+        tl.store(split_grad + at[:, None] * D + columns[None, :], grad, mask=valid[:, None] & (columns < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "K", "split_keys", "tiles"])
+def marked_sums_kernel(
+    query, negatives, query_labels, negative_labels, query_ids, negative_ids,
+    level_max, level_sum, level_count, flags, B, K, split_keys, tiles, scale,
+    D: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, FLAG_KEYS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ATTRACT: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: ROWS queries and the flagged tiles of one split."""
+    row = tl.program_id(0) * ROWS
+    rows = row + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    valid = rows < B
+    end = tl.minimum(K, (split + 1) * split_keys)
+    levels = tl.arange(0, LP)[None, :]
+    own_max = tl.full((ROWS, LP), float("-inf"), tl.float32)
+    own_sum = tl.zeros((ROWS, LP), tl.float32)
+    count = tl.zeros((ROWS, LP), tl.int32)
+    for first in range(split * split_keys, end, KEYS):
+        if tl.load(flags + tl.program_id(0).to(tl.int64) * tiles + first // FLAG_KEYS) != 0:
+            exists = first + tl.arange(0, KEYS) < end
+            s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
+            excluded = excluded_pairs(query_ids, negative_ids, row, valid, first, exists, HAS_IDS)
+            marked = marked_pairs(query_labels, negative_labels, row, valid, first, exists, excluded, L, True)
+            for level in tl.static_range(L):
+                here = level_pairs(query_labels, negative_labels, row, valid, first, exists, level, L) & marked
+                count += tl.where(levels == level, tl.sum(here.to(tl.int32), 1)[:, None], 0)
+                if ATTRACT:
+                    own_sum += tl.where(levels == level, tl.sum(tl.where(here, s, 0.0), 1)[:, None], 0.0)
+                else:
+                    kept = tl.where(marked & ~here, s, float("-inf"))
+                    before = tl.max(tl.where(levels == level, own_max, float("-inf")), 1)
+                    raised = tl.maximum(before, tl.max(kept, 1))
+                    reference = tl.where(raised == float("-inf"), 0.0, raised)
+                    added = tl.sum(tl.exp2(kept - reference[:, None]), 1)
+                    joined = own_sum * tl.exp2(before - reference)[:, None] + added[:, None]
+                    own_sum = tl.where(levels == level, joined, own_sum)
+                    own_max = tl.where(levels == level, raised[:, None], own_max)
+    at = (split.to(tl.int64) * B + rows)[:, None] * L + levels
+    real = valid[:, None] & (levels < L)
+    tl.store(level_max + at, own_max, mask=real)
+    tl.store(level_sum + at, own_sum, mask=real)
+    tl.store(level_count + at, count, mask=real)
+
+
+@triton.jit
+def join(highest, total, other_max, other_sum):
+    """Two sums of powers of 2, each relative to its own maximum, as one."""
+    raised = tl.maximum(highest, other_max)
+    reference = tl.where(raised == float("-inf"), 0.0, raised)
+    return raised, total * tl.exp2(highest - reference) + other_sum * tl.exp2(other_max - reference)
+
+
+@triton.jit
+def log_of_1_plus(x):
+    """log(1 + x) to full relative precision, x >= 0."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * x / tl.where(y == 1.0, 1.0, y - 1.0))
+
+
+@triton.jit(do_not_specialize=["B", "splits"])
+def normalise_kernel(
+    query, positive, split_max, split_sum, level_max, level_sum, level_count,
+    loss, log_normalizer, counts, positive_weight, split_factor, B, splits, scale,
+    D: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    ATTRACT: tl.constexpr, HAS_LABELS: tl.constexpr,
+):  # fmt: skip
+    """One program: the sums of ROWS queries, in float64, as they are few. `split_factor` (splits, B) is
+    mean_l e^{m_split - lse_l}."""
+    row = tl.program_id(0) * ROWS
+    rows = row + tl.arange(0, ROWS)
+    valid = rows < B
+    levels = tl.arange(0, LP)[None, :]
+    real = valid[:, None] & (levels < L)
+    s_positive = tl.zeros((ROWS,), tl.float64)
+    for chunk in range(CHUNKS):
+        q = load_rows(query, row, valid, chunk, D, CHUNK).to(tl.float64)
+        p = load_rows(positive, row, valid, chunk, D, CHUNK).to(tl.float64)
+        s_positive += tl.sum(q * p, 1)
+    s_positive *= scale
+
+    highest = tl.full((ROWS,), float("-inf"), tl.float64)
+    total = tl.zeros((ROWS,), tl.float64)
+    own_max = tl.full((ROWS, LP), float("-inf"), tl.float64)
+    own_sum = tl.zeros((ROWS, LP), tl.float64)
+    count = tl.zeros((ROWS, LP), tl.int32)
+    at = rows.to(tl.int64)
+    for _ in range(splits):
+        m = tl.load(split_max + at, mask=valid, other=float("-inf")).to(tl.float64)
+        highest, total = join(highest, total, m, tl.load(split_sum + at, mask=valid, other=0.0).to(tl.float64))
+        if HAS_LABELS:
+            at_level = at[:, None] * L + levels
+            count += tl.load(level_count + at_level, mask=real, other=0)
+            part = tl.load(level_sum + at_level, mask=real, other=0.0).to(tl.float64)
+            if ATTRACT:
+                own_sum += part
+            else:
+                m_level = tl.load(level_max + at_level, mask=real, other=float("-inf")).to(tl.float64)
+                own_max, own_sum = join(own_max, own_sum, m_level, part)
+        at += B
+
+    # Z e^{-M} in two parts: what the negatives add decides the loss where the positive is the maximum.
+    attracted = own_sum
+    if ATTRACT:
+        own_sum = tl.zeros((ROWS, LP), tl.float64)
+    M = tl.maximum(tl.maximum(highest, s_positive)[:, None], own_max)
+    rest = total[:, None] * tl.exp2(highest[:, None] - M) + own_sum * tl.exp2(own_max - M)
+    Z = rest + tl.exp2(s_positive[:, None] - M)
+    log_Z = tl.where(M == s_positive[:, None], log_of_1_plus(rest), tl.log(Z))
+    losses = (M - s_positive[:, None]) * LN2 + log_Z
+    weight = -rest / Z  # e^{s+ - lse} - 1
+    if ATTRACT:
+        n = count.to(tl.float64)
+        losses -= (attracted - n * s_positive[:, None]) * LN2 / (1.0 + n)
+        weight += n / (1.0 + n)
+    lse = M * LN2 + log_Z
+    tl.store(loss + rows, tl.sum(tl.where(levels < L, losses, 0.0), 1) / L, mask=valid)
+    tl.store(positive_weight + rows, tl.sum(tl.where(levels < L, weight, 0.0), 1) / L, mask=valid)
+    at_level = rows[:, None].to(tl.int64) * L + levels
+    tl.store(log_normalizer + at_level, lse, mask=real)
+    tl.store(counts + at_level, count, mask=real)
+    at = rows.to(tl.int64)
+    for _ in range(splits):
+        m = tl.load(split_max + at, mask=valid, other=float("-inf")).to(tl.float64)
+        factors = tl.exp2(m[:, None] - M) / Z
+        tl.store(split_factor + at, tl.sum(tl.where(levels < L, factors, 0.0), 1) / L, mask=valid)
+        at += B
+
+
+@triton.jit
+def marked_weights(
+    s, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists,
+    L: tl.constexpr, ATTRACT: tl.constexpr, PULL_ALONE: tl.constexpr,
+):  # fmt: skip
+    """d loss / d s of keys that are in F_l for some l, level by level: mean_l [k not in F_l] e^{s - lse_l}, or in
+    attraction e^{s - lse} - mean_l [k in F_l] / (1 + |F_l|), of which `PULL_ALONE` leaves the second term."""
+    weights = tl.zeros(s.shape, tl.float32)
+    for level in tl.static_range(L):
+        here = level_pairs(query_labels, negative_labels, row, valid, key, exists, level, L)
+        if not PULL_ALONE:
+            lse = load_column(log_normalizer, row, valid, level, L, 0.0) * LOG2E
+            if ATTRACT:
+                weights += tl.exp2(s - lse[:, None])
+            else:
+                weights += tl.exp2(tl.where(here, float("-inf"), s - lse[:, None]))
+        if ATTRACT:
+            pull = 1.0 / (1.0 + load_column(counts, row, valid, level, L, 0))
+            weights -= tl.where(here, pull[:, None], 0.0)
+    return weights / L
+
+
+@triton.jit(do_not_specialize=["B", "K", "split_keys", "tiles"])
+def marked_grad_kernel(
+    query, negatives, query_labels, negative_labels, query_ids, negative_ids,
+    split_grad, split_factor, log_normalizer, counts, flags, B, K, split_keys, tiles, scale,
+    D: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, FLAG_KEYS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, HAS_IDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program, as in `pass_kernel`; split_grad becomes split_factor * split_grad + the marked keys' part."""
+    row = tl.program_id(0) * ROWS
+    rows = row + tl.arange(0, ROWS)
+    split, chunk = tl.program_id(1), tl.program_id(2)
+    valid = rows < B
+    end = tl.minimum(K, (split + 1) * split_keys)
+    grad = tl.zeros((ROWS, CHUNK), tl.float32)
+    for first in range(split * split_keys, end, KEYS):
+        if tl.load(flags + tl.program_id(0).to(tl.int64) * tiles + first // FLAG_KEYS) != 0:
+            exists = first + tl.arange(0, KEYS) < end
+            s = tl.zeros((ROWS, KEYS), tl.float32)
+            if not ATTRACT:  # there the softmax of all keys is in the dense pass
+                s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
+            excluded = excluded_pairs(query_ids, negative_ids, row, valid, first, exists, HAS_IDS)
+            marked = marked_pairs(query_labels, negative_labels, row, valid, first, exists, excluded, L, True)
+            weights = marked_weights(
+                s, query_labels, negative_labels, log_normalizer, counts, row, valid, first, exists, L, ATTRACT, ATTRACT
+            )
+            weights = tl.where(marked, weights, 0.0) * (1 << SHIFT)
+            n = load_rows(negatives, first, exists, chunk, D, CHUNK)
+            grad = tl.dot(weights.to(n.dtype), n, grad, input_precision=PRECISION)
+    at = split.to(tl.int64) * B + rows
+    columns = chunk * CHUNK + tl.arange(0, CHUNK)
+    place = split_grad + at[:, None] * D + columns[None, :]
+    inside = valid[:, None] & (columns < D)[None, :]
+    factor = tl.load(split_factor + at, mask=valid, other=0.0)
+    dense = tl.load(place, mask=inside, other=0.0) * factor[:, None]
+    tl.store(place, dense + grad * (1.0 / (1 << SHIFT)), mask=inside)
+
+
+@triton.jit(do_not_specialize=["B", "splits"])
+def add_splits_kernel(
+    positive, positive_weight, split_grad, split_factor, query_grad, B, splits, inverse_temperature,
+    D: tl.constexpr, ELEMENTS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """One program: ELEMENTS of the query's gradient."""
+    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = at < B.to(tl.int64) * D
+    row = at // D
+    grad = tl.load(positive_weight + row, mask=inside, other=0.0)
+    grad *= tl.load(positive + at, mask=inside, other=0.0).to(tl.float32)
+    split_row, split_at = row, at
+    for _ in range(splits):
+        part = tl.load(split_grad + split_at, mask=inside, other=0.0)
+        if not SCALED:
+            part *= tl.load(split_factor + split_row, mask=inside, other=0.0)
+        grad += part
+        split_row += B
+        split_at += B.to(tl.int64) * D
+    tl.store(query_grad + at, grad * inverse_temperature, mask=inside)
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def negatives_grad_kernel(
+    loss_grad, largest_loss_grad, query, negatives, query_labels, negative_labels, query_ids, negative_ids,
+    log_normalizer, counts, negatives_grad, B, K, scale, inverse_temperature,
+    D: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, HAS_LABELS: tl.constexpr,
+    HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: KEYS negatives against all queries, one chunk of the gradient's columns.
+
+    d_k = sum_i g_i (d loss_i / d s_ik) q_i / tau. For a key in no F_l the mean over levels is one exponential:
+    mean_l e^{s - lse_l} = e^{s - a} mean_l e^{a - lse_l}, a = min_l lse_l >= s up to rounding.
+    """
+    key, chunk = tl.program_id(0) * KEYS, tl.program_id(1)
+    exists = key + tl.arange(0, KEYS) < K
+    largest = tl.load(largest_loss_grad)
+    unit = tl.where(largest > 0.0, 1.0 / largest, 0.0) * (1 << SHIFT)
+    grad = tl.zeros((KEYS, CHUNK), tl.float32)
+    for row in range(0, B, ROWS):
+        valid = row + tl.arange(0, ROWS) < B
+        least = tl.full((ROWS,), float("inf"), tl.float32)
+        for level in tl.static_range(L):
+            least = tl.minimum(least, load_column(log_normalizer, row, valid, level, L, 0.0))
+        mean = tl.zeros((ROWS,), tl.float32)
+        for level in tl.static_range(L):
+            mean += tl.exp2((least - load_column(log_normalizer, row, valid, level, L, 0.0)) * LOG2E) / L
+        s = similarities(query, row, valid, negatives, key, exists, D, CHUNK, CHUNKS, PRECISION) * scale
+        excluded = excluded_pairs(query_ids, negative_ids, row, valid, key, exists, HAS_IDS)
+        marked = marked_pairs(query_labels, negative_labels, row, valid, key, exists, excluded, L, HAS_LABELS)
+        weights = tl.exp2(s - (least * LOG2E)[:, None]) * mean[:, None]
+        if HAS_LABELS:
+            if tl.max(marked.to(tl.int32)) > 0:
+                exact = marked_weights(
+                    s, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists, L, ATTRACT, False
+                )
+                weights = tl.where(marked, exact, weights)
+        weights = tl.where(excluded, 0.0, weights) * (load_column(loss_grad, row, valid, 0, 1, 0.0) * unit)[:, None]
+        q = load_rows(query, row, valid, chunk, D, CHUNK)
+        grad = tl.dot(tl.trans(weights.to(q.dtype)), q, grad, input_precision=PRECISION)
+    columns = chunk * CHUNK + tl.arange(0, CHUNK)
+    at = tl.arange(0, KEYS)[:, None] * D + columns[None, :]
+    grad *= largest * inverse_temperature / (1 << SHIFT)
+    place = negatives_grad + tl.cast(key, tl.int64) * D + at
+    tl.store(place, grad, mask=exists[:, None] & (columns < D)[None, :])
+
+
+class Plan(NamedTuple):
+    """How one call is cut up."""
+
+    splits: int
+    split_keys: int  # a multiple of the tile's keys
+    tiles: int  # of keys
+
+
+def plan_of(B: int, K: int, tile: Tile, chunks: int, multiprocessors: int) -> Plan:
+    """Splits of the queue so that even one block of queries fills the card."""
+    tiles = max(1, triton.cdiv(K, tile.columns))
+    programs = triton.cdiv(B, tile.rows) * chunks
+    splits = min(tiles, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs))
+    split_tiles = triton.cdiv(tiles, splits)
+    return Plan(triton.cdiv(tiles, split_tiles), split_tiles * tile.columns, tiles)
+
+
+def info_nce_forward(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    labels_and_ids: tuple[Tensor | None, ...],
+    temperature: float,
+    false_negatives: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, L)."""
+    query, positive, negatives = query.contiguous(), positive.contiguous(), negatives.contiguous()
+    extra = [None if t is None else t.contiguous() for t in labels_and_ids]
+    (B, D), K, L = query.shape, len(negatives), 1 if extra[0] is None else extra[0].shape[1]
+    has_labels, has_ids = extra[0] is not None and false_negatives != "keep", extra[2] is not None
+    attract = false_negatives == "attract"
+    chunk, chunks = chunk_of(D)
+    tile = tile_of("info_nce", query.dtype, capability_of(query.device))
+    splits, split_keys, tiles = plan_of(B, K, tile, chunks, multiprocessors(query.device))
+
+    def floats(*shape: int) -> Tensor:
+        return query.new_empty(shape, dtype=torch.float32)
+
+    split_max, split_sum, split_factor = floats(splits, B), floats(splits, B), floats(splits, B)
+    split_grad = floats(splits if with_grad else 0, B, D)
+    level_splits = splits if has_labels else 0
+    level_max, level_sum = floats(level_splits, B, L), floats(level_splits, B, L)
+    level_count = query.new_empty((level_splits, B, L), dtype=torch.int32)
+    blocks = triton.cdiv(B, tile.rows)
+    flags = query.new_empty((blocks, tiles if has_labels else 0), dtype=torch.int8)
+    loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, L)
+    query_grad = floats(B if with_grad else 0, D)
+    counts = query.new_empty((B, L), dtype=torch.int32)
+
+    scale = LOG2E.value / temperature
+    inputs = (query, negatives, *[loss if t is None else t for t in extra])  # the loss is never read
+    cut = (B, K, split_keys, tiles, scale)
+    shape = {"D": D, "L": L, "CHUNK": chunk, "CHUNKS": chunks, "ATTRACT": attract}
+    padded_levels = triton.next_power_of_2(L)
+    products = {
+        "ROWS": tile.rows, "KEYS": tile.columns, "HAS_IDS": has_ids, "PRECISION": "ieee",
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    of_marked = {**products, "KEYS": tile.marked, "FLAG_KEYS": tile.columns}
+    shift = shift_of(query.dtype)
+    pass_kernel[blocks, splits, chunks if with_grad else 1](
+        *inputs, split_max, split_sum, split_grad, flags, *cut,
+        SHIFT=shift, WITH_GRAD=with_grad, HAS_LABELS=has_labels, **shape, **products,
+    )  # fmt: skip
+    if has_labels:
+        marked_sums_kernel[blocks, splits](
+            *inputs, level_max, level_sum, level_count, flags, *cut, LP=padded_levels, **shape, **of_marked
+        )
+    normalise_kernel[(triton.cdiv(B, ROWS_PER_PROGRAM),)](
+        query, positive, split_max, split_sum, level_max, level_sum, level_count,
+        loss, log_normalizer, counts, positive_weight, split_factor, B, splits, scale,
+        ROWS=ROWS_PER_PROGRAM, LP=padded_levels, HAS_LABELS=has_labels, **shape,
+    )  # fmt: skip
+    if with_grad:
+        if has_labels:
+            marked_grad_kernel[blocks, splits, chunks](
+                *inputs, split_grad, split_factor, log_normalizer, counts, flags, *cut,
+                SHIFT=shift, **shape, **of_marked,
+            )  # fmt: skip
+        add_splits_kernel[(triton.cdiv(B * D, ELEMENTS_PER_PROGRAM),)](
+            positive, positive_weight, split_grad, split_factor, query_grad, B, splits, 1.0 / temperature,
+            D=D, ELEMENTS=ELEMENTS_PER_PROGRAM, SCALED=has_labels,
+        )  # fmt: skip
+    return loss, query_grad, positive_weight, log_normalizer, counts
+
+
+def info_nce_negatives_grad(
+    loss_grad: Tensor,
+    query: Tensor,
+    negatives: Tensor,
+    labels_and_ids: tuple[Tensor | None, ...],
+    log_normalizer: Tensor,
+    counts: Tensor,
+    temperature: float,
+    false_negatives: str,
+) -> Tensor:
+    """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
+    loss_grad, query, negatives = loss_grad.contiguous(), query.contiguous(), negatives.contiguous()
+    extra = [None if t is None else t.contiguous() for t in labels_and_ids]
+    (B, D), K, L = query.shape, len(negatives), log_normalizer.shape[1]
+    negatives_grad = query.new_empty((K, D), dtype=torch.float32)
+    if K == 0:
+        return negatives_grad
+    tile, (chunk, chunks) = tile_of("info_nce", query.dtype, capability_of(query.device)), chunk_of(D)
+    negatives_grad_kernel[(triton.cdiv(K, tile.columns), chunks)](
+        loss_grad, loss_grad.abs().amax(), query, negatives, *[loss_grad if t is None else t for t in extra],
+        log_normalizer, counts, negatives_grad, B, K, LOG2E.value / temperature, 1.0 / temperature,
+        D=D, L=L, ROWS=tile.rows, KEYS=tile.columns, CHUNK=chunk, CHUNKS=chunks, SHIFT=shift_of(query.dtype),
+        ATTRACT=false_negatives == "attract", HAS_LABELS=extra[0] is not None and false_negatives != "keep",
+        HAS_IDS=extra[2] is not None, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return negatives_grad
+
+
+def shift_of(dtype: torch.dtype) -> int:
+    return FLOAT16_SHIFT if dtype == torch.float16 else 0

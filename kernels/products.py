@@ -1,0 +1,78 @@
+"""What every kernel is made of: tiles of rows, their similarities, and which keys are false negatives."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+# Rows are told by the number of the first one, so that only that offset needs 64 bits: the others are within a tile.
+
+
+# Rows are told by the number of the first one, so that only that offset needs 64 bits: the others are within a tile.
+
+
+@triton.jit
+def load_rows(matrix, first, valid, chunk, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns [chunk * CHUNK, ...) of rows [first, ...) of a (., D) matrix, (rows, CHUNK); zero where not valid."""
+    columns = chunk * CHUNK + tl.arange(0, CHUNK)
+    at = tl.arange(0, valid.shape[0])[:, None] * D + columns[None, :]
+    inside = valid[:, None]
+    if D % CHUNK != 0:
+        inside &= (columns < D)[None, :]
+    return tl.load(matrix + tl.cast(first, tl.int64) * D + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_column(matrix, first, valid, column, WIDTH: tl.constexpr, other):
+    """One column of rows [first, ...) of a (., WIDTH) matrix, (rows,)."""
+    at = tl.arange(0, valid.shape[0]) * WIDTH + column
+    return tl.load(matrix + tl.cast(first, tl.int64) * WIDTH + at, mask=valid, other=other)
+
+
+@triton.jit
+def similarities(
+    a, a_first, a_valid, b, b_first, b_valid,
+    D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T for these rows of a and b, (a rows, b rows) float32."""
+    s = tl.zeros((a_valid.shape[0], b_valid.shape[0]), tl.float32)
+    for chunk in range(CHUNKS):
+        x = load_rows(a, a_first, a_valid, chunk, D, CHUNK)
+        y = load_rows(b, b_first, b_valid, chunk, D, CHUNK)
+        s = tl.dot(x, tl.trans(y), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def excluded_pairs(query_ids, negative_ids, row, valid, key, exists, HAS_IDS: tl.constexpr):
+    """(rows, keys): the key is in no sum at any level, as it is of the query's own image or past the last key."""
+    excluded = ~(valid[:, None] & exists[None, :])
+    if HAS_IDS:
+        own = load_column(query_ids, row, valid, 0, 1, 0)
+        other = load_column(negative_ids, key, exists, 0, 1, 0)
+        excluded |= own[:, None] == other[None, :]
+    return excluded
+
+
+@triton.jit
+def level_pairs(query_labels, negative_labels, row, valid, key, exists, level, L: tl.constexpr):
+    """(rows, keys): the key is in the query's F_l."""
+    y = load_column(query_labels, row, valid, level, L, -1)
+    z = load_column(negative_labels, key, exists, level, L, -1)
+    return (y[:, None] == z[None, :]) & (y >= 0)[:, None]
+
+
+@triton.jit
+def marked_pairs(
+    query_labels, negative_labels, row, valid, key, exists, excluded, L: tl.constexpr, HAS_LABELS: tl.constexpr
+):
+    """(rows, keys): the key is in F_l at any level l, and not excluded."""
+    marked = tl.zeros(excluded.shape, tl.int1)
+    if HAS_LABELS:
+        for level in tl.static_range(L):
+            marked |= level_pairs(query_labels, negative_labels, row, valid, key, exists, level, L)
+    return marked & ~excluded

@@ -1,0 +1,69 @@
+"""How much of the problem one program of each kernel holds, by card, width of the inputs and dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+MAX_CHUNK = 128  # columns of D that one tile holds; wider rows are walked in chunks
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x columns of similarities, `warps` of 32 threads, `stages` of the software pipeline.
+
+    `marked` columns at a time where levels are told apart: their masks take registers, and more of them spill.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    marked: int = 32
+
+
+# By (kernel, bytes of a number), then compute capability, then any other. Chosen by bench/audit.py: the widest that
+# spills no register on that card and leaves room for two programs on a multiprocessor, so that one's softmax hides
+# behind the other's products. The loss holds the gradient (rows x 128) beside the scores, and the masks take what is
+# left: ptxas spills at 64 keys, on 8.6 and 8.9 also at two stages, on 12.0 also at 64 rows. Assignment holds scores
+# alone: 128 rows read each centroid from the second-level cache for 128 products; 64 where a multiprocessor's 100 KiB
+# of shared memory would not hold two such programs.
+# float32 has no tensor-core path at full precision, and its operands take twice the registers.
+TILES: dict[tuple[str, int], dict[tuple[int, int] | None, Tile]] = {
+    ("info_nce", 2): {
+        (8, 6): Tile(64, 32, 4, 3),
+        (8, 9): Tile(64, 32, 4, 3),
+        (12, 0): Tile(32, 32, 4, 2),
+        None: Tile(64, 32, 4, 2),
+    },
+    ("info_nce", 4): {(12, 0): Tile(16, 32, 8, 1, marked=16), None: Tile(16, 32, 8, 1)},
+    ("assign_clusters", 2): {
+        (8, 6): Tile(64, 64, 4, 2),
+        (8, 9): Tile(64, 64, 4, 2),
+        (12, 0): Tile(64, 64, 4, 2),
+        None: Tile(128, 64, 8, 2),
+    },
+    ("assign_clusters", 4): {None: Tile(32, 64, 4, 1)},
+}
+
+
+def tile_of(kernel: str, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
+    by_card = TILES[kernel, dtype.itemsize]
+    return by_card.get(capability, by_card[None])
+
+
+def chunk_of(dim: int) -> tuple[int, int]:
+    """Columns of D in a tile (a power of two, at least the 16 that a tensor core takes), and how many such chunks."""
+    chunk = min(MAX_CHUNK, max(16, triton.next_power_of_2(dim)))
+    return chunk, triton.cdiv(dim, chunk)
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of this GPU; for tensors on the CPU, where kernels are interpreted, a small number."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

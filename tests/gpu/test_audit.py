@@ -1,0 +1,39 @@
+"""Every GPU kernel compiles for every card, and none of them worse than bench/results/audit.json records."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+AUDIT = Path(__file__).parents[2] / "bench" / "audit.py"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton and its ptxas come for Linux")
+@pytest.mark.parametrize(
+    "arguments",
+    [("--cards", "80", "90", "--dtypes", "fp16", "fp32"), ("--cards", "86", "89", "100", "120", "--only", "pass")],
+    ids=" ".join,
+)
+def test_kernels_are_as_recorded(arguments):
+    assert "kernels are as" in audit("--check", *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton and its ptxas come for Linux")
+def test_other_sizes_compile():
+    table = audit("--cards", "80", "--dtypes", "bf16", "--size.dim", "300", "--size.levels", "5")
+    assert table.count("mma.sync.aligned.m16n8k16") >= 10 and "D=300, L=5" in table
+
+
+def audit(*arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(AUDIT), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout

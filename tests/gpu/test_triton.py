@@ -1,0 +1,138 @@
+"""The Triton kernels by the rules that every backend is held to (tests/ops/cases.py, tests/ops/test_assign.py)."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ifnd_fast
+from tests.ops import test_assign
+from tests.ops.cases import DTYPES, STRATEGIES, make_case
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = "triton"
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+every_metric = pytest.mark.parametrize("metric", test_assign.METRICS)
+case_of = functools.partial(make_case, device=DEVICE)
+
+
+# ---- info_nce -------------------------------------------------------------------------------------------------------
+
+
+@every_strategy
+@every_dtype
+def test_values_and_gradients(strategy, dtype):
+    case_of(37, 331, 65, 3, dtype=dtype, false_negatives=strategy).check(BACKEND)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    B=st.integers(1, 70), K=st.integers(0, 200), D=st.integers(1, 140), L=st.integers(1, 5), seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES), strategy=st.sampled_from(STRATEGIES), clusters=st.sampled_from([0, 1, 2, 10, 1000]),
+    labels=st.booleans(), ids=st.booleans(), temperature=st.sampled_from([0.05, 0.2, 2.0]),
+)  # fmt: skip
+def test_ragged_shapes(B, K, D, L, seed, dtype, strategy, clusters, labels, ids, temperature):
+    case_of(
+        B, K, D, L, dtype=dtype, clusters=clusters, labels=labels, ids=ids, seed=seed, temperature=temperature,
+        false_negatives=strategy,
+    ).check(BACKEND)  # fmt: skip
+
+
+@every_strategy
+@every_dtype
+def test_every_key_a_false_negative(strategy, dtype):
+    case = case_of(20, 150, 24, 3, dtype=dtype, ids=False, false_negatives=strategy).with_all_labels(4)
+    case.check(BACKEND)
+    if strategy == "eliminate":
+        assert not any(value.any() for value in case.results(BACKEND).values())
+        case.negative_labels[:, -1] = 5  # false negatives at every level but the last
+        case.check(BACKEND)
+
+
+@every_strategy
+@every_dtype
+def test_huge_logits(strategy, dtype):
+    case = case_of(20, 150, 16, 3, dtype=dtype, scale=45.0, false_negatives=strategy)
+    assert case.largest_logit() > 5e3
+    case.check(BACKEND)
+
+
+@every_strategy
+@pytest.mark.parametrize("D", [129, 300])
+def test_rows_wider_than_a_tile(strategy, D):
+    case_of(9, 70, D, 2, dtype=torch.float16, false_negatives=strategy).check(BACKEND)
+
+
+def test_more_levels_than_a_power_of_two():
+    case_of(9, 70, 16, 16, clusters=3).check(BACKEND)
+
+
+def test_no_label_at_most_keys():
+    """Most tiles have no false negative, and are not visited again."""
+    case = case_of(70, 500, 32, 2, ids=False, clusters=1000)
+    case.negative_labels[:400] = -1
+    case.negative_labels[450] = case.query_labels[3] = 7
+    case.check(BACKEND)
+
+
+@every_strategy
+def test_the_same_bits_again(strategy):
+    case = case_of(37, 331, 33, 3, false_negatives=strategy)
+    first, second = case.results(BACKEND), case.results(BACKEND)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_gradients():
+    case = case_of(9, 50, 12, 2)
+    expected = case.loss(backend=BACKEND)
+    case.query.requires_grad_()
+    assert torch.equal(case.loss(backend=BACKEND), expected)
+
+
+# ---- assign_clusters ------------------------------------------------------------------------------------------------
+
+
+def assign(x, c, **how):
+    return ifnd_fast.assign_clusters(x, c, backend=BACKEND, **how)
+
+
+def data(*args, **kwargs):
+    return test_assign.data(*args, **kwargs).to(DEVICE)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    N=st.integers(1, 150), C=st.integers(1, 200), D=st.integers(1, 140), dtype=st.sampled_from(DTYPES),
+    metric=st.sampled_from(test_assign.METRICS), temperature=st.sampled_from([0.05, 0.2, 20.0]), unit=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_assign_ragged_shapes(N, C, D, dtype, metric, temperature, unit, seed):
+    x, c = data(N, D, seed, dtype, unit), data(C, D, seed + 100, dtype, unit)
+    test_assign.check(x, c, metric, temperature, assign)
+
+
+@every_metric
+@every_dtype
+def test_assign_many_points(metric, dtype):
+    x, c = data(700, 96, 0, dtype, unit=True), data(300, 96, 1, dtype, unit=True)
+    assert test_assign.check(x, c, metric, assign=assign) <= 5  # near ties are few
+
+
+@every_metric
+def test_assign_wide_rows(metric):
+    test_assign.check(data(40, 300), data(17, 300, 1), metric, temperature=50.0, assign=assign)
+
+
+@every_metric
+def test_ties_take_the_lowest_index(metric):
+    zeros = torch.zeros(5, 33, device=DEVICE)
+    assert not assign(zeros, zeros, return_confidence=False, metric=metric).any()
+    labels, confidence = assign(data(100, 33), data(150, 33, 1).repeat(3, 1), metric=metric)
+    assert labels.max() < 150 and (confidence <= 1 / 3 + 1e-5).all()
