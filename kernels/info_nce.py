@@ -149,13 +149,6 @@ def join(highest, total, other_max, other_sum):
     return raised, total * tl.exp2(highest - reference) + other_sum * tl.exp2(other_max - reference)
 
 
-@triton.jit
-def log_of_1_plus(x):
-    """log(1 + x) to full relative precision, x >= 0."""
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * x / tl.where(y == 1.0, 1.0, y - 1.0))
-
-
 @triton.jit(do_not_specialize=["B", "splits"])
 def normalise_kernel(
     query, positive, split_max, split_sum, level_max, level_sum, level_count,
@@ -197,14 +190,13 @@ def normalise_kernel(
                 own_max, own_sum = join(own_max, own_sum, m_level, part)
         at += B
 
-    # Z e^{-M} in two parts: what the negatives add decides the loss where the positive is the maximum.
     attracted = own_sum
     if ATTRACT:
         own_sum = tl.zeros((ROWS, LP), tl.float64)
     M = tl.maximum(tl.maximum(highest, s_positive)[:, None], own_max)
     rest = total[:, None] * tl.exp2(highest[:, None] - M) + own_sum * tl.exp2(own_max - M)
     Z = rest + tl.exp2(s_positive[:, None] - M)
-    log_Z = tl.where(M == s_positive[:, None], log_of_1_plus(rest), tl.log(Z))
+    log_Z = tl.log(Z)
     losses = (M - s_positive[:, None]) * LN2 + log_Z
     weight = -rest / Z  # e^{s+ - lse} - 1
     if ATTRACT:

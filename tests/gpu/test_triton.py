@@ -70,6 +70,25 @@ def test_rows_wider_than_a_tile(strategy, D):
     case_of(9, 70, D, 2, dtype=torch.float16, false_negatives=strategy).check(BACKEND)
 
 
+def test_ids_have_64_bits():
+    case = case_of(9, 70, 16)
+    case.negative_ids[::2] += 2**32
+    assert (case.query_ids[:, None] == case.negative_ids % 2**32).any()
+    case.check(BACKEND)
+
+
+def test_small_float16_weights_keep_their_digits():
+    """Keys of weight e^{-12.0254} = 100.5 of float16's smallest steps beside some of weight 1: unscaled, half a step is
+    lost of each, 0.5 %."""
+    case = case_of(1, 4096, 16, dtype=torch.float16, labels=False, ids=False, temperature=1 / 12.0254)
+    case.query.zero_()[:, 0] = case.positive.zero_()[:, 2] = 1
+    case.negatives.zero_()[:, 1] = 1
+    case.negatives[::256] = case.query
+    fused = case.results(BACKEND)["query"][0, 1].double()
+    right = case.results("reference", dtype=torch.float64)["query"][0, 1]
+    assert right != 0 and abs(fused - right) <= 2**-10 * abs(right)
+
+
 def test_more_levels_than_a_power_of_two():
     case_of(9, 70, 16, 16, clusters=3).check(BACKEND)
 
