@@ -12,9 +12,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Rows are told by the number of the first one, so that only that offset needs 64 bits: the others are within a tile.
 
 
-# Rows are told by the number of the first one, so that only that offset needs 64 bits: the others are within a tile.
-
-
 @triton.jit
 def load_rows(matrix, first, valid, chunk, D: tl.constexpr, CHUNK: tl.constexpr):
     """Columns [chunk * CHUNK, ...) of rows [first, ...) of a (., D) matrix, (rows, CHUNK); zero where not valid."""

@@ -580,9 +580,12 @@ def test_a_forked_child_does_not_hang():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from Linux's /proc")
 def test_scratch_memory_is_small():
-    """Peak memory of both calls at B 256, K 65536 grows by under 2% of a (B, K) float32 matrix."""
+    """Peak memory of both calls at B 256, K 65536 grows by under 2% of a (B, K) float32 matrix.
+
+    Linux counts a process's pages in batches of 32 for each core, so a peak is known to that.
+    """
     done = run("""
-        import ctypes, torch
+        import ctypes, statistics, torch
         from tests.test_native import Case
 
         def peak():
@@ -592,14 +595,19 @@ def test_scratch_memory_is_small():
         Case(64, 64, 4, 1).native()  # starts the threads
         case = Case(256, 65536, 128, 3, clusters=25000, ids=False)
         outputs = 4 * 128 * (65536 + 256) // 1024
-        ctypes.CDLL(None).malloc_trim(0)  # else freed memory would hide what the calls take
-        open("/proc/self/clear_refs", "w").write("5")
-        before = peak()
-        case.native()
-        print(peak() - before - outputs)
+
+        def growth():
+            ctypes.CDLL(None).malloc_trim(0)  # else freed memory would hide what the calls take
+            open("/proc/self/clear_refs", "w").write("5")
+            before = peak()
+            case.native()
+            return peak() - before - outputs
+
+        print(statistics.median(growth() for _ in range(9)))
     """)
     assert done.returncode == 0, done.stderr
-    assert 0 < int(done.stdout) < 0.02 * 256 * 65536 * 4 / 1024
+    counted_to = 32 * 4 * os.cpu_count()
+    assert 0 < int(done.stdout) < 0.02 * 256 * 65536 * 4 / 1024 + counted_to
 
 
 def build_driver(sanitizers: str, build: Path) -> Path:
