@@ -1,0 +1,197 @@
+// Every row's nearest centroid, in one pass over the centroids, on tensor cores:
+//
+//   s_j = unit * x.c_j - h_j,   label = argmax_j s_j,   confidence = 1 / sum_j 2^{(s_j - s_label) * scale}
+//
+// h_j = |c_j|^2 / 2 for l2, else 0; scale = log2(e) / temperature. A warp holds 32 rows in registers and walks the
+// centroids, 16 at a time, double-buffered in shared memory. A lane keeps the best of the columns that it sees; lanes
+// are joined at the end. Equal sums: the lowest index.
+//
+// float32 comes as two terms of 16 bits, x = high + low: high.high + high.low + low.high is within about 2^-22 of x.c.
+// Labels alone take less: SCREEN multiplies high.high and lists the rows whose two best are closer than their `margin`,
+// a bound on what the other terms can change; only these rows are done again with all of them.
+#pragma once
+
+#include "staging.h"
+#include "tensor_core.h"
+
+namespace ifnd::cuda {
+
+enum class Assign { LABELS, CONFIDENCE, SCREEN };
+
+struct AssignArguments {
+  const u16 *features, *centroids;  // rows of terms * D numbers; D divides by 8
+  const float* half_norms;          // h, or null for 0
+  const float* unit;                // on the device, or null for 1
+  const int* rows;                  // LABELS: the rows to do, *row_count of them, or null for all N
+  const int* row_count;
+  const float* margins;  // SCREEN, (N,)
+  int* labels;
+  float* confidence;  // CONFIDENCE
+  int *near_rows, *near_count;  // SCREEN: the rows to do again
+  int N, C, D, terms, stored_terms;  // multiplied, and held by a row
+  float scale;
+};
+
+// Columns of the operand that step `step` of a product takes: a term of the sum, then a chunk of its columns.
+struct Step {
+  int a, b, columns;
+  template <int CHUNK>
+  __device__ __forceinline__ static Step of(int step, int D) {
+    const int chunks = (D + CHUNK - 1) / CHUNK, term = step / chunks, column = step % chunks * CHUNK;
+    return {(term == 2 ? D : 0) + column, (term == 1 ? D : 0) + column, D - column};
+  }
+};
+
+constexpr int ASSIGN_WARPS = 8, ASSIGN_THREADS = 32 * ASSIGN_WARPS, ASSIGN_ROWS = ASSIGN_WARPS * WARP_ROWS;
+constexpr int ASSIGN_COLUMNS = 16, ASSIGN_BLOCKS = ASSIGN_COLUMNS / 8;
+
+template <int CHUNK>
+constexpr int ASSIGN_SHARED_BYTES = 2 * ASSIGN_COLUMNS * (CHUNK + PAD) * int(sizeof(u16));
+
+// The nearest so far among the columns that one lane sees of one row.
+template <Assign MODE>
+struct Nearest {
+  float best = -infinity(), second = -infinity(), total = 0;
+  int label = 0;
+
+  // One tile's sums for this row, `s(i)` with i rising by column, `column(i)`.
+  template <int COUNT, class Sums, class Columns>
+  __device__ __forceinline__ void add(float scale, Sums s, Columns column) {
+    float highest = best;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      if (MODE == Assign::SCREEN) second = fmaxf(second, fminf(highest, s(i)));
+      highest = fmaxf(highest, s(i));
+    }
+    if (MODE == Assign::CONFIDENCE) {
+      const float reference = highest == -infinity() ? 0.f : highest;
+      total *= exp2_fast((best - reference) * scale);
+      float added = 0;
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) added += exp2_fast((s(i) - reference) * scale);
+      total += added;
+    }
+    if (highest > best) {
+#pragma unroll
+      for (int i = COUNT - 1; i >= 0; --i)
+        if (s(i) == highest) label = column(i);
+      best = highest;
+    }
+  }
+
+  __device__ __forceinline__ void join(int partner, float scale) {
+    const float other = __shfl_xor_sync(0xffffffffu, best, partner);
+    const int other_label = __shfl_xor_sync(0xffffffffu, label, partner);
+    const float highest = fmaxf(best, other);
+    if (MODE == Assign::SCREEN)
+      second = fmaxf(fmaxf(second, __shfl_xor_sync(0xffffffffu, second, partner)), fminf(best, other));
+    if (MODE == Assign::CONFIDENCE) {
+      const float other_total = __shfl_xor_sync(0xffffffffu, total, partner);
+      const float reference = highest == -infinity() ? 0.f : highest;
+      total = total * exp2_fast((best - reference) * scale) + other_total * exp2_fast((other - reference) * scale);
+    }
+    if (other > best || (other == best && other_label < label)) label = other_label;
+    best = highest;
+  }
+};
+
+template <class T, int CHUNK, Assign MODE>
+__global__ void __launch_bounds__(ASSIGN_THREADS, 2) assign_kernel(AssignArguments p) {
+  if constexpr (Supports<T>::value) {
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    using Tile = Staging<ASSIGN_COLUMNS, CHUNK, ASSIGN_THREADS>;
+    constexpr int TILE = ASSIGN_COLUMNS * Tile::STRIDE;
+    u16* tiles = (u16*)shared_memory;  // two
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const bool listed = MODE == Assign::LABELS && p.rows;
+    const int row_count = listed ? *p.row_count : p.N;
+    const int block_row = blockIdx.x * ASSIGN_ROWS, warp_row = block_row + warp * WARP_ROWS;
+    if (block_row >= row_count) return;
+    const int stride = p.stored_terms * p.D, steps = p.terms * ((p.D + CHUNK - 1) / CHUNK);
+    const float unit = p.unit ? *p.unit : 1.f;
+    const int last_row = row_count - 1;
+    const auto source = [&](int row) -> long long {
+      const int i = warp_row + row < last_row ? warp_row + row : last_row;
+      return listed ? p.rows[i] : i;
+    };
+
+    // 1. The first tile, and the warp's rows; lanes past the last row read it again, and store nothing.
+    Tile tile;
+    const auto fetch = [&](int first, int step) {
+      const Step at = Step::of<CHUNK>(step, p.D);
+      tile.fetch(p.centroids + at.b, first, p.C, at.columns, stride);
+    };
+    fetch(0, 0);
+    tile.store(tiles);
+    __syncthreads();
+
+    u32 a[CHUNK / 16][8];
+    Nearest<MODE> nearest[Core::ROWS];
+    int buffer = 0;
+    for (int first = 0; first < p.C; first += ASSIGN_COLUMNS) {
+      float sums[ASSIGN_BLOCKS][8] = {};
+      for (int step = 0; step < steps; ++step) {
+        // 2. The next tile is on its way while this one is multiplied.
+        const bool last_step = step + 1 == steps;
+        const int next = last_step ? first + ASSIGN_COLUMNS : first;
+        if (next < p.C) fetch(next, last_step ? 0 : step + 1);
+        if (steps > 1 || first == 0) {
+          const Step at = Step::of<CHUNK>(step, p.D);
+#pragma unroll
+          for (int k = 0; k < CHUNK / 16; ++k)
+            Core::load_a(a[k], [&](int row) { return p.features + source(row) * stride + at.a + 16 * k; },
+                         at.columns - 16 * k, lane);
+        }
+        const u16* columns = tiles + buffer * TILE;
+#pragma unroll
+        for (int k = 0; k < CHUNK / 16; ++k)
+#pragma unroll
+          for (int block = 0; block < ASSIGN_BLOCKS; ++block) {
+            u32 b[Core::B_WORDS];
+            Core::load_b(b, columns + 8 * block * Tile::STRIDE + 16 * k, Tile::STRIDE, lane);
+            Core::mma(T(), sums[block], a[k], b);
+          }
+        if (last_step) {
+          // 3. From products to similarities.
+#pragma unroll
+          for (int block = 0; block < ASSIGN_BLOCKS; ++block)
+#pragma unroll
+            for (int v = 0; v < Core::VALUES; ++v) {
+              const int j = first + 8 * block + Core::column(lane, v);
+              const float h = j >= p.C ? infinity() : p.half_norms ? p.half_norms[j] : 0.f;
+#pragma unroll
+              for (int r = 0; r < Core::ROWS; ++r) {
+                float& s = sums[block][Core::at(r, v)];
+                s = fmaf(s, unit, -h);
+              }
+            }
+        }
+        if (next < p.C) tile.store(tiles + (buffer ^ 1) * TILE);
+        __syncthreads();
+        buffer ^= 1;
+      }
+      // 4. The best so far, and the running sum of exponentials.
+#pragma unroll
+      for (int r = 0; r < Core::ROWS; ++r)
+        nearest[r].template add<ASSIGN_BLOCKS * Core::VALUES>(
+            p.scale, [&](int i) { return sums[i / Core::VALUES][Core::at(r, i % Core::VALUES)]; },
+            [&](int i) { return first + 8 * (i / Core::VALUES) + Core::column(lane, i % Core::VALUES); });
+    }
+
+    // 5. The lanes of a row agree; one of them stores.
+#pragma unroll
+    for (int r = 0; r < Core::ROWS; ++r) {
+#pragma unroll
+      for (int partner = Core::FIRST_PARTNER; partner <= 2; partner *= 2) nearest[r].join(partner, p.scale);
+      const int at = warp_row + Core::row(lane, r);
+      if (at > last_row || (lane & (4 - Core::FIRST_PARTNER)) != 0) continue;
+      const int i = listed ? p.rows[at] : at;
+      p.labels[i] = nearest[r].label;
+      if (MODE == Assign::CONFIDENCE) p.confidence[i] = 1.f / nearest[r].total;
+      if (MODE == Assign::SCREEN && !(nearest[r].best - nearest[r].second > p.margins[i]))
+        p.near_rows[atomicAdd(p.near_count, 1)] = i;
+    }
+  }
+}
+
+}  // namespace ifnd::cuda
