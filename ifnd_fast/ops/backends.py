@@ -10,7 +10,10 @@ import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first: the order in which "auto" tries them
 OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
+GPU_OPERATORS = {"triton": ("info_nce", "assign_clusters"), "cuda": ("assign_clusters",)}
 TRITON_CAPABILITY = (8, 0)  # on older cards Triton multiplies without their tensor cores
+CUDA_CAPABILITY = (7, 0)  # the first with tensor cores
+BFLOAT16_CAPABILITY = (8, 0)
 
 try:
     from ifnd_fast import _cpu
@@ -19,6 +22,11 @@ try:
 except ImportError as error:  # a source tree that was never built
     _cpu = None  # type: ignore[assignment]
     _cpu_import_error = str(error)
+
+try:
+    from ifnd_fast import _cuda
+except ImportError:  # there was no nvcc
+    _cuda = None  # type: ignore[assignment]
 
 
 def cpu_has_bfloat16() -> bool:
@@ -30,10 +38,12 @@ def refusal(backend: str, operator: str, device: torch.device, dtype: torch.dtyp
     """Why `backend` can't run `operator` for tensors of this device and dtype; None when it can."""
     if backend == "reference":
         return None
-    if backend == "cuda" or (backend == "triton" and operator == "cluster_sums"):
+    if operator not in GPU_OPERATORS.get(backend, OPERATORS):
         return f"this version has no {backend} kernel for {operator}"
     if backend == "triton":
         return _triton_refusal(device, dtype)
+    if backend == "cuda":
+        return _cuda_refusal(device, dtype)
     if _cpu is None:
         return f"the extension ifnd_fast._cpu did not import ({_cpu_import_error}); install with pip"
     if device.type != "cpu":
@@ -58,6 +68,32 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if capability < TRITON_CAPABILITY:
         return "it needs compute capability {}.{}, and {} has {}.{}".format(*TRITON_CAPABILITY, device, *capability)
     return _dtype_refusal(dtype)
+
+
+def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if _cuda is None:
+        return "the extension ifnd_fast._cuda was not built: nvcc was missing at installation"
+    if device.type != "cuda":
+        return f"it computes on a GPU and the tensors are on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    card = "{} has {}.{}".format(device, *capability)
+    if capability < CUDA_CAPABILITY:
+        return "it needs compute capability {}.{}, and {}".format(*CUDA_CAPABILITY, card)
+    if not _has_code_for(capability):
+        return f"the extension was built for the architectures {_cuda.architectures}, and {card}"
+    return _old_card_refusal(capability, dtype) or _dtype_refusal(dtype)
+
+
+def _old_card_refusal(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
+    if dtype != torch.bfloat16 or capability >= BFLOAT16_CAPABILITY:
+        return None
+    return "bfloat16 needs compute capability {}.{}, not {}.{}: use float16".format(*BFLOAT16_CAPABILITY, *capability)
+
+
+def _has_code_for(capability: tuple[int, int]) -> bool:
+    """Machine code runs on newer cards of the same major number; the last one's PTX on all newer cards."""
+    built = [divmod(int(name.removesuffix("-real")), 10) for name in _cuda.architectures.split()]
+    return any(a[0] == capability[0] and a <= capability for a in built) or capability > max(built)
 
 
 def triton_interprets() -> bool:
