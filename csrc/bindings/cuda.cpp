@@ -22,20 +22,90 @@ nb::dict device_properties(int index) {
   return out;
 }
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// The arguments of a kernel by name: numbers, and addresses (0 for null; those that a kernel does not use may be missing).
+struct Named {
+  const nb::kwargs& values;
+  template <class T>
+  T number(const char* name) const {
+    return nb::cast<T>(values[name]);
+  }
+  template <class T>
+  T* at(const char* name) const {
+    return values.contains(name) ? reinterpret_cast<T*>(nb::cast<uintptr_t>(values[name])) : nullptr;
+  }
+  bool is(const char* name, const char* value) const { return number<std::string>(name) == value; }
+  Stream stream() const { return reinterpret_cast<Stream>(number<uintptr_t>("stream")); }
+};
+
+void assign(const nb::kwargs& values) {
+  const Named n{values};
+  AssignArguments p{};
+  p.features = n.at<u16>("features"), p.centroids = n.at<u16>("centroids");
+  p.half_norms = n.at<float>("half_norms"), p.unit = n.at<float>("unit");
+  p.rows = n.at<int>("rows"), p.row_count = n.at<int>("row_count"), p.margins = n.at<float>("margins");
+  p.labels = n.at<int>("labels"), p.confidence = n.at<float>("confidence");
+  p.near_rows = n.at<int>("near_rows"), p.near_count = n.at<int>("near_count");
+  p.N = n.number<int>("N"), p.C = n.number<int>("C"), p.D = n.number<int>("D");
+  p.terms = n.number<int>("terms"), p.stored_terms = n.number<int>("stored_terms");
+  p.scale = n.number<float>("scale");
+  const Assign mode = n.is("mode", "confidence") ? Assign::CONFIDENCE
+                      : n.is("mode", "screen")   ? Assign::SCREEN
+                                                 : Assign::LABELS;
+  assign_clusters(p, n.number<bool>("bfloat16"), mode, n.stream());
 }
 
-void assign(uintptr_t features, uintptr_t centroids, uintptr_t half_norms, uintptr_t unit, uintptr_t rows,
-            uintptr_t row_count, uintptr_t margins, uintptr_t labels, uintptr_t confidence, uintptr_t near_rows,
-            uintptr_t near_count, int N, int C, int D, int terms, int stored_terms, float scale, bool bfloat16,
-            const std::string& mode, uintptr_t stream) {
-  const AssignArguments p{at<u16>(features), at<u16>(centroids), at<float>(half_norms), at<float>(unit), at<int>(rows),
-                          at<int>(row_count), at<float>(margins), at<int>(labels), at<float>(confidence),
-                          at<int>(near_rows), at<int>(near_count), N, C, D, terms, stored_terms, scale};
-  const Assign how = mode == "confidence" ? Assign::CONFIDENCE : mode == "screen" ? Assign::SCREEN : Assign::LABELS;
-  assign_clusters(p, bfloat16, how, reinterpret_cast<Stream>(stream));
+void loss_pass(const nb::kwargs& values) {
+  const Named n{values};
+  const Side queries{n.at<u16>("query"), n.at<int>("query_labels"), n.at<long long>("query_ids"), n.number<int>("B")};
+  const Side negatives{n.at<u16>("negatives"), n.at<int>("negative_labels"), n.at<long long>("negative_ids"),
+                       n.number<int>("K")};
+  const Pass pass = n.is("step", "dense")         ? Pass::DENSE
+                    : n.is("step", "marked_sums") ? Pass::MARKED_SUMS
+                    : n.is("step", "marked_grad") ? Pass::MARKED_GRAD
+                                                  : Pass::NEGATIVES;
+  InfoNceArguments p{};
+  p.rows = pass == Pass::NEGATIVES ? negatives : queries;
+  p.columns = pass == Pass::NEGATIVES ? queries : negatives;
+  p.unit = n.at<float>("unit"), p.column_unit = n.at<float>("column_unit");
+  p.D = n.number<int>("D"), p.L = n.number<int>("L");
+  p.terms = n.number<int>("terms"), p.stored_terms = n.number<int>("stored_terms");
+  p.split_columns = n.number<int>("split_columns"), p.tiles = n.number<int>("tiles");
+  p.scale = n.number<float>("scale"), p.shift = n.number<float>("shift");
+  p.attract = n.number<bool>("attract"), p.with_grad = n.number<bool>("with_grad");
+  p.split_max = n.at<float>("split_max"), p.split_sum = n.at<float>("split_sum");
+  p.split_grad = n.at<float>("split_grad"), p.flags = n.at<unsigned char>("flags");
+  p.level_max = n.at<float>("level_max"), p.level_sum = n.at<float>("level_sum");
+  p.level_count = n.at<int>("level_count"), p.split_factor = n.at<float>("split_factor");
+  p.log_normalizer = n.at<float>("log_normalizer"), p.counts = n.at<int>("counts");
+  p.loss_grad = n.at<float>("loss_grad"), p.largest_loss_grad = n.at<float>("largest_loss_grad");
+  p.negatives_grad = n.at<float>("negatives_grad");
+  info_nce(p, n.number<bool>("bfloat16"), pass, n.number<int>("warps"), n.number<int>("splits"), n.stream());
+}
+
+NormaliseArguments normalise_arguments(const Named& n) {
+  NormaliseArguments p{};
+  p.query = n.at<void>("query"), p.positive = n.at<void>("positive");
+  p.split_max = n.at<float>("split_max"), p.split_sum = n.at<float>("split_sum");
+  p.split_grad = n.at<float>("split_grad"), p.split_factor = n.at<float>("split_factor");
+  p.level_max = n.at<float>("level_max"), p.level_sum = n.at<float>("level_sum");
+  p.level_count = n.at<int>("level_count"), p.counts = n.at<int>("counts");
+  p.loss = n.at<float>("loss"), p.log_normalizer = n.at<float>("log_normalizer");
+  p.positive_weight = n.at<float>("positive_weight"), p.query_grad = n.at<float>("query_grad");
+  p.B = n.number<int>("B"), p.D = n.number<int>("D"), p.L = n.number<int>("L"), p.splits = n.number<int>("splits");
+  p.kind = n.number<int>("kind"), p.grad_stride = n.number<int>("grad_stride");
+  p.scale = n.number<float>("scale"), p.inverse_temperature = n.number<float>("inverse_temperature");
+  p.attract = n.number<bool>("attract"), p.scaled = n.number<bool>("scaled");
+  return p;
+}
+
+void normalise(const nb::kwargs& values) {
+  const Named n{values};
+  info_nce_normalise(normalise_arguments(n), n.stream());
+}
+
+void add_splits(const nb::kwargs& values) {
+  const Named n{values};
+  info_nce_add_splits(normalise_arguments(n), n.stream());
 }
 
 }  // namespace
@@ -46,9 +116,10 @@ NB_MODULE(IFND_MODULE_NAME, m) {
   m.def("device_count", &device_count, "0 where there is no driver or no device.");
   m.def("device", &device_properties, "index"_a,
         "name, compute_capability (major, minor), multiprocessors and memory (bytes) of one GPU.");
-  m.def("assign_clusters", &assign, nb::kw_only(), "features"_a, "centroids"_a, "half_norms"_a = 0, "unit"_a = 0,
-        "rows"_a = 0, "row_count"_a = 0, "margins"_a = 0, "labels"_a, "confidence"_a = 0, "near_rows"_a = 0,
-        "near_count"_a = 0, "N"_a, "C"_a, "D"_a, "terms"_a = 1, "stored_terms"_a = 1, "scale"_a = 0.f,
-        "bfloat16"_a = false, "mode"_a, "stream"_a,
-        "Nearest centroids, as csrc/cuda/assign.h says; mode is \"labels\", \"confidence\" or \"screen\".");
+  // Arguments by name, as in the struct of each kernel.
+  m.def("assign_clusters", &assign, "csrc/cuda/assign.h; mode is \"labels\", \"confidence\" or \"screen\".");
+  m.def("info_nce", &loss_pass,
+        "csrc/cuda/info_nce.h; step is \"dense\", \"marked_sums\", \"marked_grad\" or \"negatives\".");
+  m.def("info_nce_normalise", &normalise, "csrc/cuda/normalise.h");
+  m.def("info_nce_add_splits", &add_splits, "csrc/cuda/normalise.h");
 }

@@ -2,11 +2,19 @@
 // They throw std::runtime_error where a launch fails.
 #pragma once
 
-#include "assign.h"
-#include "launch.h"
+#include "arguments.h"
+
+struct CUstream_st;
 
 namespace ifnd::cuda {
 
+using Stream = ::CUstream_st*;  // a cudaStream_t
+
 void assign_clusters(const AssignArguments& p, bool bfloat16, Assign mode, Stream stream);
+
+// Blocks of `warps` warps (1 to MAX_LOSS_WARPS), each for 32 rows a warp and one of the `splits` of the columns.
+void info_nce(const InfoNceArguments& p, bool bfloat16, Pass pass, int warps, int splits, Stream stream);
+void info_nce_normalise(const NormaliseArguments& p, Stream stream);
+void info_nce_add_splits(const NormaliseArguments& p, Stream stream);
 
 }  // namespace ifnd::cuda

@@ -1,6 +1,9 @@
-#include "api.h"
+#include "assign.h"
 
 #include <type_traits>
+
+#include "api.h"
+#include "launch.h"
 
 namespace ifnd::cuda {
 

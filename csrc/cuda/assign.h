@@ -11,36 +11,11 @@
 // a bound on what the other terms can change; only these rows are done again with all of them.
 #pragma once
 
+#include "arguments.h"
 #include "staging.h"
 #include "tensor_core.h"
 
 namespace ifnd::cuda {
-
-enum class Assign { LABELS, CONFIDENCE, SCREEN };
-
-struct AssignArguments {
-  const u16 *features, *centroids;  // rows of terms * D numbers; D divides by 8
-  const float* half_norms;          // h, or null for 0
-  const float* unit;                // on the device, or null for 1
-  const int* rows;                  // LABELS: the rows to do, *row_count of them, or null for all N
-  const int* row_count;
-  const float* margins;  // SCREEN, (N,)
-  int* labels;
-  float* confidence;  // CONFIDENCE
-  int *near_rows, *near_count;  // SCREEN: the rows to do again
-  int N, C, D, terms, stored_terms;  // multiplied, and held by a row
-  float scale;
-};
-
-// Columns of the operand that step `step` of a product takes: a term of the sum, then a chunk of its columns.
-struct Step {
-  int a, b, columns;
-  template <int CHUNK>
-  __device__ __forceinline__ static Step of(int step, int D) {
-    const int chunks = (D + CHUNK - 1) / CHUNK, term = step / chunks, column = step % chunks * CHUNK;
-    return {(term == 2 ? D : 0) + column, (term == 1 ? D : 0) + column, D - column};
-  }
-};
 
 constexpr int ASSIGN_WARPS = 8, ASSIGN_THREADS = 32 * ASSIGN_WARPS, ASSIGN_ROWS = ASSIGN_WARPS * WARP_ROWS;
 constexpr int ASSIGN_COLUMNS = 16, ASSIGN_BLOCKS = ASSIGN_COLUMNS / 8;

@@ -12,15 +12,13 @@
 
 namespace ifnd::cuda {
 
-using Stream = cudaStream_t;
-
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 // Throws std::runtime_error, naming the kernel, where it can't be launched.
 template <class... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, Stream stream,
+void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, cudaStream_t stream,
             Parameters... parameters) {
   if (blocks.x == 0) return;
   const void* function = reinterpret_cast<const void*>(kernel);

@@ -8,6 +8,16 @@ namespace ifnd::cuda {
 constexpr int PIECE = 8;  // numbers of 16 bits in 16 bytes
 constexpr int PAD = 8;    // numbers between rows in shared memory, so that 8 rows fall into different banks
 
+// Columns of the operand that step `step` of a product takes: a term of the sum, then a chunk of its columns.
+struct Step {
+  int a, b, columns;
+  template <int CHUNK>
+  __device__ __forceinline__ static Step of(int step, int D) {
+    const int chunks = (D + CHUNK - 1) / CHUNK, term = step / chunks, column = step % chunks * CHUNK;
+    return {(term == 2 ? D : 0) + column, (term == 1 ? D : 0) + column, D - column};
+  }
+};
+
 // `ROWS` rows of `CHUNK` columns, through registers: what is fetched early is stored late, with arithmetic in between.
 template <int ROWS, int CHUNK, int THREADS>
 struct Staging {

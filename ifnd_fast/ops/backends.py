@@ -10,7 +10,7 @@ import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first: the order in which "auto" tries them
 OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
-GPU_OPERATORS = {"triton": ("info_nce", "assign_clusters"), "cuda": ("assign_clusters",)}
+GPU_OPERATORS = {"triton": ("info_nce", "assign_clusters"), "cuda": ("info_nce", "assign_clusters")}
 TRITON_CAPABILITY = (8, 0)  # on older cards Triton multiplies without their tensor cores
 CUDA_CAPABILITY = (7, 0)  # the first with tensor cores
 BFLOAT16_CAPABILITY = (8, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +14,15 @@ from ifnd_fast.ops.backends import _cuda
 # float32 rows are split into terms of 16 bits this many at a time: the terms take as much memory as the rows.
 ROWS_AT_A_TIME = 1 << 18
 PIECE = 8  # numbers in the 16 bytes that the kernels read at a time
+WARP_ROWS = 32
+TILE_COLUMNS = 32
+MAX_WARPS = 4
+BLOCKS_PER_MULTIPROCESSOR = 2  # by registers
+# Weights in (0, 1] are rounded to float16 to be multiplied, where those below 2^-14 would lose digits.
+FLOAT16_SHIFT = 15
 LOG2E = math.log2(math.e)
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -22,6 +31,10 @@ def _address(tensor: Tensor | None) -> int:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _rows_of_pieces(x: Tensor) -> Tensor:
@@ -41,6 +54,147 @@ def _two_terms(x: Tensor, shift: Tensor) -> Tensor:
     scaled = x * torch.exp2(shift).float()
     high = scaled.half()
     return torch.cat([high, (scaled - high).half()], 1)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A matrix as the kernels take it: rows of `terms` * `dim` 16-bit numbers, 1 / unit times as large."""
+
+    numbers: Tensor
+    dim: int
+    shift: Tensor | None  # of float32 rows, which are two terms
+
+    @staticmethod
+    def of(x: Tensor) -> Operand:
+        x = _rows_of_pieces(x)
+        if x.dtype != torch.float32:
+            return Operand(x, x.shape[1], None)
+        shift = _shift_of(x)
+        return Operand(_two_terms(x, shift), x.shape[1], shift)
+
+
+def _unit(*operands: Operand) -> Tensor | None:
+    """What a product of these is to be multiplied by."""
+    shifts = [operand.shift for operand in operands if operand.shift is not None]
+    return torch.exp2(-sum(shifts, torch.zeros_like(shifts[0]))).float() if shifts else None
+
+
+def _pass_arguments(
+    query: Operand, negatives: Operand, labels_and_ids: list[Tensor | None], temperature: float, false_negatives: str
+) -> dict:
+    """What every pass over the pairs takes."""
+    names = ("query_labels", "negative_labels", "query_ids", "negative_ids")
+    extra = [None if t is None else t.contiguous() for t in labels_and_ids]
+    split = query.shift is not None
+    float16 = query.numbers.dtype == torch.float16
+    return {
+        "query": query.numbers, "negatives": negatives.numbers, **dict(zip(names, extra, strict=True)),
+        "unit": _unit(query, negatives), "B": len(query.numbers), "K": len(negatives.numbers), "D": query.dim,
+        "L": 0 if extra[0] is None or false_negatives == "keep" else extra[0].shape[1],
+        "terms": 3 if split else 1, "stored_terms": 2 if split else 1, "scale": LOG2E / temperature,
+        "shift": float(FLOAT16_SHIFT if float16 else 0), "attract": false_negatives == "attract",
+        "bfloat16": not float16, "stream": _stream(query.numbers.device),
+    }  # fmt: skip
+
+
+def _warps(rows: int, levels: int) -> int:
+    """Of a block: 32 rows each; with many levels half as many, for 64 KiB of shared memory."""
+    return min(MAX_WARPS if levels <= 4 else MAX_WARPS // 2, -(-rows // WARP_ROWS))
+
+
+def _call(function, arguments: dict) -> None:
+    function(
+        **{
+            name: _address(value) if value is None or isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+    )
+
+
+def info_nce_forward(
+    query: Tensor,
+    positive: Tensor,
+    negatives: Tensor,
+    labels_and_ids: tuple[Tensor | None, ...],
+    temperature: float,
+    false_negatives: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, L)."""
+    (B, D), K = query.shape, len(negatives)
+    levels = 1 if labels_and_ids[0] is None else labels_and_ids[0].shape[1]
+    operands = Operand.of(query), Operand.of(negatives)
+    both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives)
+    L, dim, warps = both["L"], both["D"], _warps(B, both["L"])
+
+    tiles = max(1, -(-K // TILE_COLUMNS))
+    blocks = -(-B // (warps * WARP_ROWS)) * (-(-dim // 128) if with_grad else 1)
+    splits = min(tiles, -(-BLOCKS_PER_MULTIPROCESSOR * _multiprocessors(query.device) // blocks))
+    split_tiles = -(-tiles // splits)
+    splits = -(-tiles // split_tiles)
+
+    def floats(*shape: int) -> Tensor:
+        return query.new_empty(shape, dtype=torch.float32)
+
+    level_splits = splits if L else 0
+    loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, levels)
+    counts = query.new_empty((B, levels), dtype=torch.int32)
+    query_grad = floats(B if with_grad else 0, D)
+    sums = {
+        "split_max": floats(splits, B), "split_sum": floats(splits, B), "split_factor": floats(splits, B),
+        "split_grad": floats(splits if with_grad else 0, B, dim),
+        "level_max": floats(level_splits, B, L), "level_sum": floats(level_splits, B, L),
+        "level_count": query.new_empty((level_splits, B, L), dtype=torch.int32),
+        "flags": query.new_empty((-(-B // WARP_ROWS), tiles if L else 0), dtype=torch.uint8),
+        "log_normalizer": log_normalizer, "counts": counts,
+    }  # fmt: skip
+    cut = {"split_columns": split_tiles * TILE_COLUMNS, "splits": splits, "tiles": tiles, "warps": warps}
+    passes = {**both, **sums, **cut, "column_unit": _unit(operands[1]), "with_grad": with_grad}
+    joins = {
+        **sums, "query": query.contiguous(), "positive": positive.contiguous(), "loss": loss,
+        "positive_weight": positive_weight, "query_grad": query_grad, "B": B, "D": D, "L": L, "splits": splits,
+        "kind": _KINDS[query.dtype], "grad_stride": dim, "scale": both["scale"], "inverse_temperature": 1 / temperature,
+        "attract": both["attract"], "scaled": L > 0, "stream": both["stream"],
+    }  # fmt: skip
+    _call(_cuda.info_nce, {**passes, "step": "dense"})
+    if L:
+        _call(_cuda.info_nce, {**passes, "step": "marked_sums"})
+    _call(_cuda.info_nce_normalise, joins | {"L": L})
+    if with_grad:
+        if L:
+            _call(_cuda.info_nce, {**passes, "step": "marked_grad"})
+        _call(_cuda.info_nce_add_splits, joins)
+    if L == 0 and levels > 1:  # "keep", with labels: every level alike
+        log_normalizer, counts = (t.flatten()[:B, None].repeat(1, levels) for t in (log_normalizer, counts))
+    return loss, query_grad, positive_weight, log_normalizer, counts
+
+
+def info_nce_negatives_grad(
+    loss_grad: Tensor,
+    query: Tensor,
+    negatives: Tensor,
+    labels_and_ids: tuple[Tensor | None, ...],
+    log_normalizer: Tensor,
+    counts: Tensor,
+    temperature: float,
+    false_negatives: str,
+) -> Tensor:
+    """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
+    B, K = len(query), len(negatives)
+    operands = Operand.of(query), Operand.of(negatives)
+    both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives)
+    out = query.new_empty((K, both["D"]), dtype=torch.float32)
+    if both["L"] == 0:  # one level speaks for all
+        log_normalizer, counts = log_normalizer[:, :1], counts[:, :1]
+    of_queries = {
+        "log_normalizer": log_normalizer.contiguous(), "counts": counts.contiguous(),
+        "loss_grad": loss_grad.contiguous(), "largest_loss_grad": loss_grad.abs().amax(), "negatives_grad": out,
+    }  # fmt: skip
+    cut = {"split_columns": B, "splits": 1, "tiles": 0, "warps": _warps(K, both["L"])}
+    last = {"column_unit": _unit(operands[0]), "with_grad": True, "step": "negatives"}
+    if K:
+        _call(_cuda.info_nce, {**both, **of_queries, **cut, **last})
+    return out[:, : query.shape[1]]
 
 
 def assign_clusters(
@@ -106,13 +260,8 @@ def _margins(
     return 2.01 * (x_low * c_length + x_high * c_low + rounding)
 
 
-def _assign(
-    features: Tensor, centroids: Tensor, *, labels: Tensor, stored_terms: int = 1, mode: str, scale: float,
-    bfloat16: bool, terms: int = 1, **tensors: Tensor | None,
-) -> None:  # fmt: skip
-    _cuda.assign_clusters(
-        features=features.data_ptr(), centroids=centroids.data_ptr(), labels=labels.data_ptr(),
-        **{name: _address(tensor) for name, tensor in tensors.items()},
-        N=len(features), C=len(centroids), D=features.shape[1] // stored_terms, terms=terms, stored_terms=stored_terms,
-        scale=scale, bfloat16=bfloat16, mode=mode, stream=_stream(features.device),
-    )  # fmt: skip
+def _assign(features: Tensor, centroids: Tensor, *, stored_terms: int = 1, terms: int = 1, **arguments) -> None:
+    rows, columns, dim = len(features), len(centroids), features.shape[1] // stored_terms
+    operands = {"features": features, "centroids": centroids, "N": rows, "C": columns, "D": dim}
+    how = {"terms": terms, "stored_terms": stored_terms, "stream": _stream(features.device)}
+    _call(_cuda.assign_clusters, {**operands, **how, **arguments})

@@ -78,6 +78,7 @@ def backend(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_cuda", request.getfixturevalue("emulated")[request.param])
         patch.setattr(cuda, "_stream", lambda device: 0)
+        patch.setattr(cuda, "_multiprocessors", lambda device: 2)
         capability = CAPABILITIES[request.param]
         patch.setattr(backends, "_cuda_refusal", lambda device, dtype: backends._old_card_refusal(capability, dtype))
         yield "cuda"

@@ -47,6 +47,7 @@ const std::function<void()>* body;
 std::string fault;
 int in_block, at_barrier;
 unsigned barrier_turn;
+bool any_at_barrier, any_at_last_barrier;
 
 void wait(const unsigned& turn) {
   running->waits_for = &turn;
@@ -68,11 +69,11 @@ void start() {
 void run_block(int threads, dim3 block, std::mt19937& random) {
   warps.assign((threads + 31) / 32, Warp());
   while ((int)fibers.size() < threads) fibers.emplace_back(new Fiber);
-  in_block = threads, at_barrier = 0;
+  in_block = threads, at_barrier = 0, any_at_barrier = false;
   std::vector<Fiber*> order;
   for (int i = 0; i < threads; ++i) {
     Fiber& f = *fibers[i];
-    f.thread = {dim3(i, 0, 0), block, i % 32};
+    f.thread = {dim3(i, 0, 0), block, dim3(threads), i % 32};
     f.done = false, f.waits_for = nullptr;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
@@ -109,9 +110,17 @@ void run_block(int threads, dim3 block, std::mt19937& random) {
 
 }  // namespace
 
+bool barrier_or(bool x) {
+  any_at_barrier |= x;
+  barrier();
+  return any_at_last_barrier;  // the next cannot be passed before all have read this
+}
+
 void barrier() {
   if (++at_barrier == in_block) {
     at_barrier = 0;
+    any_at_last_barrier = any_at_barrier;
+    any_at_barrier = false;
     ++barrier_turn;
   } else {
     wait(barrier_turn);

@@ -39,12 +39,13 @@ alignas(16) extern unsigned char shared_memory[];
 namespace emulation {
 
 struct Thread {
-  dim3 index, block;
+  dim3 index, block, threads;
   int lane;
 };
 extern Thread* current;
 
 void barrier();
+bool barrier_or(bool x);
 // Every lane of the warp brings `bytes` of input; once all have, `all` computes the outputs of the 32 lanes from them.
 // `tag` names the operation: lanes that meet at different ones have diverged, an error.
 void together(const char* tag, const void* input, size_t input_bytes, void* output, size_t output_bytes,
@@ -64,17 +65,18 @@ const T* lane_of(const unsigned char* all, int lane) {
 
 }  // namespace emulation
 
-using Stream = void*;
 template <class... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, Stream,
+void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes, void*,
             Parameters... parameters) {
   emulation::run(name, blocks, threads, shared_bytes, [&] { kernel(parameters...); });
 }
 
 #define threadIdx (emulation::current->index)
 #define blockIdx (emulation::current->block)
+#define blockDim (emulation::current->threads)
 
 inline void __syncthreads() { emulation::barrier(); }
+inline int __syncthreads_or(int x) { return emulation::barrier_or(x); }
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int partner) {
@@ -88,6 +90,18 @@ T __shfl_xor_sync(unsigned mask, T x, int partner) {
   });
   return y;
 }
+
+inline bool __any_sync(unsigned mask, bool x) {
+  if (mask != 0xffffffffu) throw std::logic_error("a vote of a part of a warp");
+  bool any;
+  emulation::together("any", &x, sizeof x, &any, sizeof any, [](const unsigned char* in, unsigned char* out) {
+    bool some = false;
+    for (int lane = 0; lane < 32; ++lane) some |= *emulation::lane_of<bool>(in, lane);
+    for (int lane = 0; lane < 32; ++lane) *emulation::lane_of<bool>(out, lane) = some;
+  });
+  return any;
+}
+inline void __syncwarp() { __any_sync(0xffffffffu, true); }
 
 inline int atomicAdd(int* x, int y) { return *x += y, *x - y; }
 inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; }

@@ -1,0 +1,64 @@
+// What the kernels are told. Pointers are to the device's memory.
+#pragma once
+
+namespace ifnd::cuda {
+
+typedef unsigned short u16;  // a float16 or bfloat16
+
+constexpr int MAX_LEVELS = 16;
+
+enum class Assign { LABELS, CONFIDENCE, SCREEN };
+
+struct AssignArguments {
+  const u16 *features, *centroids;  // rows of terms * D numbers; D divides by 8
+  const float* half_norms;          // h, or null for 0
+  const float* unit;                // on the device, or null for 1
+  const int* rows;                  // LABELS: the rows to do, *row_count of them, or null for all N
+  const int* row_count;
+  const float* margins;  // SCREEN, (N,)
+  int* labels;
+  float* confidence;  // CONFIDENCE
+  int *near_rows, *near_count;  // SCREEN: the rows to do again
+  int N, C, D, terms, stored_terms;  // multiplied, and held by a row
+  float scale;
+};
+
+enum class Pass { DENSE, MARKED_SUMS, MARKED_GRAD, NEGATIVES };
+
+struct Side {  // of the matrix of pairs: queries or negatives
+  const u16* features;  // (count, terms * D)
+  const int* labels;    // (count, L)
+  const long long* ids;
+  int count;
+};
+
+struct InfoNceArguments {
+  Side rows, columns;        // queries and negatives; for NEGATIVES the other way round
+  const float* unit;         // on the device, of a product; or null for 1
+  const float* column_unit;  // of a column's features
+  int D, L, terms, stored_terms, split_columns, tiles;  // a split is a multiple of a tile; `tiles` in all
+  float scale, shift;  // log2(e) / tau; weights are multiplied by 2^shift, else small ones lose digits in 16 bits
+  bool attract, with_grad;
+  float *split_max, *split_sum;               // (splits, B)
+  float* split_grad;                          // (splits, B, D)
+  unsigned char* flags;                       // (groups of 32 queries, tiles)
+  float *level_max, *level_sum;               // (splits, B, L)
+  int* level_count;                           // (splits, B, L)
+  const float *split_factor, *log_normalizer;  // (splits, B), (B, L)
+  const int* counts;                           // (B, L)
+  const float *loss_grad, *largest_loss_grad;  // NEGATIVES: (B,), ()
+  float* negatives_grad;                       // NEGATIVES: (K, D)
+};
+
+struct NormaliseArguments {
+  const void *query, *positive;  // (B, D), of the kind that `number` reads
+  const float *split_max, *split_sum, *level_max, *level_sum, *split_grad;
+  const int* level_count;
+  float *loss, *log_normalizer, *positive_weight, *split_factor, *query_grad;
+  int* counts;
+  int B, D, L, splits, kind, grad_stride;  // L = 0: no labels; 0 float32, 1 bfloat16, 2 float16; D of split_grad
+  float scale, inverse_temperature;
+  bool attract, scaled;  // scaled: split_grad carries its factor already
+};
+
+}  // namespace ifnd::cuda

@@ -1,0 +1,47 @@
+#include "info_nce.h"
+
+#include "api.h"
+#include "launch.h"
+#include "normalise.h"
+
+namespace ifnd::cuda {
+
+namespace {
+
+template <class T, int CHUNK, Pass PASS>
+void run(const InfoNceArguments& p, int warps, int splits, Stream stream) {
+  const int rows = warps * WARP_ROWS, chunks = PASS == Pass::MARKED_SUMS || !p.with_grad ? 1 : (p.D + CHUNK - 1) / CHUNK;
+  launch("info_nce_kernel", info_nce_kernel<T, CHUNK, PASS>,
+         dim3((p.rows.count + rows - 1) / rows, splits, chunks), 32 * warps,
+         LossShared<CHUNK>::bytes(warps, p.L, PASS == Pass::MARKED_SUMS), stream, p);
+}
+
+template <class T, int CHUNK>
+void run(const InfoNceArguments& p, Pass pass, int warps, int splits, Stream stream) {
+  if (pass == Pass::DENSE) run<T, CHUNK, Pass::DENSE>(p, warps, splits, stream);
+  if (pass == Pass::MARKED_SUMS) run<T, CHUNK, Pass::MARKED_SUMS>(p, warps, splits, stream);
+  if (pass == Pass::MARKED_GRAD) run<T, CHUNK, Pass::MARKED_GRAD>(p, warps, splits, stream);
+  if (pass == Pass::NEGATIVES) run<T, CHUNK, Pass::NEGATIVES>(p, warps, splits, stream);
+}
+
+template <class T>
+void run(const InfoNceArguments& p, Pass pass, int warps, int splits, Stream stream) {
+  p.D <= 64 ? run<T, 64>(p, pass, warps, splits, stream) : run<T, 128>(p, pass, warps, splits, stream);
+}
+
+}  // namespace
+
+void info_nce(const InfoNceArguments& p, bool bfloat16, Pass pass, int warps, int splits, Stream stream) {
+  bfloat16 ? run<Bfloat16>(p, pass, warps, splits, stream) : run<Half>(p, pass, warps, splits, stream);
+}
+
+void info_nce_normalise(const NormaliseArguments& p, Stream stream) {
+  launch("normalise_kernel", normalise_kernel, dim3((p.B + 3) / 4), 128, 0, stream, p);
+}
+
+void info_nce_add_splits(const NormaliseArguments& p, Stream stream) {
+  const long long numbers = (long long)p.B * p.D;
+  launch("add_splits_kernel", add_splits_kernel, dim3((unsigned)((numbers + 255) / 256)), 256, 0, stream, p);
+}
+
+}  // namespace ifnd::cuda

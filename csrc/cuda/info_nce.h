@@ -1,0 +1,399 @@
+// info_nce on tensor cores: logits, false negatives, log-sum-exps and the query's gradient in one pass over the queue.
+// The steps are those of kernels/info_nce.py, whose opening comment derives them; here each is one kernel:
+//
+// 1. DENSE: one online softmax over the keys in no F_l, and G, the keys' sum by its weights. Flags tiles with false
+//    negatives.
+// 2. MARKED_SUMS: in flagged tiles, |F_l| and each level's softmax over the keys that are in another level's F alone.
+// 3. normalise_kernel: joins the splits of the queue.
+// 4. MARKED_GRAD: in flagged tiles, the part of the gradient that those keys have.
+// 5. add_splits_kernel. And NEGATIVES: d_k = sum_i g_i (d loss_i / d s_ik) q_i / tau, with keys and queries in exchanged
+//    roles.
+//
+// A warp holds 32 rows' gradient in registers and walks the columns, 32 at a time; a block's warps share the tile. Which
+// pairs are false negatives is a word of 32 bits a lane, one for each of its sums. Logits carry a factor log2(e).
+// float32 comes as two terms of 16 bits (csrc/cuda/assign.h); so do the weights then.
+#pragma once
+
+#include "arguments.h"
+#include "staging.h"
+#include "tensor_core.h"
+
+namespace ifnd::cuda {
+
+constexpr int TILE_COLUMNS = 32, TILE_BLOCKS = TILE_COLUMNS / 8, MAX_LOSS_WARPS = 4;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+// What one block keeps in shared memory.
+template <int CHUNK>
+struct LossShared {
+  static constexpr int STRIDE = CHUNK + PAD;
+  u16 *rows, *tile;                 // (32 * warps, STRIDE), (32, STRIDE)
+  long long *row_ids, *column_ids;  // (32 * warps,), (32,)
+  int *row_labels, *column_labels;  // (., L)
+  float *column_shift, *column_factor;  // NEGATIVES: min_l lse_l, and g mean_l e^{min - lse_l}
+  float *level_max, *level_sum;         // MARKED_SUMS: (32 * warps, L)
+  int* level_count;
+
+  static constexpr int bytes(int warps, int L, bool level_sums) {
+    const int rows = WARP_ROWS * warps, both = rows + TILE_COLUMNS;
+    return both * (STRIDE * 2 + 8 + 4 * L) + TILE_COLUMNS * 8 + (level_sums ? rows * L * 12 : 0);
+  }
+  __device__ LossShared(unsigned char* memory, int warps, int L) {
+    const int count = WARP_ROWS * warps;
+    rows = (u16*)memory;
+    tile = rows + count * STRIDE;
+    row_ids = (long long*)(tile + TILE_COLUMNS * STRIDE);
+    column_ids = row_ids + count;
+    row_labels = (int*)(column_ids + TILE_COLUMNS);
+    column_labels = row_labels + count * L;
+    column_shift = (float*)(column_labels + TILE_COLUMNS * L);
+    column_factor = column_shift + TILE_COLUMNS;
+    level_max = column_factor + TILE_COLUMNS;
+    level_sum = level_max + count * L;
+    level_count = (int*)(level_sum + count * L);
+  }
+};
+
+// `count` rows of `side` from `first` on, by all threads of the block; zeros from `last` on and past the columns.
+template <int CHUNK>
+__device__ __forceinline__ void stage(u16* shared, const Side& side, int count, int first, int last, int stride, int at,
+                                      int columns) {
+  constexpr int ACROSS = CHUNK / PIECE;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < count * ACROSS; i += blockDim.x) {
+    const int row = first + i / ACROSS, column = i % ACROSS * PIECE;
+    *(uint4*)(shared + i / ACROSS * (CHUNK + PAD) + column) =
+        row < last && column < columns ? *(const uint4*)(side.features + (long long)row * stride + at + column)
+                                       : uint4{0, 0, 0, 0};
+  }
+}
+
+// Their labels, `none` for none, and ids.
+__device__ __forceinline__ void stage_labels(int* labels, long long* ids, const Side& side, int count, int first, int last,
+                                             int L, int none) {
+  for (int i = threadIdx.x; i < count * L; i += blockDim.x) {
+    const int label = first + i / L < last ? side.labels[(long long)first * L + i] : -1;
+    labels[i] = label < 0 ? none : label;
+  }
+  if (side.ids)
+    for (int i = threadIdx.x; i < count; i += blockDim.x) ids[i] = first + i < last ? side.ids[first + i] : 0;
+}
+
+// One lane's sums of a tile, and words with a bit for each of them: number i is row r(i) and column c(i).
+struct Lane {
+  static constexpr int COUNT = TILE_BLOCKS * 8;
+  const int lane;
+  __device__ __forceinline__ static constexpr int index(int block, int r, int v) { return 8 * block + Core::at(r, v); }
+  __device__ __forceinline__ int column(int block, int v) const { return 8 * block + Core::column(lane, v); }
+
+  // Bits of the pairs for which `equal(row, column)`, values of which are read once.
+  template <class OfRow, class OfColumn>
+  __device__ __forceinline__ u32 pairs(OfRow of_row, OfColumn of_column) const {
+    decltype(of_row(0)) own[Core::ROWS];
+#pragma unroll
+    for (int r = 0; r < Core::ROWS; ++r) own[r] = of_row(Core::row(lane, r));
+    u32 bits = 0;
+#pragma unroll
+    for (int block = 0; block < TILE_BLOCKS; ++block)
+#pragma unroll
+      for (int v = 0; v < Core::VALUES; ++v) {
+        const auto other = of_column(column(block, v));
+#pragma unroll
+        for (int r = 0; r < Core::ROWS; ++r) bits |= own[r] == other ? 1u << index(block, r, v) : 0u;
+      }
+    return bits;
+  }
+};
+
+__device__ __forceinline__ float max_of_row(float x) {
+#pragma unroll
+  for (int partner = Core::FIRST_PARTNER; partner <= 2; partner *= 2)
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, partner));
+  return x;
+}
+template <class N>
+__device__ __forceinline__ N sum_of_row(N x) {
+#pragma unroll
+  for (int partner = Core::FIRST_PARTNER; partner <= 2; partner *= 2) x += __shfl_xor_sync(0xffffffffu, x, partner);
+  return x;
+}
+__device__ __forceinline__ float finite_or_zero(float x) { return x == -infinity() ? 0.f : x; }
+
+// for each number i of a lane's sums that is in row r
+#define FOR_ROW(i, r)                                    \
+  _Pragma("unroll") for (int block_ = 0; block_ < TILE_BLOCKS; ++block_) \
+  _Pragma("unroll") for (int v_ = 0, i; i = Lane::index(block_, r, v_), v_ < Core::VALUES; ++v_)
+
+template <class T, int CHUNK, Pass PASS>
+__global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNceArguments p) {
+  if constexpr (Supports<T>::value) {
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    constexpr bool GRAD = PASS != Pass::MARKED_SUMS;
+    constexpr int STRIDE = CHUNK + PAD, GRAD_BLOCKS = GRAD ? CHUNK / 8 : 1;
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    const Lane own{(int)threadIdx.x % 32};
+    const int lane = own.lane, count = WARP_ROWS * warps;
+    const LossShared<CHUNK> shared(shared_memory, warps, p.L);
+    const int block_row = blockIdx.x * count, warp_row = block_row + warp * WARP_ROWS, split = blockIdx.y;
+    const int chunks = (p.D + CHUNK - 1) / CHUNK, steps = p.terms * chunks, stride = p.stored_terms * p.D;
+    const int grad_at = blockIdx.z * CHUNK, grad_columns = p.D - grad_at;
+    const int first_column = split * p.split_columns;
+    const int end = p.columns.count < first_column + p.split_columns ? p.columns.count : first_column + p.split_columns;
+    const float scale = p.scale * (p.unit ? *p.unit : 1.f);
+    const u16* own_rows = shared.rows + warp * WARP_ROWS * STRIDE;
+    const int* own_labels = shared.row_labels + warp * WARP_ROWS * p.L;
+    const bool active = warp_row < p.rows.count;  // the warp has rows; without any it only helps to stage
+
+    stage_labels(shared.row_labels, shared.row_ids, p.rows, count, block_row, p.rows.count, p.L, -2);
+    if (steps == 1) stage<CHUNK>(shared.rows, p.rows, count, block_row, p.rows.count, stride, 0, p.D);
+    if (PASS == Pass::MARKED_SUMS)
+      for (int i = threadIdx.x; i < count * p.L; i += blockDim.x)
+        shared.level_max[i] = -infinity(), shared.level_sum[i] = 0, shared.level_count[i] = 0;
+
+    float grad[GRAD_BLOCKS][8] = {};
+    float highest[Core::ROWS], total[Core::ROWS];
+#pragma unroll
+    for (int r = 0; r < Core::ROWS; ++r) highest[r] = -infinity(), total[r] = 0;
+
+#pragma unroll 1
+    for (int first = first_column; first < end; first += TILE_COLUMNS) {
+      const int tile = first / TILE_COLUMNS;
+      bool visit = active;
+      if (PASS == Pass::MARKED_SUMS || PASS == Pass::MARKED_GRAD) {
+        visit = active && p.flags[(long long)(warp_row / WARP_ROWS) * p.tiles + tile];
+        if (!__syncthreads_or(visit)) continue;
+      } else {
+        __syncthreads();  // the tile before was read
+      }
+      stage_labels(shared.column_labels, shared.column_ids, p.columns, TILE_COLUMNS, first, end, p.L, -1);
+      if (PASS == Pass::NEGATIVES && threadIdx.x < TILE_COLUMNS) {
+        const int i = first + threadIdx.x;
+        const int levels = p.L ? p.L : 1;
+        float least = infinity(), mean = 0;
+        for (int level = 0; i < end && level < levels; ++level) least = fminf(least, p.log_normalizer[i * levels + level]);
+        for (int level = 0; i < end && level < levels; ++level)
+          mean += exp2_fast((least - p.log_normalizer[i * levels + level]) * LOG2E);
+        const float largest = *p.largest_loss_grad;
+        shared.column_shift[threadIdx.x] = i < end ? least * LOG2E : 0.f;
+        shared.column_factor[threadIdx.x] = i < end && largest > 0 ? p.loss_grad[i] / largest * mean / levels : 0.f;
+      }
+
+      // 1. Logits.
+      float s[TILE_BLOCKS][8] = {};
+      for (int step = 0; step < steps; ++step) {
+        const Step at = Step::of<CHUNK>(step, p.D);
+        if (step > 0) __syncthreads();
+        if (steps > 1) stage<CHUNK>(shared.rows, p.rows, count, block_row, p.rows.count, stride, at.a, at.columns);
+        stage<CHUNK>(shared.tile, p.columns, TILE_COLUMNS, first, end, stride, at.b, at.columns);
+        __syncthreads();
+        if (visit)
+#pragma unroll
+          for (int k = 0; k < CHUNK / 16; ++k) {
+            u32 a[8];
+            Core::load_a(a, [&](int row) { return own_rows + row * STRIDE + 16 * k; }, 16, lane);
+#pragma unroll
+            for (int block = 0; block < TILE_BLOCKS; ++block) {
+              u32 b[Core::B_WORDS];
+              Core::load_b(b, shared.tile + 8 * block * STRIDE + 16 * k, STRIDE, lane);
+              Core::mma(T(), s[block], a, b);
+            }
+          }
+      }
+
+      // 2. Which pairs are of one image or past the end (`excluded`), and which are false negatives at some level.
+      u32 excluded = 0, marked = 0;
+      if (visit) {
+        const auto level_pairs = [&](int level) {
+          return own.pairs([&](int row) { return own_labels[row * p.L + level]; },
+                           [&](int column) { return shared.column_labels[column * p.L + level]; });
+        };
+        if (p.rows.ids)
+          excluded = own.pairs([&](int row) { return shared.row_ids[warp * WARP_ROWS + row]; },
+                               [&](int column) { return shared.column_ids[column]; });
+        if (first + TILE_COLUMNS > end)
+          excluded |= own.pairs([](int) { return true; }, [&](int column) { return first + column >= end; });
+        for (int level = 0; level < p.L; ++level) marked |= level_pairs(level);
+        marked &= ~excluded;
+#pragma unroll
+        for (int block = 0; block < TILE_BLOCKS; ++block)
+#pragma unroll
+          for (int i = 0; i < 8; ++i) s[block][i] *= scale;
+
+        // 3. Weights, in the place of the logits.
+        if constexpr (PASS == Pass::DENSE) {
+          const bool flag = __any_sync(0xffffffffu, marked != 0);
+          if (p.L && lane == 0) p.flags[(long long)(warp_row / WARP_ROWS) * p.tiles + tile] = flag;
+          const u32 out = p.attract ? excluded : excluded | marked;
+          float rescale[Core::ROWS];
+          bool raised_any = false;
+#pragma unroll
+          for (int r = 0; r < Core::ROWS; ++r) {
+            float raised = highest[r];
+            FOR_ROW(i, r) {
+              if (out >> i & 1) s[i / 8][i % 8] = -infinity();
+              raised = fmaxf(raised, s[i / 8][i % 8]);
+            }
+            raised = max_of_row(raised);
+            const float reference = finite_or_zero(raised) - p.shift;
+            rescale[r] = exp2_fast(highest[r] - p.shift - reference);
+            raised_any |= raised > highest[r];
+            highest[r] = raised;
+            float added = 0;
+            FOR_ROW(i, r) {
+              s[i / 8][i % 8] = exp2_fast(s[i / 8][i % 8] - reference);
+              added += s[i / 8][i % 8];
+            }
+            total[r] = total[r] * rescale[r] + added;
+          }
+          if (p.with_grad && __any_sync(0xffffffffu, raised_any))
+#pragma unroll
+            for (int block = 0; block < GRAD_BLOCKS; ++block)
+#pragma unroll
+              for (int r = 0; r < Core::ROWS; ++r)
+#pragma unroll
+                for (int v = 0; v < Core::VALUES; ++v) grad[block][Core::at(r, v)] *= rescale[r];
+        } else if constexpr (PASS == Pass::MARKED_SUMS) {
+          for (int level = 0; level < p.L; ++level) {
+            const u32 here = level_pairs(level) & marked, kept = marked & ~here;
+#pragma unroll
+            for (int r = 0; r < Core::ROWS; ++r) {
+              const int at = (warp * WARP_ROWS + Core::row(lane, r)) * p.L + level;
+              float sum = 0, raised = shared.level_max[at];
+              const float before = raised;
+              int members = 0;
+              FOR_ROW(i, r) {
+                members += here >> i & 1;
+                if (p.attract && here >> i & 1) sum += s[i / 8][i % 8];
+                if (!p.attract && kept >> i & 1) raised = fmaxf(raised, s[i / 8][i % 8]);
+              }
+              raised = max_of_row(raised);
+              const float reference = finite_or_zero(raised);
+              if (!p.attract) FOR_ROW(i, r)
+                if (kept >> i & 1) sum += exp2_fast(s[i / 8][i % 8] - reference);
+              sum = sum_of_row(sum);
+              members = sum_of_row(members);
+              if ((lane & (4 - Core::FIRST_PARTNER)) == 0) {
+                shared.level_count[at] += members;
+                shared.level_sum[at] = shared.level_sum[at] * (p.attract ? 1.f : exp2_fast(before - reference)) + sum;
+                shared.level_max[at] = raised;
+              }
+            }
+            __syncwarp();
+          }
+        } else {
+          // mean_l [k not in F_l] e^{s - lse_l}, less mean_l [k in F_l] / (1 + |F_l|) where these attract. In the dense
+          // part of NEGATIVES the mean is one exponential: e^{s - a} mean_l e^{a - lse_l}, a = min_l lse_l.
+          float weights[TILE_BLOCKS][8] = {};
+          const int levels = p.L ? p.L : 1;
+          const u32 special = PASS == Pass::NEGATIVES && !__any_sync(0xffffffffu, marked != 0) ? 0 : marked;
+          for (int level = 0; special && level < p.L; ++level) {
+            const u32 here = level_pairs(level) & marked;
+#pragma unroll
+            for (int r = 0; r < Core::ROWS; ++r) FOR_ROW(i, r) {
+              if (!(special >> i & 1)) continue;
+              const int row = warp_row + Core::row(lane, r), column = first + own.column(block_, v_);
+              const int at = (PASS == Pass::NEGATIVES ? column : row) * levels + level;
+              float& w = weights[i / 8][i % 8];
+              const bool inside = here >> i & 1;
+              if (PASS == Pass::NEGATIVES ? p.attract || !inside : !p.attract && !inside)
+                w += exp2_fast(s[i / 8][i % 8] - p.log_normalizer[at] * LOG2E);
+              if (p.attract && inside) w -= 1.f / (1 + p.counts[at]);
+            }
+          }
+          const float unit = exp2_fast(p.shift) / levels;
+#pragma unroll
+          for (int r = 0; r < Core::ROWS; ++r) FOR_ROW(i, r) {
+            float w = weights[i / 8][i % 8] * unit;
+            if (PASS == Pass::NEGATIVES) {
+              const int column = own.column(block_, v_);
+              const float g = first + column < end && *p.largest_loss_grad > 0
+                                  ? p.loss_grad[first + column] / *p.largest_loss_grad : 0.f;
+              w = special >> i & 1 ? w * g
+                                   : exp2_fast(s[i / 8][i % 8] - shared.column_shift[column] + p.shift) *
+                                         shared.column_factor[column];
+              if (excluded >> i & 1) w = 0;
+            }
+            s[i / 8][i % 8] = w;
+          }
+        }
+      }
+
+      // 4. The weighted sum of the columns' features.
+      if constexpr (GRAD) {
+        if (!p.with_grad) continue;
+        for (int term = 0; term < (p.terms == 1 ? 1 : 2); ++term) {
+          if (steps > 1) {
+            __syncthreads();
+            stage<CHUNK>(shared.tile, p.columns, TILE_COLUMNS, first, end, stride, term * p.D + grad_at, grad_columns);
+            __syncthreads();
+          }
+          if (!visit) continue;
+          for (int weight_term = 0; weight_term < (p.terms == 1 ? 1 : 2 - term); ++weight_term)
+#pragma unroll
+            for (int k = 0; k < TILE_COLUMNS / 16; ++k) {
+              u32 a[8];
+              if (weight_term == 0) {
+                Core::as_a(T(), a, s[2 * k], s[2 * k + 1], lane);
+              } else {  // what the first term leaves
+                float left[8], right[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                  left[i] = s[2 * k][i] - unpack(T(), (u16)pack(T(), s[2 * k][i], 0));
+                  right[i] = s[2 * k + 1][i] - unpack(T(), (u16)pack(T(), s[2 * k + 1][i], 0));
+                }
+                Core::as_a(T(), a, left, right, lane);
+              }
+#pragma unroll
+              for (int block = 0; block < GRAD_BLOCKS; ++block) {
+                u32 b[Core::B_WORDS];
+                Core::load_b_rows(b, shared.tile + 16 * k * STRIDE + 8 * block, STRIDE, lane);
+                Core::mma_rows(T(), grad[block], a, b);
+              }
+            }
+        }
+      }
+    }
+
+    // 5. What the split's rows have come to.
+    if (PASS == Pass::MARKED_SUMS) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < count * p.L; i += blockDim.x)
+        if (block_row + i / p.L < p.rows.count) {
+          const long long at = ((long long)split * p.rows.count + block_row) * p.L + i;
+          p.level_max[at] = shared.level_max[i];
+          p.level_sum[at] = shared.level_sum[i];
+          p.level_count[at] = shared.level_count[i];
+        }
+    }
+    const float column_unit = p.column_unit ? *p.column_unit : 1.f;
+#pragma unroll
+    for (int r = 0; r < Core::ROWS; ++r) {
+      const int row = warp_row + Core::row(lane, r);
+      const long long at = (long long)split * p.rows.count + row;
+      if (PASS == Pass::DENSE) {
+        const float sum = sum_of_row(total[r]);
+        if (row < p.rows.count && blockIdx.z == 0 && (lane & (4 - Core::FIRST_PARTNER)) == 0)
+          p.split_max[at] = highest[r] - p.shift, p.split_sum[at] = sum;
+      }
+      if (!GRAD || !p.with_grad || row >= p.rows.count) continue;
+      const float factor = PASS == Pass::MARKED_GRAD ? p.split_factor[at] : 0.f;
+      const float unit = PASS == Pass::NEGATIVES     ? column_unit * exp2_fast(-p.shift) * *p.largest_loss_grad * p.scale * LN2
+                         : PASS == Pass::MARKED_GRAD ? column_unit * exp2_fast(-p.shift)
+                                                     : column_unit;
+      float* out = PASS == Pass::NEGATIVES ? p.negatives_grad : p.split_grad;
+#pragma unroll
+      for (int block = 0; block < GRAD_BLOCKS; ++block)
+#pragma unroll
+        for (int v = 0; v < Core::VALUES; ++v) {
+          const int column = grad_at + 8 * block + Core::column(lane, v);
+          if (column >= p.D) continue;
+          float g = grad[block][Core::at(r, v)] * unit;
+          float& place = out[at * p.D + column];
+          if (PASS == Pass::MARKED_GRAD) g += place * factor;
+          place = g;
+        }
+    }
+  }
+}
+
+}  // namespace ifnd::cuda
