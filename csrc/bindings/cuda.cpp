@@ -77,8 +77,7 @@ void loss_pass(const nb::kwargs& values) {
   p.level_max = n.at<float>("level_max"), p.level_sum = n.at<float>("level_sum");
   p.level_count = n.at<int>("level_count"), p.split_factor = n.at<float>("split_factor");
   p.log_normalizer = n.at<float>("log_normalizer"), p.counts = n.at<int>("counts");
-  p.loss_grad = n.at<float>("loss_grad"), p.largest_loss_grad = n.at<float>("largest_loss_grad");
-  p.negatives_grad = n.at<float>("negatives_grad");
+  p.loss_grad = n.at<float>("loss_grad"), p.negatives_grad = n.at<float>("negatives_grad");
   info_nce(p, n.number<bool>("bfloat16"), pass, n.number<int>("warps"), n.number<int>("splits"), n.stream());
 }
 

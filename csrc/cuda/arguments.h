@@ -46,7 +46,7 @@ struct InfoNceArguments {
   int* level_count;                           // (splits, B, L)
   const float *split_factor, *log_normalizer;  // (splits, B), (B, L)
   const int* counts;                           // (B, L)
-  const float *loss_grad, *largest_loss_grad;  // NEGATIVES: (B,), ()
+  const float* loss_grad;                      // NEGATIVES: (B,)
   float* negatives_grad;                       // NEGATIVES: (K, D)
 };
 

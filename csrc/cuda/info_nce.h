@@ -119,6 +119,21 @@ __device__ __forceinline__ N sum_of_row(N x) {
 }
 __device__ __forceinline__ float finite_or_zero(float x) { return x == -infinity() ? 0.f : x; }
 
+// Rows of the gradient times their factors, most often 1.
+template <int BLOCKS>
+__device__ __forceinline__ void multiply_rows(float (&grad)[BLOCKS][8], const float (&factor)[Core::ROWS]) {
+  bool any = false;
+#pragma unroll
+  for (int r = 0; r < Core::ROWS; ++r) any |= factor[r] != 1;
+  if (!__any_sync(0xffffffffu, any)) return;
+#pragma unroll
+  for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+    for (int r = 0; r < Core::ROWS; ++r)
+#pragma unroll
+      for (int v = 0; v < Core::VALUES; ++v) grad[block][Core::at(r, v)] *= factor[r];
+}
+
 // for each number i of a lane's sums that is in row r
 #define FOR_ROW(i, r)                                    \
   _Pragma("unroll") for (int block_ = 0; block_ < TILE_BLOCKS; ++block_) \
@@ -153,7 +168,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
     float grad[GRAD_BLOCKS][8] = {};
     float highest[Core::ROWS], total[Core::ROWS];
 #pragma unroll
-    for (int r = 0; r < Core::ROWS; ++r) highest[r] = -infinity(), total[r] = 0;
+    for (int r = 0; r < Core::ROWS; ++r) highest[r] = PASS == Pass::NEGATIVES ? 0x1p-100f : -infinity(), total[r] = 0;
 
 #pragma unroll 1
     for (int first = first_column; first < end; first += TILE_COLUMNS) {
@@ -173,9 +188,8 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
         for (int level = 0; i < end && level < levels; ++level) least = fminf(least, p.log_normalizer[i * levels + level]);
         for (int level = 0; i < end && level < levels; ++level)
           mean += exp2_fast((least - p.log_normalizer[i * levels + level]) * LOG2E);
-        const float largest = *p.largest_loss_grad;
         shared.column_shift[threadIdx.x] = i < end ? least * LOG2E : 0.f;
-        shared.column_factor[threadIdx.x] = i < end && largest > 0 ? p.loss_grad[i] / largest * mean / levels : 0.f;
+        shared.column_factor[threadIdx.x] = i < end ? p.loss_grad[i] * mean / levels : 0.f;
       }
 
       // 1. Logits.
@@ -225,7 +239,6 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
           if (p.L && lane == 0) p.flags[(long long)(warp_row / WARP_ROWS) * p.tiles + tile] = flag;
           const u32 out = p.attract ? excluded : excluded | marked;
           float rescale[Core::ROWS];
-          bool raised_any = false;
 #pragma unroll
           for (int r = 0; r < Core::ROWS; ++r) {
             float raised = highest[r];
@@ -236,7 +249,6 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
             raised = max_of_row(raised);
             const float reference = finite_or_zero(raised) - p.shift;
             rescale[r] = exp2_fast(highest[r] - p.shift - reference);
-            raised_any |= raised > highest[r];
             highest[r] = raised;
             float added = 0;
             FOR_ROW(i, r) {
@@ -245,13 +257,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
             }
             total[r] = total[r] * rescale[r] + added;
           }
-          if (p.with_grad && __any_sync(0xffffffffu, raised_any))
-#pragma unroll
-            for (int block = 0; block < GRAD_BLOCKS; ++block)
-#pragma unroll
-              for (int r = 0; r < Core::ROWS; ++r)
-#pragma unroll
-                for (int v = 0; v < Core::VALUES; ++v) grad[block][Core::at(r, v)] *= rescale[r];
+          if (p.with_grad) multiply_rows(grad, rescale);
         } else if constexpr (PASS == Pass::MARKED_SUMS) {
           for (int level = 0; level < p.L; ++level) {
             const u32 here = level_pairs(level) & marked, kept = marked & ~here;
@@ -285,12 +291,12 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
           // part of NEGATIVES the mean is one exponential: e^{s - a} mean_l e^{a - lse_l}, a = min_l lse_l.
           float weights[TILE_BLOCKS][8] = {};
           const int levels = p.L ? p.L : 1;
-          const u32 special = PASS == Pass::NEGATIVES && !__any_sync(0xffffffffu, marked != 0) ? 0 : marked;
-          for (int level = 0; special && level < p.L; ++level) {
+          
+          for (int level = 0; marked && level < p.L; ++level) {
             const u32 here = level_pairs(level) & marked;
 #pragma unroll
             for (int r = 0; r < Core::ROWS; ++r) FOR_ROW(i, r) {
-              if (!(special >> i & 1)) continue;
+              if (!(marked >> i & 1)) continue;
               const int row = warp_row + Core::row(lane, r), column = first + own.column(block_, v_);
               const int at = (PASS == Pass::NEGATIVES ? column : row) * levels + level;
               float& w = weights[i / 8][i % 8];
@@ -300,20 +306,34 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
               if (p.attract && inside) w -= 1.f / (1 + p.counts[at]);
             }
           }
-          const float unit = exp2_fast(p.shift) / levels;
+          if constexpr (PASS == Pass::MARKED_GRAD) {
+            const float unit = exp2_fast(p.shift) / levels;
 #pragma unroll
-          for (int r = 0; r < Core::ROWS; ++r) FOR_ROW(i, r) {
-            float w = weights[i / 8][i % 8] * unit;
-            if (PASS == Pass::NEGATIVES) {
-              const int column = own.column(block_, v_);
-              const float g = first + column < end && *p.largest_loss_grad > 0
-                                  ? p.loss_grad[first + column] / *p.largest_loss_grad : 0.f;
-              w = special >> i & 1 ? w * g
-                                   : exp2_fast(s[i / 8][i % 8] - shared.column_shift[column] + p.shift) *
-                                         shared.column_factor[column];
-              if (excluded >> i & 1) w = 0;
+            for (int block = 0; block < TILE_BLOCKS; ++block)
+#pragma unroll
+              for (int i = 0; i < 8; ++i) s[block][i] = weights[block][i] * unit;
+          } else {
+            // A key may be far from every query: its weights are relative to `highest`, a power of 2, of which
+            // the largest so far is 1 to 2 times.
+            float rescale[Core::ROWS];
+#pragma unroll
+            for (int r = 0; r < Core::ROWS; ++r) {
+              float raised = 0;
+              FOR_ROW(i, r) {
+                const int column = own.column(block_, v_);
+                float w = exp2_fast(s[i / 8][i % 8] - shared.column_shift[column]) * shared.column_factor[column];
+                if (marked >> i & 1) w = weights[i / 8][i % 8] * p.loss_grad[first + column] / levels;
+                if (excluded >> i & 1) w = 0;
+                s[i / 8][i % 8] = w;
+                raised = fmaxf(raised, fabsf(w));
+              }
+              const float power = __int_as_float(__float_as_int(max_of_row(raised)) & 0x7f800000);
+              const float largest = fmaxf(highest[r], power), unit = exp2_fast(p.shift - 1) / largest;
+              rescale[r] = highest[r] / largest;
+              highest[r] = largest;
+              FOR_ROW(i, r) s[i / 8][i % 8] *= unit;
             }
-            s[i / 8][i % 8] = w;
+            multiply_rows(grad, rescale);
           }
         }
       }
@@ -377,7 +397,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
       }
       if (!GRAD || !p.with_grad || row >= p.rows.count) continue;
       const float factor = PASS == Pass::MARKED_GRAD ? p.split_factor[at] : 0.f;
-      const float unit = PASS == Pass::NEGATIVES     ? column_unit * exp2_fast(-p.shift) * *p.largest_loss_grad * p.scale * LN2
+      const float unit = PASS == Pass::NEGATIVES     ? column_unit * exp2_fast(1 - p.shift) * highest[r] * p.scale * LN2
                          : PASS == Pass::MARKED_GRAD ? column_unit * exp2_fast(-p.shift)
                                                      : column_unit;
       float* out = PASS == Pass::NEGATIVES ? p.negatives_grad : p.split_grad;

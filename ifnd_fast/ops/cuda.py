@@ -45,7 +45,7 @@ def _rows_of_pieces(x: Tensor) -> Tensor:
 
 def _shift_of(x: Tensor) -> Tensor:
     """The power of 2, as float64 (), that brings the largest number of x between 2^14 and 2^15, within float16."""
-    largest = x.abs().amax().clamp(min=2.0**-100)
+    largest = x.abs().amax().clamp(min=2.0**-100) if x.numel() else x.new_ones(())
     return 15.0 - torch.frexp(largest).exponent.double()
 
 
@@ -188,7 +188,7 @@ def info_nce_negatives_grad(
         log_normalizer, counts = log_normalizer[:, :1], counts[:, :1]
     of_queries = {
         "log_normalizer": log_normalizer.contiguous(), "counts": counts.contiguous(),
-        "loss_grad": loss_grad.contiguous(), "largest_loss_grad": loss_grad.abs().amax(), "negatives_grad": out,
+        "loss_grad": loss_grad.contiguous(), "negatives_grad": out,
     }  # fmt: skip
     cut = {"split_columns": B, "splits": 1, "tiles": 0, "warps": _warps(K, both["L"])}
     last = {"column_unit": _unit(operands[0]), "with_grad": True, "step": "negatives"}
