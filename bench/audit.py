@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import triton
 import tyro
+from nvrtc import ptx_of, wheel_file
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -28,12 +29,13 @@ from ifnd_fast.kernels import assign, info_nce, tiles
 from ifnd_fast.kernels.tiles import Tile
 
 JSON = Path(__file__).parent / "results" / "audit.json"
-CARDS = (80, 86, 89, 90, 100, 120)
+CARDS = (70, 75, 80, 86, 89, 90, 100, 120)
+TRITON_CARDS = CARDS[2:]
 # Registers, KiB of shared memory and warps of a multiprocessor (CUDA C++ Programming Guide,
 # table of technical specifications by compute capability).
 REGISTERS = 65536
-SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
-WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+SHARED = {70: 96, 75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+WARPS = {70: 64, 75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -109,30 +111,77 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
     return types
 
 
+@dataclass(frozen=True)
+class CudaKernel:
+    header: str  # in csrc/cuda
+    expression: str
+    warps: int
+    shared: int  # bytes, as the launch asks for
+
+
+def cuda_kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, CudaKernel]:
+    """Every kernel of csrc/cuda, by name. float32 runs those of fp16."""
+    if dtype == torch.float32 or (dtype == torch.bfloat16 and card < 80):
+        return {}
+    chunk, bfloat16 = 64 if size.dim <= 64 else 128, dtype == torch.bfloat16
+    of_type = f"ifnd::cuda::{'Bfloat16' if bfloat16 else 'Half'}, {chunk}, ifnd::cuda"
+    row = 2 * (chunk + 8)  # bytes in shared memory
+    out = {}
+    for mode in ("LABELS", "CONFIDENCE") + (() if bfloat16 else ("SCREEN",)):
+        kernel = f"ifnd::cuda::assign_kernel<{of_type}::Assign::{mode}>"
+        out[f"cuda assign {mode.lower()}"] = CudaKernel("assign.h", kernel, 8, 2 * 16 * row)
+    for step in ("DENSE", "MARKED_SUMS", "MARKED_GRAD", "NEGATIVES"):
+        kernel = f"ifnd::cuda::info_nce_kernel<{of_type}::Pass::{step}>"
+        warps = 4 if size.levels <= 4 else 2
+        shared = (32 * warps + 32) * (row + 8 + 4 * size.levels) + 32 * 8
+        shared += 32 * warps * size.levels * 12 if step == "MARKED_SUMS" else 0
+        out[f"cuda info_nce {step.lower()}"] = CudaKernel("info_nce.h", kernel, warps, shared)
+    out["cuda info_nce normalise"] = CudaKernel("normalise.h", "ifnd::cuda::normalise_kernel", 4, 0)
+    out["cuda info_nce add_splits"] = CudaKernel("normalise.h", "ifnd::cuda::add_splits_kernel", 8, 0)
+    return out
+
+
 def compile_one(name: str, dtype: str, card: int, size: Shape) -> Audit:
+    if name.startswith("cuda "):
+        kernel = cuda_kernels(DTYPES[dtype], card, size)[name]
+        ptx = ptx_of(kernel.header, kernel.expression, card)
+        ptx = only_entry(ptx, re.split(r"::|<", kernel.expression)[2])
+        return audit_of(name, dtype, card, ptx, wheel_file("cuda_nvcc/bin/ptxas"), kernel.warps, kernel.shared)
+    return compile_triton(name, dtype, card, size)
+
+
+def only_entry(ptx: str, kernel: str) -> str:
+    """Without the other kernels that the header defines."""
+    head, *entries = re.split(r"(?=^\s*(?:\.visible |\.weak )?\.entry)", ptx, flags=re.MULTILINE)
+    return head + next(entry for entry in entries if kernel in entry.partition("(")[0])
+
+
+def compile_triton(name: str, dtype: str, card: int, size: Shape) -> Audit:
     kernel, constants, tile = kernels(DTYPES[dtype], card, size)[name]
     types = signature(kernel, constants, dtype)
     # As at a launch: torch's memory is aligned to 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
     source = ASTSource(kernel, types, {n: constants[n] for n in types if n in constants}, aligned)
     compiled = triton.compile(source, GPUTarget("cuda", card, 32), {"num_warps": tile.warps, "num_stages": tile.stages})
-    ptx = compiled.asm["ptx"]
-    registers, spills, stack = ptxas(ptx)
-    shared = compiled.metadata.shared
-    granted = -(-registers // 8) * 8 * 32 * tile.warps  # registers are given out 8 at a time to each thread of a warp
-    blocks = min(REGISTERS // granted, WARPS[card] // tile.warps, SHARED[card] * 1024 // (shared + 1024), 32)
+    program = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
+    return audit_of(name, dtype, card, compiled.asm["ptx"], program.path, tile.warps, compiled.metadata.shared)
+
+
+def audit_of(name: str, dtype: str, card: int, ptx: str, assembler: str | Path, warps: int, shared: int) -> Audit:
+    registers, spills, stack = ptxas(ptx, assembler)
+    granted = -(-registers // 8) * 8 * 32 * warps  # registers are given out 8 at a time to each thread of a warp
+    blocks = min(REGISTERS // granted, WARPS[card] // warps, SHARED[card] * 1024 // (shared + 1024), 32)
     found = re.search(r"\b(wgmma\.mma_async|tcgen05\.mma|mma)\.sync\.aligned\.m\w+|tcgen05\.mma", ptx)
     return Audit(name, dtype, card, registers, spills, stack, shared, blocks, found.group() if found else "")
 
 
-def ptxas(ptx: str) -> tuple[int, int, int]:
+def ptxas(ptx: str, assembler: str | Path) -> tuple[int, int, int]:
     """Registers, bytes spilled (stores and loads) and bytes of stack."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)  # type: ignore[union-attr]
-    program = triton.knobs.nvidia.ptxas_blackwell.path if "sm_1" in target else triton.knobs.nvidia.ptxas.path
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [program, "-v", f"-arch={target}", str(source), "-o", os.devnull]
+        command = [assembler, "-v", f"-arch={target}", str(source), "-o", os.devnull]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return (
         max(map(int, re.findall(r"Used (\d+) registers", report))),
@@ -180,12 +229,17 @@ def check(audits: list[Audit]) -> None:
     sys.exit(bool(faults))
 
 
+def names(dtype: torch.dtype, card: int, size: Shape) -> list[str]:
+    of_triton = kernels(dtype, card, size) if card in TRITON_CARDS else {}
+    return [*of_triton, *cuda_kernels(dtype, card, size)]
+
+
 def main(options: Options) -> None:
     wanted = [
         (name, dtype, card, options.size)
         for card in options.cards
         for dtype in options.dtypes
-        for name in kernels(DTYPES[dtype], card, options.size)
+        for name in names(DTYPES[dtype], card, options.size)
         if options.only in name
     ]
     with ProcessPoolExecutor(options.jobs) as pool:
@@ -196,7 +250,8 @@ def main(options: Options) -> None:
     lines = [
         "# GPU kernels as compiled",
         "",
-        f"`python bench/audit.py`: Triton {triton.__version__}, D={options.size.dim}, L={options.size.levels}, without "
+        f"`python bench/audit.py`: Triton {triton.__version__} and NVRTC 12.9 (`cuda`), "
+        f"D={options.size.dim}, L={options.size.levels}, without "
         "a GPU. `blocks`: how many fit one multiprocessor by registers, warps and shared memory.",
         "",
         *("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header))),

@@ -34,7 +34,7 @@ struct LossShared {
   float *level_max, *level_sum;         // MARKED_SUMS: (32 * warps, L)
   int* level_count;
 
-  static constexpr int bytes(int warps, int L, bool level_sums) {
+  __host__ __device__ static constexpr int bytes(int warps, int L, bool level_sums) {
     const int rows = WARP_ROWS * warps, both = rows + TILE_COLUMNS;
     return both * (STRIDE * 2 + 8 + 4 * L) + TILE_COLUMNS * 8 + (level_sums ? rows * L * 12 : 0);
   }

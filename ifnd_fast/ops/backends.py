@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # fastest first: the order in which "auto" tries them
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # as a rule, fastest first
 OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
 GPU_OPERATORS = {"triton": ("info_nce", "assign_clusters"), "cuda": ("info_nce", "assign_clusters")}
 TRITON_CAPABILITY = (8, 0)  # on older cards Triton multiplies without their tensor cores
@@ -103,7 +103,16 @@ def triton_interprets() -> bool:
 
 def explain(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """For every backend the reason it is refused, or None where it can run; fastest first."""
-    return {backend: refusal(backend, operator, device, dtype) for backend in BACKENDS}
+    return {backend: refusal(backend, operator, device, dtype) for backend in _fastest_first(operator, device, dtype)}
+
+
+def _fastest_first(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Triton before cuda where its instructions are the newer: from 8.0 on for the loss (asynchronous copies), from
+    9.0 on for assignment (wgmma); never for float32, which cuda alone multiplies on tensor cores."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return BACKENDS
+    newer = (8, 0) if operator == "info_nce" else (9, 0)
+    return ("triton", "cuda", *BACKENDS[2:]) if torch.cuda.get_device_capability(device) >= newer else BACKENDS
 
 
 def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str:

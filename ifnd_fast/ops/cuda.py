@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def _unit(*operands: Operand) -> Tensor | None:
 
 def _pass_arguments(
     query: Operand, negatives: Operand, labels_and_ids: list[Tensor | None], temperature: float, false_negatives: str
-) -> dict:
+) -> dict[str, Any]:
     """What every pass over the pairs takes."""
     names = ("query_labels", "negative_labels", "query_ids", "negative_ids")
     extra = [None if t is None else t.contiguous() for t in labels_and_ids]
@@ -102,7 +103,7 @@ def _warps(rows: int, levels: int) -> int:
     return min(MAX_WARPS if levels <= 4 else MAX_WARPS // 2, -(-rows // WARP_ROWS))
 
 
-def _call(function, arguments: dict) -> None:
+def _call(function, arguments: dict[str, Any]) -> None:
     function(
         **{
             name: _address(value) if value is None or isinstance(value, Tensor) else value
@@ -204,7 +205,7 @@ def assign_clusters(
     features, centroids = _rows_of_pieces(features), _rows_of_pieces(centroids)
     labels = features.new_empty(len(features), dtype=torch.int32)
     confidence = features.new_empty(len(features) if return_confidence else 0, dtype=torch.float32)
-    shared = {
+    shared: dict[str, Any] = {
         "half_norms": centroids.float().square().sum(1) / 2 if metric == "l2" else None,
         "scale": LOG2E / temperature,
         "bfloat16": features.dtype == torch.bfloat16,
@@ -217,7 +218,7 @@ def assign_clusters(
     terms = _two_terms(centroids, shift)
     for first in range(0, len(features), ROWS_AT_A_TIME):
         rows = slice(first, first + ROWS_AT_A_TIME)
-        out = {"labels": labels[rows], "confidence": confidence[rows]}
+        out: dict[str, Any] = {"labels": labels[rows], "confidence": confidence[rows]}
         _assign_float32(features[rows], centroids, terms, shift, return_confidence, **out, **shared)
     return labels, confidence
 
@@ -236,7 +237,7 @@ def _assign_float32(
     near_rows = torch.empty_like(how["labels"])
     near_count = torch.zeros_like(near_rows[:1])
     margins = _margins(features, terms, shift, centroids, centroid_terms, centroid_shift)
-    near = {"margins": margins, "near_rows": near_rows, "near_count": near_count}
+    near: dict[str, Any] = {"margins": margins, "near_rows": near_rows, "near_count": near_count}
     _assign(terms, centroid_terms, **near, **how | {"mode": "screen"})
     _assign(terms, centroid_terms, terms=3, rows=near_rows, row_count=near_count, **how)
 
@@ -246,8 +247,8 @@ def _margins(
 ) -> Tensor:
     """(N,): centroids whose similarities by the first terms differ by more than this are in the right order.
 
-    x.c - high(x).high(c) = low(x).c + high(x).low(c), each at most the product of two lengths (low: what `high` leaves);
-    sums on tensor cores are rounded, at every fourth product or more rarely, by at most 2^-23 of |x| |c|.
+    x.c - high(x).high(c) = low(x).c + high(x).low(c), each at most the product of two lengths (low: what `high`
+    leaves); sums on tensor cores are rounded, at every fourth product or more rarely, by at most 2^-23 of |x| |c|.
     """
 
     def lengths(rows: Tensor, terms: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,8 +44,8 @@ def test_values_and_gradients(backend, strategy, dtype):
 )  # fmt: skip
 def test_ragged_shapes(backend, B, K, D, L, seed, dtype, strategy, clusters, labels, ids, temperature):
     case_of(
-        B, K, D, L, dtype=taken(dtype, backend), clusters=clusters, labels=labels, ids=ids, seed=seed, temperature=temperature,
-        false_negatives=strategy,
+        B, K, D, L, dtype=taken(dtype, backend), clusters=clusters, labels=labels, ids=ids, seed=seed,
+        temperature=temperature, false_negatives=strategy,
     ).check(backend)  # fmt: skip
 
 

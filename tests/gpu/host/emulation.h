@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #define __global__
+#define __host__
 #define __device__
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))
