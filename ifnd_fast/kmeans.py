@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ifnd_fast.ops import assign_clusters, backends, checks, cpu
+from ifnd_fast.ops import assign_clusters, backends, checks
 
 Callback = Callable[[int, float], object]
 
@@ -348,8 +348,10 @@ def cluster_sums(x: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, 
     and added up in float32 in bags of at most BAG_ROWS, the bags in float64: rounding does not grow with a
     cluster's size.
     """
-    if backends.choose("auto", "cluster_sums", x.device, x.dtype) == "cpu":
-        return cpu.cluster_sums(x, labels, centroids)
+    backend = backends.choose("auto", "cluster_sums", x.device, x.dtype)
+    if backend != "reference":
+        with torch.cuda.device_of(x):
+            return backends.module_of(backend, "cluster_sums").cluster_sums(x, labels, centroids)
     n_clusters = len(centroids)
     sums = torch.zeros(n_clusters, x.shape[1], dtype=torch.float64, device=x.device)
     for part in chunks(x):

@@ -107,6 +107,17 @@ void add_splits(const nb::kwargs& values) {
   info_nce_add_splits(normalise_arguments(n), n.stream());
 }
 
+void sums(const nb::kwargs& values) {
+  const Named n{values};
+  ClusterSumsArguments p{};
+  p.features = n.at<void>("features"), p.centroids = n.at<float>("centroids"), p.labels = n.at<int>("labels");
+  p.order = n.at<long long>("order"), p.begins = n.at<long long>("begins");
+  p.sums = n.at<double>("sums"), p.distances = n.at<float>("distances");
+  p.N = n.number<int>("N"), p.C = n.number<int>("C"), p.D = n.number<int>("D");
+  p.parts = n.number<int>("parts"), p.kind = n.number<int>("kind");
+  cluster_sums(p, n.stream());
+}
+
 }  // namespace
 
 NB_MODULE(IFND_MODULE_NAME, m) {
@@ -120,5 +131,6 @@ NB_MODULE(IFND_MODULE_NAME, m) {
   m.def("info_nce", &loss_pass,
         "csrc/cuda/info_nce.h; step is \"dense\", \"marked_sums\", \"marked_grad\" or \"negatives\".");
   m.def("info_nce_normalise", &normalise, "csrc/cuda/normalise.h");
+  m.def("cluster_sums", &sums, "csrc/cuda/cluster_sums.h");
   m.def("info_nce_add_splits", &add_splits, "csrc/cuda/normalise.h");
 }

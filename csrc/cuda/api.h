@@ -16,5 +16,6 @@ void assign_clusters(const AssignArguments& p, bool bfloat16, Assign mode, Strea
 void info_nce(const InfoNceArguments& p, bool bfloat16, Pass pass, int warps, int splits, Stream stream);
 void info_nce_normalise(const NormaliseArguments& p, Stream stream);
 void info_nce_add_splits(const NormaliseArguments& p, Stream stream);
+void cluster_sums(const ClusterSumsArguments& p, Stream stream);
 
 }  // namespace ifnd::cuda

@@ -61,4 +61,15 @@ struct NormaliseArguments {
   bool attract, scaled;  // scaled: split_grad carries its factor already
 };
 
+struct ClusterSumsArguments {
+  const void* features;     // (N, D), of the kind that `number` reads
+  const float* centroids;   // (C, D)
+  const int* labels;        // (N,)
+  const long long* order;   // (N,): rows by cluster
+  const long long* begins;  // (C + 1,): a cluster's first place in `order`
+  double* sums;             // (parts, C, D)
+  float* distances;         // (N,)
+  int N, C, D, parts, kind;
+};
+
 }  // namespace ifnd::cuda

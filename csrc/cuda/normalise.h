@@ -1,14 +1,10 @@
 // The two kernels that join the splits of the queue; kernels/info_nce.py derives them.
 #pragma once
 
-#include "info_nce.h"
+#include "arguments.h"
+#include "number.h"
 
 namespace ifnd::cuda {
-
-__device__ __forceinline__ float number(const void* x, long long i, int kind) {
-  if (kind == 0) return ((const float*)x)[i];
-  return kind == 1 ? unpack(Bfloat16(), ((const u16*)x)[i]) : unpack(Half(), ((const u16*)x)[i]);
-}
 
 // A sum of powers of 2, relative to the largest.
 struct Sum {
@@ -23,12 +19,6 @@ struct Sum {
       add(__shfl_xor_sync(0xffffffffu, max, partner), __shfl_xor_sync(0xffffffffu, sum, partner));
   }
 };
-template <class N>
-__device__ __forceinline__ N sum_of_lanes(N x) {
-  for (int partner = 16; partner; partner /= 2) x += __shfl_xor_sync(0xffffffffu, x, partner);
-  return x;
-}
-
 // One warp: loss, log Z_l, |F_l| of a query, and `split_factor`, mean_l e^{m_split - lse_l}. In float64: it is little.
 __global__ void __launch_bounds__(128) normalise_kernel(NormaliseArguments p) {
   const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -10,7 +10,7 @@ import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # as a rule, fastest first
 OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
-GPU_OPERATORS = {"triton": ("info_nce", "assign_clusters"), "cuda": ("info_nce", "assign_clusters")}
+TRITON_OPERATORS = ("info_nce", "assign_clusters")
 TRITON_CAPABILITY = (8, 0)  # on older cards Triton multiplies without their tensor cores
 CUDA_CAPABILITY = (7, 0)  # the first with tensor cores
 BFLOAT16_CAPABILITY = (8, 0)
@@ -38,7 +38,7 @@ def refusal(backend: str, operator: str, device: torch.device, dtype: torch.dtyp
     """Why `backend` can't run `operator` for tensors of this device and dtype; None when it can."""
     if backend == "reference":
         return None
-    if operator not in GPU_OPERATORS.get(backend, OPERATORS):
+    if backend == "triton" and operator not in TRITON_OPERATORS:
         return f"this version has no {backend} kernel for {operator}"
     if backend == "triton":
         return _triton_refusal(device, dtype)

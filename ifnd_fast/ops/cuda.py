@@ -19,6 +19,7 @@ WARP_ROWS = 32
 TILE_COLUMNS = 32
 MAX_WARPS = 4
 BLOCKS_PER_MULTIPROCESSOR = 2  # by registers
+MAX_PARTS = 64  # of a cluster, in the sums
 # Weights in (0, 1] are rounded to float16 to be multiplied, where those below 2^-14 would lose digits.
 FLOAT16_SHIFT = 15
 LOG2E = math.log2(math.e)
@@ -266,3 +267,25 @@ def _assign(features: Tensor, centroids: Tensor, *, stored_terms: int = 1, terms
     operands = {"features": features, "centroids": centroids, "N": rows, "C": columns, "D": dim}
     how = {"terms": terms, "stored_terms": stored_terms, "stream": _stream(features.device)}
     _call(_cuda.assign_clusters, {**operands, **how, **arguments})
+
+
+def cluster_sums(features: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums (C, D) float64, counts (C,) int64, and squared distances (N,) float32 to the own centroid.
+
+    Labels are not read on the CPU, so none is refused: a row with one out of range is in no sum, its distance NaN.
+    """
+    features, labels, centroids = features.contiguous(), labels.contiguous(), centroids.contiguous()
+    (N, D), C = features.shape, len(centroids)
+    ordered, order = torch.sort(labels, stable=True)
+    begins = torch.searchsorted(ordered, torch.arange(C + 1, device=labels.device, dtype=labels.dtype))
+    blocks = C * -(-D // WARP_ROWS)
+    parts = min(MAX_PARTS, -(-BLOCKS_PER_MULTIPROCESSOR * _multiprocessors(features.device) // blocks))
+    sums = features.new_empty((parts, C, D), dtype=torch.float64)
+    distances = features.new_empty(N, dtype=torch.float32)
+    arguments = {
+        "features": features, "centroids": centroids, "labels": labels, "order": order, "begins": begins,
+        "sums": sums, "distances": distances, "N": N, "C": C, "D": D, "parts": parts,
+        "kind": _KINDS[features.dtype], "stream": _stream(features.device),
+    }  # fmt: skip
+    _call(_cuda.cluster_sums, arguments)
+    return sums.sum(0), begins.diff(), distances

@@ -160,3 +160,25 @@ def test_ties_take_the_lowest_index(backend, metric):
     assert not assign(zeros, zeros, return_confidence=False, metric=metric).any()
     labels, confidence = assign(data(100, 33), data(150, 33, 1).repeat(3, 1), metric=metric)
     assert labels.max() < 150 and (confidence <= 1 / 3 + 1e-5).all()
+
+
+# ---- cluster_sums ---------------------------------------------------------------------------------------------------
+
+
+@every_dtype
+@pytest.mark.parametrize("dim", [1, 33, 96])
+def test_cluster_sums(backend, dim, dtype):
+    if backend == "triton":
+        pytest.skip("Triton has no cluster_sums")
+    x, centroids = data(300, dim, 0, dtype), data(7, dim, 1)
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(0, 6, (300,), generator=generator).to(DEVICE, torch.int32)  # cluster 6 is empty
+    sums, counts, distances = backends.module_of(backend, "cluster_sums").cluster_sums(x, labels, centroids)
+    own = torch.nn.functional.one_hot(labels.long(), 7).double()
+    right = own.T @ x.double()
+    assert sums.dtype == torch.float64 and (sums - right).abs().max() <= 1e-12 * right.abs().max()
+    assert counts.tolist() == own.sum(0).tolist()
+    squares = (x.double() - centroids.double()[labels.long()]).square().sum(1)
+    assert ((distances - squares).abs() <= (dim + 4) * 2.0**-24 * squares).all()
+    again = backends.module_of(backend, "cluster_sums").cluster_sums(x, labels, centroids)
+    assert torch.equal(sums, again[0]) and torch.equal(distances, again[2])
