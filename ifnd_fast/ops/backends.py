@@ -103,16 +103,16 @@ def triton_interprets() -> bool:
 
 def explain(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """For every backend the reason it is refused, or None where it can run; fastest first."""
-    return {backend: refusal(backend, operator, device, dtype) for backend in _fastest_first(operator, device, dtype)}
+    return {backend: refusal(backend, operator, device, dtype) for backend in _fastest_first(device, dtype)}
 
 
-def _fastest_first(operator: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """Triton before cuda where its instructions are the newer: from 8.0 on for the loss (asynchronous copies), from
-    9.0 on for assignment (wgmma); never for float32, which cuda alone multiplies on tensor cores."""
+def _fastest_first(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Triton before cuda on cards whose newer instructions it uses and cuda does not (asynchronous copies from 8.0 on,
+    wgmma on 9.0), but for float32, which cuda alone multiplies on tensor cores."""
     if device.type != "cuda" or dtype == torch.float32:
         return BACKENDS
-    newer = (8, 0) if operator == "info_nce" else (9, 0)
-    return ("triton", "cuda", *BACKENDS[2:]) if torch.cuda.get_device_capability(device) >= newer else BACKENDS
+    newer = torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
+    return ("triton", "cuda", *BACKENDS[2:]) if newer else BACKENDS
 
 
 def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str:
