@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,14 +61,18 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
-def fused(device: torch.device) -> Callable[[str, torch.dtype], str]:
-    """fused(operator, dtype): the backend that "auto" takes, where that is not the reference."""
+def fused(device: torch.device) -> Callable[..., str]:
+    """fused(operator, dtype): the backend that "auto" takes, where that is not the reference; or the one of a name."""
 
-    def choose(operator: str, dtype: torch.dtype) -> str:
-        backend = backends.choose("auto", operator, device, dtype)
-        if backend == "reference":
-            pytest.skip(f"no fused backend: {backends.explain(operator, device, dtype)}")
-        return backend
+    def choose(operator: str, dtype: torch.dtype, name: str = "auto") -> str:
+        if name == "auto":
+            name = backends.choose("auto", operator, device, dtype)
+            reason = str(backends.explain(operator, device, dtype)) if name == "reference" else None
+        else:
+            reason = backends.refusal(name, operator, device, dtype)
+        if reason:
+            pytest.skip(f"no fused backend: {reason}")
+        return name
 
     return choose
 
@@ -86,11 +91,22 @@ def threads() -> Iterator[Callable[[int], None]]:
     use(before)
 
 
+def gpu_seconds(function: Callable[[], Any], rounds: int = 20) -> float:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for before, after in events:
+        before.record()
+        function()
+        after.record()
+    torch.cuda.synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in events) / 1e3
+
+
 @pytest.fixture
 def measure(benchmark: Any, device: torch.device) -> Callable[..., Any]:
     """measure(function, row, operations, **extra_info): the result of function(), timed until the device has finished.
 
-    `row` names it in its group's table; `operations` are those of its matrix products, two for a multiply-add.
+    `row` names it in its group's table; `operations` are those of its matrix products, two for a multiply-add. On a GPU
+    the call's time is the host's, and `gpu_seconds`, the median between CUDA events, is that of its kernels alone.
     """
 
     def run(function: Callable[[], Any], row: str, operations: float | None = None, **extra_info: Any) -> Any:
@@ -105,6 +121,8 @@ def measure(benchmark: Any, device: torch.device) -> Callable[..., Any]:
         if benchmark.disabled:
             return benchmark(timed)
         timed()  # compiles, starts threads, takes memory
+        if device.type == "cuda":
+            benchmark.extra_info["gpu_seconds"] = gpu_seconds(function)
         start = time.perf_counter()
         timed()
         rounds = int(SECONDS / (time.perf_counter() - start))

@@ -17,6 +17,7 @@ from ifnd_fast import assign_clusters
 TEMPERATURE = 0.2
 CHUNK = 4096
 Size = tuple[int, int, int]
+FUSED = ("fused", "cuda", "triton") if torch.cuda.is_available() else ("fused",)
 SIZES: tuple[Size, ...] = ((100_000, 3_000, 128), (50_000, 1_000, 128))
 OTHER_SIZES: tuple[Size, ...] = (
     (40_000, 3_000, 64), (20_000, 3_000, 256), (2_000, 3_000, 2048), (20_000, 25_000, 128)
@@ -62,7 +63,8 @@ def check(labels: Tensor | np.ndarray, x: Tensor, c: Tensor, metric: str) -> Non
 
 def run_fused(size, return_confidence, device, small, fused, measure, row="fused", dtype=torch.float32, **how) -> None:
     x, c = (t.to(dtype) for t in points(size, small, device))
-    backend = fused("assign_clusters", dtype)
+    name = row.partition(",")[0]
+    backend = fused("assign_clusters", dtype, name if name in FUSED[1:] else "auto")
     how |= {"return_confidence": return_confidence, "temperature": TEMPERATURE, "backend": backend}
     work = {"operations": operations(size), "dtype": str(dtype), "backend": backend}
     result = measure(lambda: assign_clusters(x, c, **how), row, **work)
@@ -76,22 +78,27 @@ def run_fused(size, return_confidence, device, small, fused, measure, row="fused
 
 @pytest.mark.parametrize("size", SIZES + OTHER_SIZES, ids=title)
 @pytest.mark.parametrize("metric", ["inner_product", "l2"])
-@pytest.mark.parametrize("name", ["fused", "faiss", "torch"])
+@pytest.mark.parametrize("name", [*FUSED, "faiss", "torch"])
 def test_labels(name, metric, size, device, small, fused, measure, benchmark):
     benchmark.group = f"labels by {metric}: {title(size)}, float32"
-    if name == "fused":
-        return run_fused(size, False, device, small, fused, measure, metric=metric)
+    if name in FUSED:
+        return run_fused(size, False, device, small, fused, measure, name, metric=metric)
     x, c = points(size, small, device)
     work = {"operations": operations(size), "dtype": "torch.float32"}
     if name == "faiss":
-        if device.type != "cpu":
-            pytest.skip("faiss's index is on the CPU here")
         faiss = pytest.importorskip("faiss")
         faiss.omp_set_num_threads(torch.get_num_threads())
         index = {"inner_product": faiss.IndexFlatIP, "l2": faiss.IndexFlatL2}[metric](size[2])
-        index.add(c.numpy())
+        rows: Tensor | np.ndarray = x.numpy() if device.type == "cpu" else x
+        if device.type == "cuda":
+            if not hasattr(faiss, "StandardGpuResources"):
+                pytest.skip("this faiss has no GPU index")
+            import faiss.contrib.torch_utils  # noqa: F401 (its search takes tensors on the GPU)
+
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        index.add(c.cpu().numpy())
         work["backend"] = "faiss " + faiss.__version__
-        labels = measure(lambda: index.search(x.numpy(), 1)[1], name, **work)
+        labels = measure(lambda: index.search(rows, 1)[1], name, **work)
     else:
         labels, _ = measure(lambda: torch_in_chunks(x, c, metric, False), name, **work)
     if small:
@@ -99,7 +106,7 @@ def test_labels(name, metric, size, device, small, fused, measure, benchmark):
 
 
 @pytest.mark.parametrize("size", SIZES + OTHER_SIZES, ids=title)
-@pytest.mark.parametrize("name", ["fused", "fused, bfloat16", "torch"])
+@pytest.mark.parametrize("name", [*FUSED, *(name + ", bfloat16" for name in FUSED), "torch"])
 def test_labels_and_confidence(name, size, device, small, fused, measure, benchmark):
     benchmark.group = f"labels and confidence: {title(size)}"
     if name == "torch":

@@ -1,5 +1,6 @@
 """The loss with its gradients, fused and as plain torch: against a queue (MoCo) and within the batch (SimCLR).
 
+fused         by the backend that "auto" takes; on a GPU also by each of its own
 eager         the reference, queue stored (K, D)
 eager_half    as under autocast: the products in bfloat16, the softmax in float32
 compiled      torch.compile of the reference
@@ -22,7 +23,8 @@ from ifnd_fast.ops import reference
 TEMPERATURE = 0.2
 CLUSTERS = (25_000, 50_000, 100_000)  # ImageNet's levels: a few false negatives a query
 ODD_SIZES = ((37, 10007, 100), (32, 10240, 96), (48, 10240, 112), (251, 10007, 100), (256, 10240, 96))
-PEERS = ("fused", "compiled", "compiled_transposed", "eager", "eager_transposed")
+FUSED = ("fused", "cuda", "triton") if torch.cuda.is_available() else ("fused",)
+PEERS = (*FUSED, "compiled", "compiled_transposed", "eager", "eager_transposed")
 
 Loss = Callable[..., Tensor]
 
@@ -81,12 +83,12 @@ def fused_with(backend: str) -> Loss:
     return loss
 
 
-def implementation_of(name: str, fused: Callable[[str, torch.dtype], str], dtype: torch.dtype) -> Loss:
+def implementation_of(name: str, fused: Callable[..., str], dtype: torch.dtype) -> Loss:
     if name.startswith("compiled"):
         torch.compiler.reset()
         return cast(Loss, torch.compile(eager, dynamic=False))
-    if name == "fused":
-        return fused_with(fused("info_nce", dtype))
+    if name in FUSED:
+        return fused_with(fused("info_nce", dtype, "auto" if name == "fused" else name))
     return eager_half if name == "eager_half" else eager
 
 
@@ -120,25 +122,25 @@ def test_queue_bfloat16(name, device, small, fused, measure):
 
 
 @pytest.mark.benchmark(group="queue: B=256 K=65536 D=128 L=3 eliminate, float16")
-@pytest.mark.parametrize("name", ["fused"])
+@pytest.mark.parametrize("name", FUSED)
 def test_queue_float16(name, device, small, fused, measure):
     run_queue(name, device, small, fused, measure, dtype=torch.float16)
 
 
 @pytest.mark.benchmark(group="queue: B=256 K=65536 D=128 L=3 attract, float32")
-@pytest.mark.parametrize("name", ["fused", "compiled", "eager"])
+@pytest.mark.parametrize("name", [*FUSED, "compiled", "eager"])
 def test_queue_attract(name, device, small, fused, measure):
     run_queue(name, device, small, fused, measure, strategy="attract")
 
 
 @pytest.mark.benchmark(group="queue: B=256 K=65536 D=128 keep (MoCo's plain loss), float32")
-@pytest.mark.parametrize("name", ["fused", "compiled", "eager"])
+@pytest.mark.parametrize("name", [*FUSED, "compiled", "eager"])
 def test_queue_keep(name, device, small, fused, measure):
     run_queue(name, device, small, fused, measure, strategy="keep")
 
 
 @pytest.mark.benchmark(group="queue: B=256 K=65536 D=128 L=1 eliminate, float32")
-@pytest.mark.parametrize("name", ["fused", "compiled", "eager"])
+@pytest.mark.parametrize("name", [*FUSED, "compiled", "eager"])
 def test_queue_one_level(name, device, small, fused, measure):
     run_queue(name, device, small, fused, measure, L=1)
 
@@ -168,7 +170,7 @@ def test_queue_odd_sizes(size, device, small, fused, measure):
 
 
 @pytest.mark.parametrize("rows", [1024, 4096])
-@pytest.mark.parametrize("name", ["fused", "compiled", "eager"])
+@pytest.mark.parametrize("name", [*FUSED, "compiled", "eager"])
 def test_in_batch(name, rows, device, small, fused, measure, benchmark):
     benchmark.group = f"in batch: B=K={rows} D=128 L=3 eliminate, all gradients, float32"
     z, batch = in_batch(64 if small else rows, device)
