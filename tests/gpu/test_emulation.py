@@ -1,4 +1,4 @@
-"""The emulated GPU that runs csrc/cuda in the tests: its barriers, votes, tensor cores, and the errors that it finds."""
+"""The emulated GPU that runs csrc/cuda in the tests: its barriers, votes, tensor cores, and the errors it finds."""
 
 from __future__ import annotations
 
