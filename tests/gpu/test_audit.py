@@ -17,7 +17,11 @@ AUDIT = Path(__file__).parents[2] / "bench" / "audit.py"
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton and its ptxas come for Linux")
 @pytest.mark.parametrize(
     "arguments",
-    [("--cards", "80", "90", "--dtypes", "fp16", "fp32"), ("--cards", "86", "89", "100", "120", "--only", "pass")],
+    [
+        ("--cards", "80", "90", "--dtypes", "fp16", "fp32"),
+        ("--cards", "86", "89", "100", "120", "--only", "pass"),
+        ("--cards", "70", "75", "120", "--dtypes", "fp16", "--only", "cuda"),
+    ],
     ids=" ".join,
 )
 def test_kernels_are_as_recorded(arguments):
