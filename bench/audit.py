@@ -157,14 +157,20 @@ def only_entry(ptx: str, kernel: str) -> str:
 
 
 def compile_triton(name: str, dtype: str, card: int, size: Shape) -> Audit:
+    program = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
+    ptx, tile, shared = triton_ptx(name, dtype, card, size)
+    return audit_of(name, dtype, card, ptx, program.path, tile.warps, shared)
+
+
+def triton_ptx(name: str, dtype: str, card: int, size: Shape) -> tuple[str, Tile, int]:
+    """PTX, tile, and bytes of shared memory."""
     kernel, constants, tile = kernels(DTYPES[dtype], card, size)[name]
     types = signature(kernel, constants, dtype)
     # As at a launch: torch's memory is aligned to 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
     source = ASTSource(kernel, types, {n: constants[n] for n in types if n in constants}, aligned)
     compiled = triton.compile(source, GPUTarget("cuda", card, 32), {"num_warps": tile.warps, "num_stages": tile.stages})
-    program = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
-    return audit_of(name, dtype, card, compiled.asm["ptx"], program.path, tile.warps, compiled.metadata.shared)
+    return compiled.asm["ptx"], tile, compiled.metadata.shared
 
 
 def audit_of(name: str, dtype: str, card: int, ptx: str, assembler: str | Path, warps: int, shared: int) -> Audit:

@@ -1,4 +1,4 @@
-"""What the cards allow and what the CUDA kernels need of them, on paper: no GPU is used and nothing is timed.
+"""What the cards allow and what the kernels need of them, on paper: no GPU is used and nothing is timed.
 
 Floors: operations over the tensor cores' peak, bytes over the memory's rate. Traffic: counted from the tiling. Share of
 peak: instructions of the loop over tiles, counted in the PTX, and the cycles that they take of each unit. Of branches,
@@ -12,8 +12,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from audit import Shape, only_entry, triton_ptx
 from nvrtc import ptx_of
 
+MMA = re.compile(r"mma(?:_async)?\.sync\.aligned\.m(\d+)n(\d+)k(\d+)")
 RESULT = Path(__file__).parent / "results" / "roofline.md"
 
 
@@ -26,13 +28,14 @@ class Card:
     tensor: float  # operations per second
     memory: float  # bytes per second
     multiprocessors: int
-    mma_cycles: int  # of a quarter of a multiprocessor, for the instruction that the kernel uses, at that peak
+    products: int  # multiply-adds that a quarter of a multiprocessor's tensor cores do in a cycle, at that peak
+    backend: str  # that "auto" takes there for 16-bit inputs
 
 
 CARDS = (
-    Card("V100", 70, 125e12, 900e9, 80, 8),  # m8n8k4: 4 x 256 products at 128 a cycle
-    Card("A100", 80, 312e12, 2039e9, 108, 8),  # m16n8k16: 2048 at 256
-    Card("H100", 90, 989e12, 3350e9, 132, 4),  # m16n8k16: 2048 at 512
+    Card("V100", 70, 125e12, 900e9, 80, 128, "cuda"),
+    Card("A100", 80, 312e12, 2039e9, 108, 256, "triton"),
+    Card("H100", 90, 989e12, 3350e9, 132, 512, "triton"),
 )
 # Cycles of a quarter of a multiprocessor for one warp's instruction (CUDA C++ Programming Guide, arithmetic
 # throughput): one of issue for any; 4 lanes for exponentials; shared memory gives 128 bytes a cycle to all quarters.
@@ -45,7 +48,11 @@ class Loss:
     K: int
     D: int = 128
     L: int = 3
-    kernel: str = "info_nce.h", "ifnd::cuda::info_nce_kernel<ifnd::cuda::Half, 128, ifnd::cuda::Pass::DENSE>"
+    cuda: tuple[str, str] = (
+        "info_nce.h",
+        "ifnd::cuda::info_nce_kernel<ifnd::cuda::Half, 128, ifnd::cuda::Pass::DENSE>",
+    )
+    triton: str = "info_nce pass, eliminate"
 
     def operations(self) -> float:
         return 2 * 2 * self.B * self.K * self.D
@@ -56,7 +63,8 @@ class Loss:
     def traffic(self, card: Card) -> float:
         """Keys once: blocks of one split run side by side and share them in the second-level cache. The splits' parts
         of the gradient are written and read."""
-        blocks = -(-self.B // min(128, -(-self.B // 32) * 32))
+        rows = 128 if card.backend == "cuda" else 64
+        blocks = -(-self.B // min(rows, -(-self.B // 32) * 32))
         splits = -(-2 * card.multiprocessors // blocks)
         return self.floor_bytes() + 2 * splits * self.B * (4 * self.D + 12 * self.L + 12)
 
@@ -66,7 +74,11 @@ class Assignment:
     N: int
     C: int
     D: int = 128
-    kernel: str = "assign.h", "ifnd::cuda::assign_kernel<ifnd::cuda::Half, 128, ifnd::cuda::Assign::CONFIDENCE>"
+    cuda: tuple[str, str] = (
+        "assign.h",
+        "ifnd::cuda::assign_kernel<ifnd::cuda::Half, 128, ifnd::cuda::Assign::CONFIDENCE>",
+    )
+    triton: str = "assign labels and confidence"
 
     def operations(self) -> float:
         return 2 * self.N * self.C * self.D
@@ -75,8 +87,9 @@ class Assignment:
         return 2 * self.D * (self.N + self.C) + 8 * self.N
 
     def traffic(self, card: Card) -> float:
-        """Centroids once for each wave of blocks of 256 rows, which walk them together."""
-        waves = -(-self.N // (256 * 2 * card.multiprocessors))
+        """Centroids once for each wave of blocks, which walk them together."""
+        rows = 256 if card.backend == "cuda" else 128
+        waves = -(-self.N // (rows * 2 * card.multiprocessors))
         return self.floor_bytes() + (waves - 1) * 2 * self.D * self.C
 
 
@@ -91,35 +104,47 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Mix:
-    """Instructions of one turn of the loop over tiles, for one warp."""
+    """Of one warp in one turn of the loop over tiles."""
 
-    tensor: int
+    products: int  # multiply-adds on tensor cores
     exponentials: int
     shared_waves: int
-    all: int
+    instructions: int
 
     @staticmethod
-    def of(header: str, kernel: str, card: int) -> Mix:
-        lines = [line.strip() for line in ptx_of(header, kernel, card).splitlines()]
+    def of(ptx: str) -> Mix:
+        lines = [line.strip() for line in ptx.splitlines()]
         labels = {line.partition(":")[0]: i for i, line in enumerate(lines) if re.match(r"\$\w+:", line)}
-        loops = [(labels[target], i) for i, line in enumerate(lines) for target in re.findall(r"bra.*?(\$\w+);", line)
-                 if labels.get(target, i) < i]  # fmt: skip
-        loops = [(a, b) for a, b in loops if any("mma.sync" in line for line in lines[a:b])]
+        jumps = [(i, target) for i, line in enumerate(lines) for target in re.findall(r"bra.*?(\$\w+);", line)]
+        loops = [(labels[target], i) for i, target in jumps if labels[target] < i]
+        loops = [(a, b) for a, b in loops if any(MMA.search(line) for line in lines[a:b])]
         first, last = max(loops, key=lambda loop: loop[1] - loop[0])
         body = hot(lines[first:last])
-        waves = sum(4 if ".v4" in line else 2 if ".v2" in line or "ldmatrix" in line else 1
-                    for line in body if ".shared" in line)  # fmt: skip
+        shapes = [tuple(map(int, found.groups())) for line in body if (found := MMA.search(line))]
+        # m8n8k4 is four products of a warp; m64 is a product of four warps.
+        products = sum(m * n * k * (4 if m == 8 else 1) // (4 if m == 64 else 1) for m, n, k in shapes)
+        widths = [re.findall(r"\.[vx]([24])", line) for line in body if ".shared" in line]
+        waves = sum(int(width[0]) if width else 1 for width in widths)
         return Mix(
-            sum("mma.sync" in line for line in body), sum("ex2" in line for line in body), waves,
+            products, sum("ex2" in line for line in body), waves,
             sum(not line.startswith("mov") for line in body),
         )  # fmt: skip
 
+    def tensor_cycles(self, card: Card) -> float:
+        return self.products / card.products
+
     def share(self, card: Card) -> tuple[float, float]:
         """Of the tensor cores' peak: units wholly overlapped, and tensor cores waiting for all others' issue."""
-        tensor = self.tensor * card.mma_cycles
-        other = self.all - self.tensor
-        busiest = max(tensor, self.all, self.exponentials * EXPONENTIAL, self.shared_waves * SHARED_WAVE)
-        return tensor / busiest, tensor / (tensor + other)
+        tensor = self.tensor_cycles(card)
+        busiest = max(tensor, self.instructions, self.exponentials * EXPONENTIAL, self.shared_waves * SHARED_WAVE)
+        return tensor / busiest, tensor / (tensor + self.instructions)
+
+
+def mix_of(shape: Loss | Assignment, card: Card) -> Mix:
+    if card.backend == "triton":
+        return Mix.of(triton_ptx(shape.triton, "fp16", card.capability, Shape())[0])
+    header, kernel = shape.cuda
+    return Mix.of(only_entry(ptx_of(header, kernel, card.capability), re.split(r"::|<", kernel)[2]))
 
 
 def hot(loop: list[str]) -> list[str]:
@@ -144,44 +169,47 @@ def hot(loop: list[str]) -> list[str]:
     return kept
 
 
+def row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
 def table() -> list[str]:
-    header = ("shape", "card", "floor, operations", "floor, bytes", "device-memory traffic / floor", "share of peak")
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header))]
+    header = ("shape", "card, backend", "floor, operations", "floor, bytes", "traffic / floor", "share of peak")
+    lines = [row(*header), row(*["---"] * len(header))]
     for shape in SHAPES:
+        sizes = " ".join(f"{name}={size:,}" for name, size in vars(shape).items() if isinstance(size, int))
         for card in CARDS:
-            best, worst = Mix.of(*shape.kernel, card.capability).share(card)
-            of_what = {k: v for k, v in vars(shape).items() if k != "kernel"}
-            sizes = " ".join(f"{name}={size:,}" for name, size in of_what.items())
-            cells = (
-                f"{type(shape).__name__.lower()} {sizes}", card.name,
-                f"{shape.operations() / card.tensor * 1e6:,.0f} us",
-                f"{shape.floor_bytes() / card.memory * 1e6:,.0f} us",
-                f"{shape.traffic(card) / shape.floor_bytes():.2f}", f"{worst:.0%} to {best:.0%}",
+            best, worst = mix_of(shape, card).share(card)
+            operations, bytes_ = shape.operations() / card.tensor, shape.floor_bytes() / card.memory
+            lines.append(
+                row(
+                    f"{type(shape).__name__.lower()} {sizes}", f"{card.name}, {card.backend}",
+                    f"{operations * 1e6:,.0f} us", f"{bytes_ * 1e6:,.0f} us",
+                    f"{shape.traffic(card) / shape.floor_bytes():.2f}", f"{worst:.0%} to {best:.0%}",
+                )
             )  # fmt: skip
-            lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def mixes() -> list[str]:
-    header = ("kernel", "card", "tensor", "exponentials", "shared-memory cycles", "all instructions", "tensor cycles")
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header))]
+    header = ("kernel", "card, backend", "tensor cycles", "instructions", "exponentials", "shared-memory waves")
+    lines = [row(*header), row(*["---"] * len(header))]
     for shape in (SHAPES[0], SHAPES[3]):
         for card in CARDS:
-            mix = Mix.of(*shape.kernel, card.capability)
-            numbers = (mix.tensor, mix.exponentials, mix.shared_waves, mix.all, mix.tensor * card.mma_cycles)
-            name = re.search(r"(\w+)>$", shape.kernel[1]).group(1).lower()  # type: ignore[union-attr]
-            lines.append(f"| {type(shape).__name__.lower()}, {name} | {card.name} | {' | '.join(map(str, numbers))} |")
+            mix = mix_of(shape, card)
+            numbers = (mix.tensor_cycles(card), mix.instructions, mix.exponentials, mix.shared_waves)
+            lines.append(row(type(shape).__name__.lower(), f"{card.name}, {card.backend}", *map(round, numbers)))
     return lines
 
 
 def main() -> None:
     title = [
-        "# Rooflines of the CUDA kernels, on paper",
+        "# Rooflines on paper",
         "",
         f"`python bench/roofline.py`. {' '.join(__doc__.split())}",
         "",
     ]
-    between = ["", "Instructions of one warp for one tile (32 keys; 16 centroids), 32 rows, D=128, float16:", ""]
+    between = ["", "Of one warp for one tile, D=128, float16, with the cycles that its products take at the peak:", ""]
     text = "\n".join([*title, *table(), *between, *mixes()]) + "\n"
     print(text)
     RESULT.write_text(text)
