@@ -80,7 +80,7 @@ def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, 
             (info_nce.marked_sums_kernel, of_marked, loss),
             (info_nce.normalise_kernel, {**of_rows, **levels, "ROWS": small.rows}, small),
             (info_nce.marked_grad_kernel, of_marked, loss),
-            (info_nce.negatives_grad_kernel, of_loss, loss),
+            (info_nce.negatives_grad_kernel, {**of_loss, "KEYS": loss.marked}, loss),
         ):
             label = kernel.fn.__name__.removesuffix("_kernel")
             out[f"info_nce {label}, {name}"] = (kernel, {**constants, "ATTRACT": attract}, tile)

@@ -30,6 +30,8 @@ from ifnd_fast.kernels.products import (
     LN2,
     LOG2E,
     excluded_pairs,
+    ids_of,
+    labels_of,
     level_pairs,
     load_column,
     load_rows,
@@ -61,6 +63,7 @@ def pass_kernel(
     valid = rows < B
     end = tl.minimum(K, (split + 1) * split_keys)
     q = load_rows(query, row, valid, 0, D, CHUNK)
+    own, y = ids_of(query_ids, row, valid, HAS_IDS), labels_of(query_labels, row, valid, L if HAS_LABELS else 0)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     grad = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -69,19 +72,22 @@ def pass_kernel(
         exists = first + tl.arange(0, KEYS) < end
         if CHUNKS == 1:
             n = load_rows(negatives, first, exists, 0, D, CHUNK)
-            s = tl.dot(q, tl.trans(n), input_precision=PRECISION) * scale
+            s = tl.dot(q, tl.trans(n), input_precision=PRECISION)
         else:
-            s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
+            s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION)
             n = load_rows(negatives, first, exists, chunk, D, CHUNK)
-        excluded = excluded_pairs(query_ids, negative_ids, row, valid, first, exists, HAS_IDS)
-        marked = marked_pairs(query_labels, negative_labels, row, valid, first, exists, excluded, L, HAS_LABELS)
+        excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
+        s = tl.where(excluded, float("-inf"), s)
         if HAS_LABELS:
-            flag = tl.max(marked.to(tl.int32)).to(tl.int8)
-            tl.store(flags + tl.program_id(0).to(tl.int64) * tiles + first // KEYS, flag)
-        s = tl.where(excluded if ATTRACT else excluded | marked, float("-inf"), s)
-        raised = tl.maximum(highest, tl.max(s, 1))
+            kept = tl.where(marked_pairs(y, negative_labels, first, exists, L), float("-inf"), s)
+            # Whether any is marked, by the logits: of the marks alone, in a layout of its own, Triton makes a second.
+            found = tl.max((kept < s).to(tl.int32)).to(tl.int8)
+            tl.store(flags + tl.program_id(0).to(tl.int64) * tiles + first // KEYS, found)
+            if not ATTRACT:
+                s = kept
+        raised = tl.maximum(highest, tl.max(s, 1) * scale)
         reference = tl.where(raised == float("-inf"), 0.0, raised) - SHIFT
-        weights = tl.exp2(s - reference[:, None])
+        weights = tl.exp2(s * scale - reference[:, None])
         rescale = tl.exp2(highest - SHIFT - reference)
         total = total * rescale + tl.sum(weights, 1)
         highest = raised
@@ -118,10 +124,11 @@ def marked_sums_kernel(
         if tl.load(flags + tl.program_id(0).to(tl.int64) * tiles + first // FLAG_KEYS) != 0:
             exists = first + tl.arange(0, KEYS) < end
             s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
-            excluded = excluded_pairs(query_ids, negative_ids, row, valid, first, exists, HAS_IDS)
-            marked = marked_pairs(query_labels, negative_labels, row, valid, first, exists, excluded, L, True)
+            own, y = ids_of(query_ids, row, valid, HAS_IDS), labels_of(query_labels, row, valid, L)
+            excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
+            marked = marked_pairs(y, negative_labels, first, exists, L) & ~excluded
             for level in tl.static_range(L):
-                here = level_pairs(query_labels, negative_labels, row, valid, first, exists, level, L) & marked
+                here = level_pairs(y, negative_labels, first, exists, level, L) & marked
                 count += tl.where(levels == level, tl.sum(here.to(tl.int32), 1)[:, None], 0)
                 if ATTRACT:
                     own_sum += tl.where(levels == level, tl.sum(tl.where(here, s, 0.0), 1)[:, None], 0.0)
@@ -219,14 +226,14 @@ def normalise_kernel(
 
 @triton.jit
 def marked_weights(
-    s, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists,
+    s, y, negative_labels, log_normalizer, counts, row, valid, key, exists,
     L: tl.constexpr, ATTRACT: tl.constexpr, PULL_ALONE: tl.constexpr,
 ):  # fmt: skip
     """d loss / d s of keys that are in F_l for some l, level by level: mean_l [k not in F_l] e^{s - lse_l}, or in
     attraction e^{s - lse} - mean_l [k in F_l] / (1 + |F_l|), of which `PULL_ALONE` leaves the second term."""
     weights = tl.zeros(s.shape, tl.float32)
     for level in tl.static_range(L):
-        here = level_pairs(query_labels, negative_labels, row, valid, key, exists, level, L)
+        here = level_pairs(y, negative_labels, key, exists, level, L)
         if not PULL_ALONE:
             lse = load_column(log_normalizer, row, valid, level, L, 0.0) * LOG2E
             if ATTRACT:
@@ -253,6 +260,7 @@ def marked_grad_kernel(
     split, chunk = tl.program_id(1), tl.program_id(2)
     valid = rows < B
     end = tl.minimum(K, (split + 1) * split_keys)
+    own, y = ids_of(query_ids, row, valid, HAS_IDS), labels_of(query_labels, row, valid, L)
     grad = tl.zeros((ROWS, CHUNK), tl.float32)
     for first in range(split * split_keys, end, KEYS):
         if tl.load(flags + tl.program_id(0).to(tl.int64) * tiles + first // FLAG_KEYS) != 0:
@@ -260,10 +268,10 @@ def marked_grad_kernel(
             s = tl.zeros((ROWS, KEYS), tl.float32)
             if not ATTRACT:  # there the softmax of all keys is in the dense pass
                 s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
-            excluded = excluded_pairs(query_ids, negative_ids, row, valid, first, exists, HAS_IDS)
-            marked = marked_pairs(query_labels, negative_labels, row, valid, first, exists, excluded, L, True)
+            excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
+            marked = marked_pairs(y, negative_labels, first, exists, L) & ~excluded
             weights = marked_weights(
-                s, query_labels, negative_labels, log_normalizer, counts, row, valid, first, exists, L, ATTRACT, ATTRACT
+                s, y, negative_labels, log_normalizer, counts, row, valid, first, exists, L, ATTRACT, ATTRACT
             )
             weights = tl.where(marked, weights, 0.0) * (1 << SHIFT)
             n = load_rows(negatives, first, exists, chunk, D, CHUNK)
@@ -326,16 +334,17 @@ def negatives_grad_kernel(
         for level in tl.static_range(L):
             mean += tl.exp2((least - load_column(log_normalizer, row, valid, level, L, 0.0)) * LOG2E) / L
         s = similarities(query, row, valid, negatives, key, exists, D, CHUNK, CHUNKS, PRECISION) * scale
-        excluded = excluded_pairs(query_ids, negative_ids, row, valid, key, exists, HAS_IDS)
-        marked = marked_pairs(query_labels, negative_labels, row, valid, key, exists, excluded, L, HAS_LABELS)
+        own, y = ids_of(query_ids, row, valid, HAS_IDS), labels_of(query_labels, row, valid, L if HAS_LABELS else 0)
+        s = tl.where(excluded_pairs(own, negative_ids, key, exists, HAS_IDS), float("-inf"), s)
         weights = tl.exp2(s - (least * LOG2E)[:, None]) * mean[:, None]
         if HAS_LABELS:
-            if tl.max(marked.to(tl.int32)) > 0:
+            marked = (s > float("-inf")) & marked_pairs(y, negative_labels, key, exists, L)
+            if tl.max(tl.where(marked, s, float("-inf"))) > float("-inf"):
                 exact = marked_weights(
-                    s, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists, L, ATTRACT, False
+                    s, y, negative_labels, log_normalizer, counts, row, valid, key, exists, L, ATTRACT, False
                 )
                 weights = tl.where(marked, exact, weights)
-        weights = tl.where(excluded, 0.0, weights) * (load_column(loss_grad, row, valid, 0, 1, 0.0) * unit)[:, None]
+        weights *= (load_column(loss_grad, row, valid, 0, 1, 0.0) * unit)[:, None]
         q = load_rows(query, row, valid, chunk, D, CHUNK)
         grad = tl.dot(tl.trans(weights.to(q.dtype)), q, grad, input_precision=PRECISION)
     columns = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -450,10 +459,10 @@ def info_nce_negatives_grad(
     if K == 0:
         return negatives_grad
     tile, (chunk, chunks) = tile_of("info_nce", query.dtype, capability_of(query.device)), chunk_of(D)
-    negatives_grad_kernel[(triton.cdiv(K, tile.columns), chunks)](
+    negatives_grad_kernel[(triton.cdiv(K, tile.marked), chunks)](
         loss_grad, loss_grad.abs().amax(), query, negatives, *[loss_grad if t is None else t for t in extra],
         log_normalizer, counts, negatives_grad, B, K, LOG2E.value / temperature, 1.0 / temperature,
-        D=D, L=L, ROWS=tile.rows, KEYS=tile.columns, CHUNK=chunk, CHUNKS=chunks, SHIFT=shift_of(query.dtype),
+        D=D, L=L, ROWS=tile.rows, KEYS=tile.marked, CHUNK=chunk, CHUNKS=chunks, SHIFT=shift_of(query.dtype),
         ATTRACT=false_negatives == "attract", HAS_LABELS=extra[0] is not None and false_negatives != "keep",
         HAS_IDS=extra[2] is not None, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

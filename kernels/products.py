@@ -45,31 +45,42 @@ def similarities(
 
 
 @triton.jit
-def excluded_pairs(query_ids, negative_ids, row, valid, key, exists, HAS_IDS: tl.constexpr):
+def labels_of(query_labels, row, valid, L: tl.constexpr):
+    """The queries' labels, one (rows,) for each level. No label becomes a number that no key's label is, so that one
+    comparison for each pair says that both are accepted and equal."""
+    y = ()
+    for level in tl.static_range(L):
+        label = load_column(query_labels, row, valid, level, L, -1)
+        y = y + (tl.where(label < 0, -(2**31), label),)
+    return y
+
+
+@triton.jit
+def ids_of(query_ids, row, valid, HAS_IDS: tl.constexpr):
+    """The queries' image numbers (rows,); without them an unused tensor."""
+    return load_column(query_ids, row, valid, 0, 1, 0) if HAS_IDS else valid
+
+
+@triton.jit
+def excluded_pairs(own, negative_ids, key, exists, HAS_IDS: tl.constexpr):
     """(rows, keys): the key is in no sum at any level, as it is of the query's own image or past the last key."""
-    excluded = ~(valid[:, None] & exists[None, :])
+    excluded = tl.broadcast_to(~exists[None, :], (own.shape[0], exists.shape[0]))
     if HAS_IDS:
-        own = load_column(query_ids, row, valid, 0, 1, 0)
-        other = load_column(negative_ids, key, exists, 0, 1, 0)
+        other = load_column(negative_ids, key, exists, 0, 1, None)
         excluded |= own[:, None] == other[None, :]
     return excluded
 
 
 @triton.jit
-def level_pairs(query_labels, negative_labels, row, valid, key, exists, level, L: tl.constexpr):
+def level_pairs(y, negative_labels, key, exists, level: tl.constexpr, L: tl.constexpr):
     """(rows, keys): the key is in the query's F_l."""
-    y = load_column(query_labels, row, valid, level, L, -1)
-    z = load_column(negative_labels, key, exists, level, L, -1)
-    return (y[:, None] == z[None, :]) & (y >= 0)[:, None]
+    return y[level][:, None] == load_column(negative_labels, key, exists, level, L, None)[None, :]
 
 
 @triton.jit
-def marked_pairs(
-    query_labels, negative_labels, row, valid, key, exists, excluded, L: tl.constexpr, HAS_LABELS: tl.constexpr
-):
-    """(rows, keys): the key is in F_l at any level l, and not excluded."""
-    marked = tl.zeros(excluded.shape, tl.int1)
-    if HAS_LABELS:
-        for level in tl.static_range(L):
-            marked |= level_pairs(query_labels, negative_labels, row, valid, key, exists, level, L)
-    return marked & ~excluded
+def marked_pairs(y, negative_labels, key, exists, L: tl.constexpr):
+    """(rows, keys): the key is in F_l at any level l, or would be if it were not excluded."""
+    marked = level_pairs(y, negative_labels, key, exists, 0, L)
+    for level in tl.static_range(1, L):
+        marked |= level_pairs(y, negative_labels, key, exists, level, L)
+    return marked

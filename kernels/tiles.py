@@ -14,7 +14,8 @@ MAX_CHUNK = 128  # columns of D that one tile holds; wider rows are walked in ch
 class Tile:
     """rows x columns of similarities, `warps` of 32 threads, `stages` of the software pipeline.
 
-    `marked` columns at a time where levels are told apart: their masks take registers, and more of them spill.
+    `marked` columns at a time where levels are told apart and where the negatives' gradient is summed: both take
+    more registers.
     """
 
     rows: int
@@ -26,19 +27,19 @@ class Tile:
 
 # By (kernel, bytes of a number), then compute capability, then any other. Chosen by bench/audit.py: the widest that
 # spills no register on that card and leaves room for two programs on a multiprocessor, so that one's softmax hides
-# behind the other's products. The loss holds the gradient (rows x 128) beside the scores, and the masks take what is
-# left: ptxas spills at 64 keys, on 8.6 and 8.9 also at two stages, on 12.0 also at 64 rows. Assignment holds scores
-# alone: 128 rows read each centroid from the second-level cache for 128 products; 64 where a multiprocessor's 100 KiB
-# of shared memory would not hold two such programs.
+# behind the other's products. Wide tiles of keys spread the rescaling of the loss's gradient (rows x 128) over more
+# products; 128 keys would spill. Where levels are told apart ptxas spills at 64 keys, on 8.6, 8.9 and 12.0 also at 32.
+# Assignment holds scores alone: 128 rows read each centroid from the second-level cache for 128 products; 64 where a
+# multiprocessor's 100 KiB of shared memory would not hold two such programs.
 # float32 has no tensor-core path at full precision, and its operands take twice the registers.
 TILES: dict[tuple[str, int], dict[tuple[int, int] | None, Tile]] = {
     ("info_nce", 2): {
-        (8, 6): Tile(64, 32, 4, 3),
-        (8, 9): Tile(64, 32, 4, 3),
-        (12, 0): Tile(32, 32, 4, 2),
-        None: Tile(64, 32, 4, 2),
+        (8, 6): Tile(64, 64, 4, 2, marked=16),
+        (8, 9): Tile(64, 64, 4, 2, marked=16),
+        (12, 0): Tile(64, 64, 4, 2, marked=16),
+        None: Tile(64, 64, 4, 2),
     },
-    ("info_nce", 4): {(12, 0): Tile(16, 32, 8, 1, marked=16), None: Tile(16, 32, 8, 1)},
+    ("info_nce", 4): {(12, 0): Tile(32, 16, 8, 1, marked=16), None: Tile(16, 32, 8, 1, marked=16)},
     ("assign_clusters", 2): {
         (8, 6): Tile(64, 64, 4, 2),
         (8, 9): Tile(64, 64, 4, 2),

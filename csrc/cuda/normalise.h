@@ -20,7 +20,8 @@ struct Sum {
   }
 };
 // One warp: loss, log Z_l, |F_l| of a query, and `split_factor`, mean_l e^{m_split - lse_l}. In float64: it is little.
-__global__ void __launch_bounds__(128) normalise_kernel(NormaliseArguments p) {
+// One block at least: without that ptxas keeps to 96 registers on 12.0 and spills.
+__global__ void __launch_bounds__(128, 1) normalise_kernel(NormaliseArguments p) {
   const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= p.B) return;
   double s_positive = 0;
