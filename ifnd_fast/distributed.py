@@ -6,6 +6,8 @@ Without torch.distributed everything here is the identity on one rank.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -72,6 +74,11 @@ def own_share(tensor: Tensor) -> Tensor:
     return tensor[rank() * share : (rank() + 1) * share]
 
 
+def share(n: int) -> range:
+    """The numbers, out of n, that are this rank's: contiguous, in rank order, of sizes that differ by at most 1."""
+    return range(rank() * n // world_size(), (rank() + 1) * n // world_size())
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of every rank's tensor, in place."""
     if world_size() > 1:
@@ -89,3 +96,60 @@ def broadcast(tensor: Tensor) -> Tensor:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+class Shards:
+    """The rows of one matrix, dealt out to the ranks in contiguous shares; or, not `together`, all on this rank.
+
+    Attributes:
+        sizes: rows of each rank. first: the number, among all rows, of this rank's first. total: all rows.
+    """
+
+    def __init__(self, rows: int, device: torch.device, together: bool = True):
+        self.together = together and world_size() > 1
+        self.sizes = [rows]
+        if self.together:
+            self.sizes = all_gather(torch.tensor([rows], device=device)).tolist()
+        self.first = sum(self.sizes[: rank()]) if self.together else 0
+        self.total = sum(self.sizes)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        return sum_over_ranks(tensor) if self.together else tensor
+
+    def every(self, holds: bool, device: torch.device) -> bool:
+        """Whether it holds on every rank."""
+        return holds if not self.together else float(self.sum(torch.tensor(float(not holds), device=device))) == 0
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Every rank's rows (n, ...), as many as it has, in rank order."""
+        if not self.together:
+            return rows
+        sizes = all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everyones = all_gather(padded).split(max(sizes)) if max(sizes) else (padded,) * len(sizes)
+        return torch.cat([part[:size] for part, size in zip(everyones, sizes, strict=True)])
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, in place."""
+        return broadcast(tensor) if self.together else tensor
+
+
+@contextmanager
+def agreed(together: bool) -> Iterator[None]:
+    """A ValueError or TypeError of one rank is raised on all: none is left to wait for a rank that gave up."""
+    error = None
+    try:
+        yield
+    except (TypeError, ValueError) as own:
+        error = own
+    if together and world_size() > 1:
+        errors: list[str | None] = [None] * world_size()
+        dist.all_gather_object(errors, None if error is None else str(error))
+        if error is None:
+            for number, message in enumerate(errors):
+                if message is not None:
+                    raise ValueError(f"on rank {number}: {message}")
+    if error is not None:
+        raise error

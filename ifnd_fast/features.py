@@ -30,25 +30,34 @@ def extract(
 
     Under torch.distributed each rank computes a contiguous share of the images, and all get all of them.
     """
-    n, ranks = len(images), distributed.world_size()
-    bounds = [rank * n // ranks for rank in range(ranks + 1)]
-    first, last = bounds[distributed.rank()], bounds[distributed.rank() + 1]
-    rows = -(-n // ranks)  # the largest share: ranks exchange equal sizes
+    features, readable = extract_share(encoder, images, config, device, autocast, description, batch_size)
+    shards = distributed.Shards(len(features), device)
+    return shards.gather(features), shards.gather(readable)
+
+
+@torch.inference_mode()
+def extract_share(
+    encoder: nn.Module,
+    images: Images,
+    config: DataConfig,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    description: str = "features",
+    batch_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """`extract` of this rank's `distributed.share` of the images alone."""
+    own = distributed.share(len(images))
     was_training = encoder.training
     encoder.eval()
     batches = []
-    readable = torch.zeros(rows, dtype=torch.bool, device=device)
-    loader = centre_loader(images, config, batch_size, range(first, last))
+    readable = torch.zeros(len(own), dtype=torch.bool, device=device)
+    loader = centre_loader(images, config, batch_size, own)
     for views, indices, ok in track(loader, description, len(loader)):
         with autocast():
             batches.append(encoder(to_input(views, config, device)).float())
-        readable[indices.to(device) - first] = ok.to(device)
+        readable[indices.to(device) - own.start] = ok.to(device)
     encoder.train(was_training)
-    features = torch.cat(batches)
-    features = torch.cat([features, features.new_zeros(rows - len(features), features.shape[1])])
-    shares = [slice(rank * rows, rank * rows + bounds[rank + 1] - bounds[rank]) for rank in range(ranks)]
-    all_features, all_readable = distributed.all_gather(features), distributed.all_gather(readable)
-    return torch.cat([all_features[s] for s in shares]), torch.cat([all_readable[s] for s in shares])
+    return torch.cat(batches), readable
 
 
 def raw_pixels(images: Images, config: DataConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 Nothing here is ever of size N x C, and temporaries of N x D are made a chunk at a time. The steps are
 functions of their own: initial_centroids, assign, cluster_sums, update, repair; lloyd is their loop.
+Ranks may share the rows (`distributed.Shards`): each assigns and adds up its own, and the sums are added.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ifnd_fast import distributed
+from ifnd_fast.distributed import Shards
 from ifnd_fast.ops import assign_clusters, backends, checks
 
 Callback = Callable[[int, float], object]
@@ -25,7 +28,9 @@ GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU: 256 MiB, worth the launches
 SIMILARITY_ELEMENTS = 1 << 26  # at most, where only the reference operator runs: it makes (rows, C) tensors
 BAG_ROWS = 256  # rows added up in float32 before float64 takes over
 INIT_SAMPLE = 16_384  # k-means++ draws from a sample of this many rows,
-INIT_ROWS_PER_CLUSTER = 8  # or of this many for each centroid, whichever is more
+INIT_ROWS_PER_CLUSTER = 8  # or of this many for each centroid, whichever is more,
+INIT_SHARE = 8  # but no more than an 8th of the rows, unless that is less than
+INIT_LEAST_PER_CLUSTER = 2  # rows for each centroid
 INIT_GROWTH = 16  # a round of k-means++ adds a 16th of the centroids there already are
 SHIFT_RATIO = 1e3  # centroids this far from the origin (squared, in squared spreads) are centred to assign
 LARGEST_NORM = 1e18  # squares stay finite in float32,
@@ -59,11 +64,15 @@ class KMeans:
             GPUs that faiss sees, which knows no `tol`; "auto" is "fused". Both start from the same
             centroids, and the same function gives the final labels and inertia.
         device: where to compute; None is where x is.
+        distributed: the rows given to `fit` are this rank's share of all rows, under torch.distributed; every rank
+            has to call it, with at least one row. Shares join in rank order. Each rank assigns its own rows and
+            float64 sums are added over the ranks, so that the result depends on the number of ranks by rounding
+            alone. engine="faiss" brings all rows to every rank and computes on rank 0.
 
     Attributes:
         cluster_centers_: (C, D) float32 centroids.
-        labels_: (N,) int32, the nearest centroid of each row (the lowest index among equals).
-        inertia_: sum of squared distances to the labelled centroids (in spherical mode, of unit rows).
+        labels_: (N,) int32, the nearest centroid of each row given (the lowest index among equals).
+        inertia_: of all rows, sum of squared distances to the labelled centroids (in spherical mode, of unit rows).
         n_iter_: iterations of the run that was kept.
 
     Half-precision rows are compared with centroids rounded to their dtype; sums, centroids and inertia are
@@ -91,6 +100,7 @@ class KMeans:
         spherical: bool = False,
         engine: str = "auto",
         device: torch.device | str | None = None,
+        distributed: bool = False,
     ) -> None:
         self.n_clusters = n_clusters
         self.max_iter = max_iter
@@ -100,6 +110,7 @@ class KMeans:
         self.spherical = spherical
         self.engine = engine
         self.device = device
+        self.distributed = distributed
 
     @torch.no_grad()
     def fit(
@@ -123,22 +134,20 @@ class KMeans:
             TypeError, ValueError: a parameter or x is unfit: not finite, fewer rows or fewer distinct rows
                 than clusters, rows too large or too small for float32, zero rows in spherical mode.
         """
-        self._check_parameters()
-        x = as_matrix("x", x, self.device)
-        if len(x) < self.n_clusters:
-            raise ValueError(
-                f"x has {len(x)} rows, fewer than n_clusters={self.n_clusters}: "
-                f"lower n_clusters to at most {len(x)} or give more rows"
-            )
-        norms = check_rows("x", x)
-        if self.spherical:
-            x = unit_rows("x", x, norms)
+        with distributed.agreed(self.distributed):
+            self._check_parameters()
+            x = as_matrix("x", x, self.device)
+        shards = Shards(len(x), x.device, self.distributed)
+        with distributed.agreed(self.distributed):
+            x = self._check_data(x, shards.total)
+            warm = None if init is None else self._warm(init, x)
         generator = torch.Generator().manual_seed(self.seed)
         best = None
-        for _ in range(self.n_init if init is None else 1):
-            start = initial_centroids(x, self.n_clusters, generator) if init is None else self._warm(init, x)
-            run = fill(x, self._cluster(x, start, callback))
-            inertia = float(squared_distances(x, run.labels, run.centroids).sum(dtype=torch.float64))
+        for _ in range(self.n_init if warm is None else 1):
+            start = initial_centroids(x, self.n_clusters, generator, shards) if warm is None else warm
+            run = fill(x, self._cluster(x, start, callback, shards), shards)
+            own = squared_distances(x, run.labels, run.centroids).sum(dtype=torch.float64)
+            inertia = float(shards.sum(own))
             if best is None or inertia < self.inertia_:
                 best, self.inertia_ = run, inertia
         self.cluster_centers_, self.labels_, self.n_iter_ = cast(Clustering, best)
@@ -164,6 +173,16 @@ class KMeans:
             x = unit_rows("x", x, norms)
         return assign(x, self.cluster_centers_.to(x.device))
 
+    def _check_data(self, x: Tensor, total: int) -> Tensor:
+        """x, in spherical mode of unit rows."""
+        if total < self.n_clusters:
+            raise ValueError(
+                f"x has {total} rows, fewer than n_clusters={self.n_clusters}: "
+                f"lower n_clusters to at most {total} or give more rows"
+            )
+        norms = check_rows("x", x)
+        return unit_rows("x", x, norms) if self.spherical else x
+
     def _check_parameters(self) -> None:
         for name, least in (("n_clusters", 1), ("max_iter", 1), ("n_init", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -184,10 +203,10 @@ class KMeans:
         norms = check_rows("init", init)
         return unit_rows("init", init, norms) if self.spherical else init
 
-    def _cluster(self, x: Tensor, start: Tensor, callback: Callback | None) -> Clustering:
+    def _cluster(self, x: Tensor, start: Tensor, callback: Callback | None, shards: Shards) -> Clustering:
         if self.engine == "faiss":
-            return faiss_lloyd(x, start, self.max_iter, self.spherical, callback)
-        return lloyd(x, start, self.max_iter, self.tol, self.spherical, callback)
+            return faiss_lloyd(x, start, self.max_iter, self.spherical, callback, shards)
+        return lloyd(x, start, self.max_iter, self.tol, self.spherical, callback, shards)
 
 
 def lloyd(
@@ -197,30 +216,68 @@ def lloyd(
     tol: float = 0.0,
     spherical: bool = False,
     callback: Callback | None = None,
+    shards: Shards | None = None,
 ) -> Clustering:
     """Lloyd's algorithm from the given centroids; the labels are those of the centroids returned."""
+    shards = shards or Shards(len(x), x.device, together=False)
     previous_labels, previous_inertia = None, torch.inf
     for iteration in range(1, max_iter + 1):
         labels = assign(x, centroids)
         sums, counts, distances = cluster_sums(x, labels, centroids)
-        inertia = float(distances.sum(dtype=torch.float64))
+        sums, counts, inertia = add_ranks(sums, counts, distances, shards)
         if callback is not None:
             callback(iteration, inertia)
         # The previous centroids came from these very labels (and refills, which change labels).
-        if previous_labels is not None and torch.equal(labels, previous_labels):
+        same = previous_labels is not None and torch.equal(labels, previous_labels)
+        if shards.every(same, x.device):
             return Clustering(centroids, labels, iteration)
         centroids = update(sums, counts, centroids, spherical)
-        centroids = repair(x, distances, centroids, counts)
+        centroids = repair(x, distances, centroids, counts, shards)
         if tol > 0 and previous_inertia - inertia <= tol * previous_inertia < torch.inf:
             break
         previous_labels, previous_inertia = labels, inertia
     return Clustering(centroids, assign(x, centroids), iteration)
 
 
+def add_ranks(sums: Tensor, counts: Tensor, distances: Tensor, shards: Shards) -> tuple[Tensor, Tensor, float]:
+    """The sums (C, D) float64, counts (C,) and inertia of all ranks' rows, in one collective."""
+    inertia = distances.sum(dtype=torch.float64)
+    if not shards.together:
+        return sums, counts, float(inertia)
+    packed = shards.sum(torch.cat([sums.flatten(), counts.double(), inertia[None]]))
+    added, numbers, inertia = packed.split([sums.numel(), len(counts), 1])
+    return added.view_as(sums), numbers.long(), float(inertia)
+
+
 def faiss_lloyd(
-    x: Tensor, centroids: Tensor, max_iter: int, spherical: bool = False, callback: Callback | None = None
+    x: Tensor,
+    centroids: Tensor,
+    max_iter: int,
+    spherical: bool = False,
+    callback: Callback | None = None,
+    shards: Shards | None = None,
 ) -> Clustering:
-    """faiss.Kmeans on every row from the given centroids, on all GPUs that faiss sees, else on the CPU."""
+    """faiss.Kmeans on every row from the given centroids, on all GPUs that faiss sees, else on the CPU.
+
+    Under torch.distributed on rank 0, while the others wait.
+    """
+    shards = shards or Shards(len(x), x.device, together=False)
+    everyones, n_iter = shards.gather(x), torch.zeros(1, dtype=torch.int64, device=x.device)
+    centroids = centroids.clone()
+    if not shards.together or distributed.rank() == 0:
+        found, inertias = _faiss_kmeans(everyones, centroids, max_iter, spherical)
+        centroids.copy_(found)
+        n_iter += len(inertias)
+        for iteration, inertia in enumerate(inertias if callback is not None else [], start=1):
+            cast(Callback, callback)(iteration, inertia)
+    centroids = shards.from_first(centroids)
+    return Clustering(centroids, assign(x, centroids), int(shards.from_first(n_iter)))
+
+
+def _faiss_kmeans(
+    x: Tensor, centroids: Tensor, max_iter: int, spherical: bool
+) -> tuple[Tensor, list[float]]:
+    """Centroids, and the inertia of each iteration."""
     faiss = _import_faiss()
     n, d = x.shape
     kmeans = faiss.Kmeans(
@@ -233,12 +290,9 @@ def faiss_lloyd(
         max_points_per_centroid=-(-n // len(centroids)),  # enough to take no subsample
     )
     kmeans.train(x.float().cpu().numpy(), init_centroids=centroids.cpu().numpy())
-    if callback is not None:
-        for iteration, inertia in enumerate(kmeans.obj, start=1):
-            # On unit rows faiss maximises the sum of cosines: |x - c|^2 = 2 - 2 x.c
-            callback(iteration, float(2 * n - 2 * inertia if spherical else inertia))
-    centroids = torch.from_numpy(kmeans.centroids).to(x.device)
-    return Clustering(centroids, assign(x, centroids), len(kmeans.obj))
+    # On unit rows faiss maximises the sum of cosines: |x - c|^2 = 2 - 2 x.c
+    inertias = [float(2 * n - 2 * found if spherical else found) for found in kmeans.obj]
+    return torch.from_numpy(kmeans.centroids), inertias
 
 
 def _import_faiss() -> Any:
@@ -248,19 +302,23 @@ def _import_faiss() -> Any:
         raise ImportError("engine='faiss' needs faiss: install faiss-cpu, or use engine='fused'") from error
 
 
-def initial_centroids(x: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
+def initial_centroids(
+    x: Tensor, n_clusters: int, generator: torch.Generator, shards: Shards | None = None
+) -> Tensor:
     """Centroids (C, D) float32 to start from: distinct rows of x, drawn as k-means++ draws them.
 
     k-means++ (Arthur and Vassilvitskii, 2007) draws each centroid with probability proportional to D^2, the
     squared distance to the nearest one so far. Two economies make that affordable: it draws from a sample of
-    max(INIT_SAMPLE, INIT_ROWS_PER_CLUSTER * C) rows, and in rounds: one centroid a round up to the 32nd,
-    later a 16th of those there are, without replacement. All rounds together compare each row of the
-    sample with each of the C centroids once.
+    max(INIT_SAMPLE, INIT_ROWS_PER_CLUSTER * C) rows (of many clusters, from an 8th of all rows), and in rounds:
+    one centroid a round up to the 32nd, later a 16th of those there are, without replacement. All rounds
+    together compare each row of the sample with each of the C centroids once. Ranks all draw the same, from the
+    whole sample.
 
     Raises:
         ValueError: x has fewer distinct rows than clusters.
     """
-    pool, weights = _distinct_sample(x, n_clusters, generator)
+    shards = shards or Shards(len(x), x.device, together=False)
+    pool, weights = _distinct_sample(x, n_clusters, generator, shards)
     squared = torch.full((len(pool),), 1.0, device=x.device)  # the first is drawn by weight alone
     chosen = torch.zeros(len(pool), dtype=torch.bool, device=x.device)
     count, picks = 0, []
@@ -279,30 +337,33 @@ def initial_centroids(x: Tensor, n_clusters: int, generator: torch.Generator) ->
     return pool[torch.cat(picks)]
 
 
-def _distinct_sample(x: Tensor, n_clusters: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _distinct_sample(
+    x: Tensor, n_clusters: int, generator: torch.Generator, shards: Shards
+) -> tuple[Tensor, Tensor]:
     """At least C distinct rows of a sample of x, in float32, and how often each occurs there, float64."""
-    size = max(INIT_SAMPLE, INIT_ROWS_PER_CLUSTER * n_clusters)
+    most = max(shards.total // INIT_SHARE, INIT_LEAST_PER_CLUSTER * n_clusters)
+    size = max(INIT_SAMPLE, min(INIT_ROWS_PER_CLUSTER * n_clusters, most))
     sample = x
-    if size < len(x):
-        index = torch.randperm(len(x), generator=generator)[:size].to(x.device)
-        sample = x[index]
-    pool, counts = torch.unique(sample.float(), dim=0, return_counts=True)
+    if size < shards.total:
+        index = torch.randperm(shards.total, generator=generator)[:size] - shards.first
+        sample = x[index[(index >= 0) & (index < len(x))].to(x.device)]
+    pool, counts = torch.unique(shards.gather(sample).float(), dim=0, return_counts=True)
     if len(pool) < n_clusters:  # the sample is full of duplicates: look through every row
-        pool = distinct_rows(x, size)
+        pool = distinct_rows(x, size, shards)
         counts = torch.ones(len(pool), device=x.device)
         if len(pool) < n_clusters:
             raise _too_few_distinct(len(pool), n_clusters)
     return pool, counts.double()
 
 
-def distinct_rows(x: Tensor, enough: int) -> Tensor:
-    """The distinct rows of x, in float32; the search ends once it has `enough`."""
+def distinct_rows(x: Tensor, enough: int, shards: Shards) -> Tensor:
+    """The distinct rows of x, in float32; the search ends once a rank has `enough`."""
     pool = x[:0].float()
     for part in chunks(x):
         pool = torch.unique(torch.cat([pool, x[part].float()]), dim=0)
         if len(pool) >= enough:
             break
-    return pool
+    return torch.unique(shards.gather(pool), dim=0) if shards.together else pool
 
 
 def _too_few_distinct(distinct: int, n_clusters: int) -> ValueError:
@@ -380,23 +441,29 @@ def update(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: bool = Fa
     return torch.where(kept[:, None], centroids, means.float())
 
 
-def repair(x: Tensor, distances: Tensor, centroids: Tensor, counts: Tensor) -> Tensor:
+def repair(
+    x: Tensor, distances: Tensor, centroids: Tensor, counts: Tensor, shards: Shards | None = None
+) -> Tensor:
     """Put the centroid of each empty cluster on a point: the ones farthest from their own centroid.
 
     `distances` (N,) are the squared ones to the rows' own centroids, `counts` (C,) the clusters' sizes. Distinct
     points, the lowest index first among equals. Where too few differ from their centroid, the rest stay where
     they are.
     """
+    shards = shards or Shards(len(x), x.device, together=False)
     empty = (counts == 0).nonzero().flatten()
     if len(empty) == 0:
         return centroids
     distances, order = distances.sort(descending=True, stable=True)
     order = order[distances > 0]
+    movable = int(shards.sum(torch.tensor(len(order), device=x.device)))
     look = len(empty)
     while True:  # look further down the order until enough of the rows are distinct
-        rows = x[order[:look]].float()
+        rows, far = shards.gather(x[order[:look]]), shards.gather(distances[: min(look, len(order))])
+        # The ranks' rows follow one another, so that among equals the stable sort keeps the lowest index first.
+        rows = rows[far.sort(descending=True, stable=True).indices[:look]].float()
         first = _first_occurrences(rows)
-        if len(first) >= len(empty) or look >= len(order):
+        if len(first) >= len(empty) or look >= movable:
             break
         look *= 4
     chosen = rows[first[: len(empty)]]
@@ -413,7 +480,7 @@ def _first_occurrences(rows: Tensor) -> Tensor:
     return order[starts].sort().values
 
 
-def fill(x: Tensor, run: Clustering) -> Clustering:
+def fill(x: Tensor, run: Clustering, shards: Shards) -> Clustering:
     """The run with its last empty clusters filled, other centroids unmoved.
 
     A centroid on a point keeps that point, so C rounds are enough; more than one or two are rare.
@@ -423,13 +490,13 @@ def fill(x: Tensor, run: Clustering) -> Clustering:
     """
     centroids, labels, n_iter = run
     for _ in range(len(centroids)):
-        counts = torch.bincount(labels, minlength=len(centroids))
+        counts = shards.sum(torch.bincount(labels, minlength=len(centroids)))
         if bool(counts.all()):
             break
-        centroids = repair(x, squared_distances(x, labels, centroids), centroids, counts)
+        centroids = repair(x, squared_distances(x, labels, centroids), centroids, counts, shards)
         previous, labels = labels, assign(x, centroids)
-        if torch.equal(labels, previous):
-            distinct = len(distinct_rows(x, len(centroids)))
+        if shards.every(torch.equal(labels, previous), x.device):
+            distinct = len(distinct_rows(x, len(centroids), shards))
             if distinct < len(centroids):
                 raise _too_few_distinct(distinct, len(centroids))
             break  # rows that differ, but not to the operator

@@ -48,11 +48,14 @@ class Labeller:
             engine=config.cluster.kmeans_engine,
             spherical=config.cluster.spherical,
             seed=config.run.seed,
+            distributed=True,
         )
+        self.own = distributed.share(len(images))
         self.accepted = torch.full((len(images), len(self.levels)), -1, dtype=torch.int32, device=device)
         self.acceptance_rate = 0.0
         uses_bank = self.clusters and config.cluster.features == "bank"
-        self.bank = torch.zeros(len(images), config.model.dim, device=device) if uses_bank else None
+        # One row more than this rank's images: the keys of all others go there.
+        self.bank = torch.zeros(len(self.own) + 1, config.model.dim, device=device) if uses_bank else None
         self.seconds = {"feature_seconds": 0.0, "cluster_seconds": 0.0}  # of this epoch
 
     def _levels(self) -> tuple[int, ...]:
@@ -69,9 +72,11 @@ class Labeller:
         return levels
 
     def observe(self, keys: Tensor, indices: Tensor) -> None:
-        """Keep the keys (B, dim) of a step for the next clustering, where --features bank asks for it."""
+        """Keep those of a step's keys (B, dim) that are of this rank's images for the next clustering, where
+        --features bank asks for it."""
         if self.bank is not None:
-            self.bank[indices] = keys
+            rows = torch.where((indices >= self.own.start) & (indices < self.own.stop), indices - self.own.start, -1)
+            self.bank[rows] = keys.to(self.bank.dtype)
 
     def due(self, epoch: int) -> bool:
         """Whether new labels are to be made before this epoch (from 0)."""
@@ -100,27 +105,35 @@ class Labeller:
             return
         started = time.perf_counter()
         vectors, usable = self._features(encoder, autocast, unreadable)
-        if not torch.isfinite(vectors).all():
+        if not self._everywhere(bool(torch.isfinite(vectors).all())):
             raise NonFiniteError(f"the features are not finite after epoch {epoch}")
         self.seconds["feature_seconds"] += time.perf_counter() - started
         started = time.perf_counter()
-        accepted = torch.full_like(self.accepted, -1)
-        if distributed.rank() == 0:
-            self._fit(vectors[usable], epoch)
-            accepted[usable] = self.pseudo_labels.accept(self._rate(epoch))
-        self.accepted, self.acceptance_rate = distributed.broadcast(accepted), self._rate(epoch)
+        self._fit(vectors[usable], epoch)
+        self.accepted = torch.full_like(self.accepted, -1)
+        self.accepted[distributed.Shards(len(usable), self.device).gather(usable)] = self.pseudo_labels.accept(
+            self._rate(epoch)
+        )
+        self.acceptance_rate = self._rate(epoch)
         self.seconds["cluster_seconds"] += time.perf_counter() - started
 
     def _features(
         self, encoder: nn.Module, autocast: Callable[[], AbstractContextManager], unreadable: Unreadable
     ) -> tuple[Tensor, Tensor]:
-        """Unit features (N, dim) and which rows hold any, (N,): not those of images unread or not yet seen."""
+        """Unit features (n, dim) of this rank's images and which rows hold any, (n,): not those of images unread or
+        not yet seen."""
         if self.bank is not None:
-            return self.bank, self.bank.any(dim=1)
-        vectors, readable = features.extract(encoder, self.images, self.config.data, self.device, autocast)
-        for index in (~readable).nonzero().flatten().tolist():
+            return self.bank[:-1], self.bank[:-1].any(dim=1)
+        vectors, readable = features.extract_share(
+            encoder, self.images, self.config.data, self.device, autocast
+        )
+        everyones = distributed.Shards(len(readable), self.device).gather(readable)
+        for index in (~everyones).nonzero().flatten().tolist():
             unreadable.add(index)
         return vectors, readable
+
+    def _everywhere(self, holds: bool) -> bool:
+        return distributed.Shards(len(self.own), self.device).every(holds, self.device)
 
     def _fit(self, vectors: Tensor, epoch: int) -> None:
         with progress("clustering", len(self.levels) * self.config.cluster.kmeans_iterations) as advance:
@@ -130,11 +143,13 @@ class Labeller:
                 raise CommandError(f"clustering failed after epoch {epoch}: {error}") from error
 
     def state_dict(self) -> dict[str, Any]:
+        """Every rank has to call it: the bank is brought together, so that any number of ranks can go on."""
+        shards = distributed.Shards(len(self.own), self.device)
         return {
             "pseudo_labels": self.pseudo_labels.state_dict(),
             "accepted": self.accepted,
             "acceptance_rate": self.acceptance_rate,
-            "bank": self.bank,
+            "bank": None if self.bank is None else shards.gather(self.bank[:-1]),
             "label_seconds": self.seconds,
         }
 
@@ -147,4 +162,4 @@ class Labeller:
         self.accepted = state["accepted"].to(self.device)
         self.acceptance_rate, self.seconds = state["acceptance_rate"], dict(state["label_seconds"])
         if self.bank is not None:
-            self.bank.copy_(state["bank"])
+            self.bank[:-1].copy_(state["bank"][self.own.start : self.own.stop])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ifnd_fast import distributed
+from ifnd_fast.distributed import Shards
 from ifnd_fast.kmeans import KMeans, as_matrix, check_rows, operator_chunks
 from ifnd_fast.ops import assign_clusters, checks
 
@@ -36,6 +38,8 @@ class PseudoLabels:
         temperature: tau of the confidence, above 0.
         max_iter, n_init, engine, spherical: of `ifnd_fast.KMeans`.
         seed: of the first level's k-means; level l uses seed + l.
+        distributed: the features given to `fit` are this rank's share of all, as for `ifnd_fast.KMeans`. All
+            ranks then have the labels and confidences of all N images.
 
     Attributes:
         centroids: L tensors (C_l, D) float32, of unit length.
@@ -61,6 +65,7 @@ class PseudoLabels:
         engine: str = "auto",
         spherical: bool = False,
         seed: int = 0,
+        distributed: bool = False,
     ) -> None:
         self.levels = _check_levels(levels)
         self.temperature = checks.temperature(temperature)
@@ -69,6 +74,7 @@ class PseudoLabels:
         self.engine = engine
         self.spherical = spherical
         self.seed = seed
+        self.distributed = distributed
         self.centroids: list[Tensor] | None = None
         self.labels: Tensor | None = None
         self.confidence: Tensor | None = None
@@ -88,13 +94,11 @@ class PseudoLabels:
             TypeError, ValueError: features are not finite unit rows, N is below the largest level or there
                 are fewer distinct rows than that (see `scale_levels`).
         """
-        features = as_matrix("features", features)
-        if len(features) < max(self.levels):
-            raise ValueError(
-                f"features has {len(features)} rows, fewer than the clusters of levels={self.levels}: "
-                "pass levels=scale_levels(levels, N)"
-            )
-        _check_unit_rows(features)
+        with distributed.agreed(self.distributed):
+            features = as_matrix("features", features)
+        shards = Shards(len(features), features.device, self.distributed)
+        with distributed.agreed(self.distributed):
+            self._check_features(features, shards.total)
         centroids, labels, confidence = [], [], []
         for level, n_clusters in enumerate(self.levels):
             kmeans = KMeans(
@@ -104,6 +108,7 @@ class PseudoLabels:
                 seed=self.seed + level,
                 spherical=self.spherical,
                 engine=self.engine,
+                distributed=self.distributed,
             )
             kmeans.fit(features, callback=_of_level(progress, level))
             centroids.append(F.normalize(kmeans.cluster_centers_))
@@ -111,9 +116,17 @@ class PseudoLabels:
             labels.append(y)
             confidence.append(kappa)
         self.centroids = centroids
-        self.labels = torch.stack(labels, dim=1)
-        self.confidence = torch.stack(confidence, dim=1)
+        self.labels = shards.gather(torch.stack(labels, dim=1))
+        self.confidence = shards.gather(torch.stack(confidence, dim=1))
         return self
+
+    def _check_features(self, features: Tensor, total: int) -> None:
+        if total < max(self.levels):
+            raise ValueError(
+                f"features has {total} rows, fewer than the clusters of levels={self.levels}: "
+                "pass levels=scale_levels(levels, N)"
+            )
+        _check_unit_rows(features)
 
     def accept(self, rate: float) -> Tensor:
         """The labels of each level's ceil(rate N) most confident images, -1 for all others; (N, L) int32.

@@ -274,8 +274,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, from rank 0."""
+        state = self.state_dict()
         if distributed.rank() == 0:
-            checkpoint.save(self.out, self.state_dict(), self.config.run.keep_checkpoints)
+            checkpoint.save(self.out, state, self.config.run.keep_checkpoints)
         distributed.barrier()
 
     def resume(self) -> None:

@@ -51,7 +51,7 @@ def labels_of(query_labels, row, valid, L: tl.constexpr):
     y = ()
     for level in tl.static_range(L):
         label = load_column(query_labels, row, valid, level, L, -1)
-        y = y + (tl.where(label < 0, -(2**31), label),)
+        y = y + (tl.where(label < 0, -(2**31), label),)  # type: ignore[assignment]
     return y
 
 
