@@ -109,6 +109,8 @@ class ClusterConfig:
     """most Lloyd iterations per level"""
     kmeans_restarts: int = 1
     """k-means runs per level, of which the best counts"""
+    warm_iterations: int = 0
+    """above 0: every clustering but the first starts from the one before, and has at most this many Lloyd iterations"""
     kmeans_engine: Literal["auto", "fused", "faiss"] = "auto"
     """who runs k-means"""
     spherical: bool = False

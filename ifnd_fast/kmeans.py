@@ -32,6 +32,7 @@ INIT_ROWS_PER_CLUSTER = 8  # or of this many for each centroid, whichever is mor
 INIT_SHARE = 8  # but no more than an 8th of the rows, unless that is less than
 INIT_LEAST_PER_CLUSTER = 2  # rows for each centroid
 INIT_GROWTH = 16  # a round of k-means++ adds a 16th of the centroids there already are
+FEW_MOVED = 0.5  # of the centroids: then rows whose own stood still are compared with those that moved alone
 SHIFT_RATIO = 1e3  # centroids this far from the origin (squared, in squared spreads) are centred to assign
 LARGEST_NORM = 1e18  # squares stay finite in float32,
 SMALLEST_NORM = 1e-12  # and squared differences stay above its smallest normal number
@@ -218,11 +219,18 @@ def lloyd(
     callback: Callback | None = None,
     shards: Shards | None = None,
 ) -> Clustering:
-    """Lloyd's algorithm from the given centroids; the labels are those of the centroids returned."""
+    """Lloyd's algorithm from the given centroids; the labels are those of the centroids returned.
+
+    Clusters settle long before the last one does, and a centroid whose rows stayed is the same to the bit. So an
+    iteration compares rows of settled clusters with the centroids that moved alone (`reassign`).
+    """
     shards = shards or Shards(len(x), x.device, together=False)
+    moved = torch.ones(len(centroids), dtype=torch.bool, device=x.device)
+    labels = distances = torch.empty(0)
     previous_labels, previous_inertia = None, torch.inf
     for iteration in range(1, max_iter + 1):
-        labels = assign(x, centroids)
+        few = x.dtype == torch.float32 and float(moved.float().mean()) < FEW_MOVED
+        labels = reassign(x, labels, distances, centroids, moved) if few else assign(x, centroids)
         sums, counts, distances = cluster_sums(x, labels, centroids)
         sums, counts, inertia = add_ranks(sums, counts, distances, shards)
         if callback is not None:
@@ -230,13 +238,31 @@ def lloyd(
         # The previous centroids came from these very labels (and refills, which change labels).
         same = previous_labels is not None and torch.equal(labels, previous_labels)
         if shards.every(same, x.device):
-            return Clustering(centroids, labels, iteration)
-        centroids = update(sums, counts, centroids, spherical)
-        centroids = repair(x, distances, centroids, counts, shards)
+            return Clustering(centroids, assign(x, centroids) if few else labels, iteration)
+        updated = repair(x, distances, update(sums, counts, centroids, spherical), counts, shards)
+        moved, centroids = (updated != centroids).any(dim=1), updated
         if tol > 0 and previous_inertia - inertia <= tol * previous_inertia < torch.inf:
             break
         previous_labels, previous_inertia = labels, inertia
     return Clustering(centroids, assign(x, centroids), iteration)
+
+
+def reassign(x: Tensor, labels: Tensor, distances: Tensor, centroids: Tensor, moved: Tensor) -> Tensor:
+    """Nearest centroids (N,) int32 after some have `moved` (C,), from those before.
+
+    `labels` (N,) and squared `distances` (N,) are the rows' nearest before the move. A row whose own centroid stood
+    still is nearest to it or to one that moved: to no other, as these were no nearer before either.
+    """
+    movers = moved.nonzero().flatten()
+    if len(movers) == 0:
+        return labels
+    nearest = movers.int()[assign(x, centroids[movers])]
+    to_nearest = squared_distances(x, nearest, centroids)
+    nearer = (to_nearest < distances) | ((to_nearest == distances) & (nearest < labels))
+    nearest = torch.where(nearer, nearest, labels)
+    lost = moved[labels].nonzero().flatten()
+    nearest[lost] = assign(x[lost], centroids)
+    return nearest
 
 
 def add_ranks(sums: Tensor, counts: Tensor, distances: Tensor, shards: Shards) -> tuple[Tensor, Tensor, float]:
@@ -391,6 +417,20 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
         nearest = assign_clusters(features, centroids, metric="l2", return_confidence=False)
         labels[part] = cast(Tensor, nearest)
     return labels
+
+
+def centroids_of(
+    x: Tensor, labels: Tensor, n_clusters: int, spherical: bool = False, shards: Shards | None = None
+) -> Tensor:
+    """Means (C, D) float32 of the rows that bear each label; of labels no row bears, rows far from their own mean.
+
+    What to start from when rows (N, D) have moved since they got their labels (N,) int32.
+    """
+    shards = shards or Shards(len(x), x.device, together=False)
+    nothing = torch.zeros(n_clusters, x.shape[1], device=x.device)
+    sums, counts, _ = add_ranks(*cluster_sums(x, labels, nothing), shards)
+    centroids = update(sums, counts, nothing, spherical)
+    return repair(x, squared_distances(x, labels, centroids), centroids, counts, shards)
 
 
 def squared_distances(x: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:

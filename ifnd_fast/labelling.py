@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
+from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 
 from ifnd_fast import distributed, features
@@ -16,6 +17,8 @@ from ifnd_fast.console import progress, warn
 from ifnd_fast.data import Images, Unreadable
 from ifnd_fast.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.labels import PseudoLabels, acceptance_rate, scale_levels
+
+AGREEMENT_IMAGES = 10_000  # its time grows with the square of the clusters that they fall in
 
 
 class Labeller:
@@ -29,6 +32,9 @@ class Labeller:
     Attributes:
         levels: clusters at each of L levels; the oracle has one level, of the true classes.
         accepted: (N, L) int32, -1 where no label is trusted.
+        clustered: (N, L) int32, of the last clustering, trusted or not; -1 for images without features.
+        quality: of the last clustering, for the metrics: see `quality`; and `cluster_inertia`, for each level the mean
+            squared distance to the centroid that each iteration began with.
         acceptance_rate: share of the labels that is trusted, 0..1.
 
     Raises:
@@ -53,6 +59,8 @@ class Labeller:
         self.own = distributed.share(len(images))
         self.accepted = torch.full((len(images), len(self.levels)), -1, dtype=torch.int32, device=device)
         self.acceptance_rate = 0.0
+        self.clustered = torch.full_like(self.accepted, -1)
+        self.quality: dict[str, Any] = {}
         uses_bank = self.clusters and config.cluster.features == "bank"
         # One row more than this rank's images: the keys of all others go there.
         self.bank = torch.zeros(len(self.own) + 1, config.model.dim, device=device) if uses_bank else None
@@ -109,11 +117,13 @@ class Labeller:
             raise NonFiniteError(f"the features are not finite after epoch {epoch}")
         self.seconds["feature_seconds"] += time.perf_counter() - started
         started = time.perf_counter()
-        self._fit(vectors[usable], epoch)
-        self.accepted = torch.full_like(self.accepted, -1)
-        self.accepted[distributed.Shards(len(usable), self.device).gather(usable)] = self.pseudo_labels.accept(
-            self._rate(epoch)
-        )
+        everyones = distributed.Shards(len(usable), self.device).gather(usable)
+        self._fit(vectors[usable], self.clustered[everyones], epoch)
+        self.accepted, before = torch.full_like(self.accepted, -1), self.clustered
+        self.accepted[everyones] = self.pseudo_labels.accept(self._rate(epoch))
+        self.clustered = torch.full_like(self.accepted, -1)
+        self.clustered[everyones] = cast(Tensor, self.pseudo_labels.labels)
+        self.quality |= quality(self.clustered, before, self.levels)
         self.acceptance_rate = self._rate(epoch)
         self.seconds["cluster_seconds"] += time.perf_counter() - started
 
@@ -135,12 +145,24 @@ class Labeller:
     def _everywhere(self, holds: bool) -> bool:
         return distributed.Shards(len(self.own), self.device).every(holds, self.device)
 
-    def _fit(self, vectors: Tensor, epoch: int) -> None:
-        with progress("clustering", len(self.levels) * self.config.cluster.kmeans_iterations) as advance:
+    def _fit(self, vectors: Tensor, before: Tensor, epoch: int) -> None:
+        """Cluster this rank's vectors (n, dim); `before` are all ranks' labels of the last clustering, -1 for none."""
+        iterations, own, warm = self.config.cluster.kmeans_iterations, None, self.config.cluster.warm_iterations
+        if warm and not bool((before < 0).any()):
+            iterations, shards = warm, distributed.Shards(len(vectors), self.device)
+            own = before[shards.first : shards.first + len(vectors)]
+        inertia: list[list[float]] = [[] for _ in self.levels]
+        with progress("clustering", len(self.levels) * iterations) as advance:
+
+            def step(level: int, iteration: int, found: float) -> None:
+                inertia[level].append(found / len(before))
+                advance()
+
             try:
-                self.pseudo_labels.fit(vectors, progress=lambda *_: advance())
+                self.pseudo_labels.fit(vectors, progress=step, previous=own, max_iter=iterations)
             except ValueError as error:  # too few different images for the clusters, say
                 raise CommandError(f"clustering failed after epoch {epoch}: {error}") from error
+        self.quality = {"cluster_inertia": inertia}
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank has to call it: the bank is brought together, so that any number of ranks can go on."""
@@ -151,6 +173,8 @@ class Labeller:
             "acceptance_rate": self.acceptance_rate,
             "bank": None if self.bank is None else shards.gather(self.bank[:-1]),
             "label_seconds": self.seconds,
+            "clustered": self.clustered,
+            "cluster_quality": self.quality,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -161,5 +185,28 @@ class Labeller:
         self.pseudo_labels.load_state_dict(state["pseudo_labels"])
         self.accepted = state["accepted"].to(self.device)
         self.acceptance_rate, self.seconds = state["acceptance_rate"], dict(state["label_seconds"])
+        self.clustered, self.quality = state["clustered"].to(self.device), state["cluster_quality"]
         if self.bank is not None:
             self.bank[:-1].copy_(state["bank"][self.own.start : self.own.stop])
+
+
+def quality(labels: Tensor, before: Tensor, levels: tuple[int, ...]) -> dict[str, Any]:
+    """How a clustering looks, at each level, from labels (N, L) now and before, -1 for none.
+
+    `cluster_largest`: share of the images in the largest 1 % of the clusters (at least one), 0.01 were all alike.
+    `cluster_empty`: clusters without an image. `cluster_agreement`: adjusted mutual information with the labels before,
+    of at most AGREEMENT_IMAGES images evenly spread, 1 for the same clusters; absent the first time.
+    """
+    largest, empty, agreement = [], [], []
+    for level, n_clusters in enumerate(levels):
+        now, then = labels[:, level], before[:, level]
+        sizes = torch.bincount(now[now >= 0], minlength=n_clusters)
+        top = sizes.sort(descending=True).values[: max(1, n_clusters // 100)]
+        largest.append(float(top.sum() / sizes.sum()))
+        empty.append(int((sizes == 0).sum()))
+        both = ((now >= 0) & (then >= 0)).nonzero().flatten()
+        both = both[:: max(1, len(both) // AGREEMENT_IMAGES)]
+        if len(both):
+            agreement.append(float(adjusted_mutual_info_score(then[both].cpu(), now[both].cpu())))
+    found = {"cluster_largest": largest, "cluster_empty": empty}
+    return found | ({"cluster_agreement": agreement} if agreement else {})

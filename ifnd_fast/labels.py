@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ifnd_fast import distributed
 from ifnd_fast.distributed import Shards
-from ifnd_fast.kmeans import KMeans, as_matrix, check_rows, operator_chunks
+from ifnd_fast.kmeans import KMeans, as_matrix, centroids_of, check_rows, operator_chunks
 from ifnd_fast.ops import assign_clusters, checks
 
 Progress = Callable[[int, int, float], object]
@@ -80,12 +80,21 @@ class PseudoLabels:
         self.confidence: Tensor | None = None
 
     @torch.no_grad()
-    def fit(self, features: Tensor, progress: Progress | None = None) -> PseudoLabels:
+    def fit(
+        self,
+        features: Tensor,
+        progress: Progress | None = None,
+        previous: Tensor | None = None,
+        max_iter: int | None = None,
+    ) -> PseudoLabels:
         """Cluster the features at every level; nothing changes if that fails.
 
         Args:
             features: (N, D) with L2-normalised rows; float32, float16 or bfloat16.
             progress: called as progress(level, iteration, inertia), levels from 0 and iterations from 1.
+            previous: (N, L) int32 labels of these images from an earlier clustering; k-means starts from the means of
+                their features now, instead of from new draws, and needs fewer iterations.
+            max_iter: in place of the one given when this was made.
 
         Returns:
             self.
@@ -99,18 +108,24 @@ class PseudoLabels:
         shards = Shards(len(features), features.device, self.distributed)
         with distributed.agreed(self.distributed):
             self._check_features(features, shards.total)
+            if previous is not None and previous.shape != (len(features), len(self.levels)):
+                wanted = (len(features), len(self.levels))
+                raise ValueError(f"previous must have shape (N, L) = {wanted}, got {tuple(previous.shape)}")
         centroids, labels, confidence = [], [], []
         for level, n_clusters in enumerate(self.levels):
             kmeans = KMeans(
                 n_clusters,
-                max_iter=self.max_iter,
+                max_iter=max_iter or self.max_iter,
                 n_init=self.n_init,
                 seed=self.seed + level,
                 spherical=self.spherical,
                 engine=self.engine,
                 distributed=self.distributed,
             )
-            kmeans.fit(features, callback=_of_level(progress, level))
+            start = None
+            if previous is not None:
+                start = centroids_of(features, previous[:, level].contiguous(), n_clusters, self.spherical, shards)
+            kmeans.fit(features, init=start, callback=_of_level(progress, level))
             centroids.append(F.normalize(kmeans.cluster_centers_))
             y, kappa = assign_with_confidence(features, centroids[-1], self.temperature)
             labels.append(y)

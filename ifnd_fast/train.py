@@ -255,6 +255,7 @@ class Trainer:
             "images_per_second": n_steps * self.config.optim.batch_size / self.totals["seconds"],
             "seconds": self.totals["seconds"],
             **self.labeller.seconds,
+            **self.labeller.quality,
         }
 
     def _finish(self) -> dict[str, float]:
