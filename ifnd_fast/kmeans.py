@@ -261,7 +261,8 @@ def reassign(x: Tensor, labels: Tensor, distances: Tensor, centroids: Tensor, mo
     nearer = (to_nearest < distances) | ((to_nearest == distances) & (nearest < labels))
     nearest = torch.where(nearer, nearest, labels)
     lost = moved[labels].nonzero().flatten()
-    nearest[lost] = assign(x[lost], centroids)
+    if len(lost):
+        nearest[lost] = assign(x[lost], centroids)
     return nearest
 
 
@@ -424,8 +425,10 @@ def centroids_of(
 ) -> Tensor:
     """Means (C, D) float32 of the rows that bear each label; of labels no row bears, rows far from their own mean.
 
-    What to start from when rows (N, D) have moved since they got their labels (N,) int32.
+    What to start from when rows (N, D) have moved since they got their labels (N,) int32, -1 for none.
     """
+    if bool((labels < 0).any()):
+        x, labels = x[labels >= 0], labels[labels >= 0]
     shards = shards or Shards(len(x), x.device, together=False)
     nothing = torch.zeros(n_clusters, x.shape[1], device=x.device)
     sums, counts, _ = add_ranks(*cluster_sums(x, labels, nothing), shards)

@@ -148,7 +148,7 @@ class Labeller:
     def _fit(self, vectors: Tensor, before: Tensor, epoch: int) -> None:
         """Cluster this rank's vectors (n, dim); `before` are all ranks' labels of the last clustering, -1 for none."""
         iterations, own, warm = self.config.cluster.kmeans_iterations, None, self.config.cluster.warm_iterations
-        if warm and not bool((before < 0).any()):
+        if warm and bool((before >= 0).any()):
             iterations, shards = warm, distributed.Shards(len(vectors), self.device)
             own = before[shards.first : shards.first + len(vectors)]
         inertia: list[list[float]] = [[] for _ in self.levels]

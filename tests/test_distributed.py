@@ -57,15 +57,18 @@ def test_collectives_and_shuffled_batch_norm(ranks, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("negatives", ["queue", "in-batch"])
-def test_two_ranks_train_one_run(negatives, digit_folder, tmp_path):
+@pytest.mark.parametrize("negatives, features", [("queue", "fresh"), ("in-batch", "bank")])
+def test_two_ranks_train_one_run(negatives, features, digit_folder, tmp_path):
     out, script = tmp_path / "run", tmp_path / "train.py"
     script.write_text("from ifnd_fast.cli import train\ntrain()\n")
-    done = torchrun(2, script, "--data", digit_folder, "--out", out, *TINY, "--negatives", negatives)
+    done = torchrun(2, script, "--data", digit_folder, "--out", out, *TINY, "--negatives", negatives,
+                    "--features", features, "--warm-iterations", 4)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert sum(lines[-1]["false_negatives_per_query"]) > 0
+    assert len(lines[-1]["cluster_agreement"]) == 2 and lines[-1]["cluster_empty"] == [0, 0]
+    assert all(1 <= len(inertia) <= 4 for inertia in lines[-1]["cluster_inertia"])  # the second clustering is warm
     assert done.stdout.count("epoch 3/3") == 1
     state = torch.load(sorted(out.glob("checkpoints/*.pt"))[-1], weights_only=True)
     if negatives == "queue":

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch.nn.functional import normalize
 
 from ifnd_fast import kmeans
 from ifnd_fast.kmeans import KMeans
@@ -260,6 +261,44 @@ def test_inertia_never_rises_and_the_callback_counts():
     assert [iteration for iteration, _ in seen] == list(range(1, fitted.n_iter_ + 1))
     values = [value for _, value in seen] + [fitted.inertia_]
     assert all(b <= a * (1 + 1e-6) for a, b in zip(values, values[1:], strict=False))
+
+
+@pytest.mark.parametrize("spherical", [False, True])
+def test_settled_clusters_change_nothing_but_the_time(spherical, monkeypatch):
+    x, calls = normalize(blobs(2000, 8, 40)), []
+    start = x[:60].clone()
+    monkeypatch.setattr(kmeans, "FEW_MOVED", 0.0)
+    plain = kmeans.lloyd(x, start, 50, spherical=spherical)
+    monkeypatch.setattr(kmeans, "FEW_MOVED", 1.0)
+    reassign = kmeans.reassign
+    monkeypatch.setattr(kmeans, "reassign", lambda *given: calls.append(given[-1]) or reassign(*given))
+    quick = kmeans.lloyd(x, start, 50, spherical=spherical)
+    assert len(calls) > 5 and any(0 < moved.sum() < 30 for moved in calls)
+    assert torch.equal(quick.labels, plain.labels) and torch.equal(quick.centroids, plain.centroids)
+    assert quick.n_iter == plain.n_iter
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 12), st.floats(0, 1))
+def test_reassign_is_assign(seed, k, share):  # on a grid, where ties abound and are exact
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-2, 3, (50, 2), generator=generator).float()
+    before = torch.randint(-2, 3, (k, 2), generator=generator).float()
+    after = before + torch.randint(-1, 2, (k, 2), generator=generator) * (torch.rand(k, 1, generator=generator) < share)
+    labels = kmeans.assign(x, before)
+    distances = kmeans.squared_distances(x, labels, before)
+    found = kmeans.reassign(x, labels, distances, after, (before != after).any(dim=1))
+    assert torch.equal(found, kmeans.assign(x, after))
+
+
+def test_centroids_of_labels_are_means_and_fill_the_empty():
+    x = blobs(300, 4, 6)
+    labels = (torch.arange(300) % 5).int()
+    centroids = kmeans.centroids_of(x, labels, 7)
+    for label in range(5):
+        torch.testing.assert_close(centroids[label], x[labels == label].mean(0))
+    for added in centroids[5:]:
+        assert (x == added).all(1).any()
 
 
 def test_tol_is_the_relative_fall_of_the_inertia():

@@ -215,3 +215,21 @@ def test_unfit_numbers():
         acceptance_rate(0.5, 0)
     with pytest.raises(ValueError, match="n must be"):
         scale_levels((3,), 0)
+
+
+def test_a_warm_start_follows_features_that_moved():
+    generator = torch.Generator().manual_seed(0)
+    centres, noise = torch.randn(20, 16, generator=generator), torch.randn(600, 16, generator=generator)
+    x = normalize(2 * centres[torch.arange(600) % 20] + noise)
+    first = PseudoLabels((10, 30)).fit(x)
+    moved = normalize(x + 0.05 * torch.randn(600, 16, generator=generator))
+    steps = []
+    warm = PseudoLabels((10, 30)).fit(moved, lambda *step: steps.append(step), previous=first.labels, max_iter=4)
+    assert max(iteration for _, iteration, _ in steps) <= 4
+    cold = PseudoLabels((10, 30), max_iter=1).fit(moved)
+    for level in range(2):
+        same = (warm.labels[:, level] == first.labels[:, level]).float().mean()
+        assert same > 0.9  # the cluster numbers carry over
+        assert (cold.labels[:, level] == first.labels[:, level]).float().mean() < 0.5
+    with pytest.raises(ValueError, match="previous must have shape"):
+        PseudoLabels((10, 30)).fit(moved, previous=first.labels[:5])
