@@ -92,8 +92,8 @@ class PseudoLabels:
         Args:
             features: (N, D) with L2-normalised rows; float32, float16 or bfloat16.
             progress: called as progress(level, iteration, inertia), levels from 0 and iterations from 1.
-            previous: (N, L) int32 labels of these images from an earlier clustering, -1 for none; k-means starts from the means of
-                their features now, instead of from new draws, and needs fewer iterations.
+            previous: (N, L) int32 labels of these images from an earlier clustering, -1 for none; k-means starts from
+                the means of their features now, instead of from new draws, and needs fewer iterations.
             max_iter: in place of the one given when this was made.
 
         Returns:
