@@ -80,6 +80,8 @@ def _write_scalars(folder: Path, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
             if isinstance(value, list):
                 for level, item in enumerate(value):
+                    if isinstance(item, list):  # a figure per iteration: where it ended
+                        item = item[-1]
                     if item is not None:
                         writer.add_scalar(f"{name}/level_{level}", item, metrics["epoch"])
             elif name not in ("epoch", "step"):
