@@ -4,6 +4,7 @@ import torch as _torch  # noqa: F401  first: the extension then shares torch's O
 
 from ifnd_fast.kmeans import KMeans
 from ifnd_fast.labels import PseudoLabels
+from ifnd_fast.levels import cluster_levels
 from ifnd_fast.loss import IFNDLoss
 from ifnd_fast.model import InBatch, MoCo
 from ifnd_fast.ops import assign_clusters, info_nce
@@ -19,5 +20,6 @@ __all__ = [
     "NegativeQueue",
     "PseudoLabels",
     "assign_clusters",
+    "cluster_levels",
     "info_nce",
 ]

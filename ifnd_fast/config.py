@@ -111,6 +111,8 @@ class ClusterConfig:
     """k-means runs per level, of which the best counts"""
     warm_iterations: int = 0
     """above 0: every clustering but the first starts from the one before, and has at most this many Lloyd iterations"""
+    cluster_async: bool = False
+    """cluster beside the next epoch, which trains with the labels before: they come an epoch late, and nothing waits"""
     kmeans_engine: Literal["auto", "fused", "faiss"] = "auto"
     """who runs k-means"""
     spherical: bool = False

@@ -30,12 +30,12 @@ def warn(message: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int, completed: int = 0) -> Iterator[Any]:
-    """A bar that `advance(n=1, note="")` moves; removed when done. Nothing is drawn off a terminal."""
+def progress(description: str, total: int, completed: int = 0, hidden: bool = False) -> Iterator[Any]:
+    """A bar that `advance(n=1, note="")` moves; removed when done. Nothing is drawn off a terminal or if hidden."""
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"), console=console, transient=True,
-        disable=not console.is_terminal or distributed.rank() != 0,
+        disable=hidden or not console.is_terminal or distributed.rank() != 0,
     )  # fmt: skip
     with bar:
         task = bar.add_task(description, total=total, completed=completed, note="")

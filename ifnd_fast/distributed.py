@@ -6,12 +6,16 @@ Without torch.distributed everything here is the identity on one rank.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_of_thread = threading.local()  # .group: the process group that this thread's collectives go over
 
 
 def start(device: torch.device) -> None:
@@ -38,12 +42,31 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def new_group() -> dist.ProcessGroup | None:
+    """A second connection among all ranks, for collectives beside those of the main thread; all ranks have to call."""
+    return cast(dist.ProcessGroup, dist.new_group()) if world_size() > 1 else None
+
+
+@contextmanager
+def over(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """This thread's collectives go over that group (None: the default one)."""
+    _of_thread.group = group
+    try:
+        yield
+    finally:
+        _of_thread.group = None
+
+
+def _group() -> dist.ProcessGroup | None:
+    return getattr(_of_thread, "group", None)
+
+
 def all_gather(tensor: Tensor) -> Tensor:
     """(B, ...) of every rank, joined to (world_size * B, ...) in rank order; no gradient."""
     if world_size() == 1:
         return tensor
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
+    dist.all_gather(parts, tensor.contiguous(), group=_group())
     return torch.cat(parts)
 
 
@@ -82,14 +105,14 @@ def share(n: int) -> range:
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of every rank's tensor, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_group())
     return tensor
 
 
 def broadcast(tensor: Tensor) -> Tensor:
     """Rank 0's tensor on every rank, in place."""
     if world_size() > 1:
-        dist.broadcast(tensor, 0)
+        dist.broadcast(tensor, 0, group=_group())
     return tensor
 
 
@@ -146,7 +169,7 @@ def agreed(together: bool) -> Iterator[None]:
         error = own
     if together and world_size() > 1:
         errors: list[str | None] = [None] * world_size()
-        dist.all_gather_object(errors, None if error is None else str(error))
+        dist.all_gather_object(errors, None if error is None else str(error), group=_group())
         if error is None:
             for number, message in enumerate(errors):
                 if message is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,11 +13,13 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 
 from ifnd_fast import distributed, features
+from ifnd_fast.background import Background
 from ifnd_fast.config import Config
 from ifnd_fast.console import progress, warn
 from ifnd_fast.data import Images, Unreadable
 from ifnd_fast.errors import CommandError, NonFiniteError, UsageError
-from ifnd_fast.labels import PseudoLabels, acceptance_rate, scale_levels
+from ifnd_fast.labels import PseudoLabels, acceptance_rate
+from ifnd_fast.levels import scale_levels
 
 AGREEMENT_IMAGES = 10_000  # its time grows with the square of the clusters that they fall in
 
@@ -33,8 +36,9 @@ class Labeller:
         levels: clusters at each of L levels; the oracle has one level, of the true classes.
         accepted: (N, L) int32, -1 where no label is trusted.
         clustered: (N, L) int32, of the last clustering, trusted or not; -1 for images without features.
-        quality: of the last clustering, for the metrics: see `quality`; and `cluster_inertia`, for each level the mean
-            squared distance to the centroid that each iteration began with.
+        quality: of the last clustering, for the metrics: see `quality`; `cluster_inertia`, for each level the mean
+            squared distance to the centroid that each iteration began with; `cluster_level_seconds` and
+            `cluster_level_bytes`, what each level took and holds, on rank 0.
         acceptance_rate: share of the labels that is trusted, 0..1.
 
     Raises:
@@ -61,10 +65,15 @@ class Labeller:
         self.acceptance_rate = 0.0
         self.clustered = torch.full_like(self.accepted, -1)
         self.quality: dict[str, Any] = {}
+        self.found: dict[str, Any] = {}  # what of that the clustering itself tells
+        self.usable = torch.zeros(len(images), dtype=torch.bool, device=device)  # had features at the last clustering
+        self.waiting = False  # whether that clustering's labels are still to be taken up
+        self.background: Background | None = None  # where it goes on
+        self.group = distributed.new_group() if config.cluster.cluster_async else None
         uses_bank = self.clusters and config.cluster.features == "bank"
         # One row more than this rank's images: the keys of all others go there.
         self.bank = torch.zeros(len(self.own) + 1, config.model.dim, device=device) if uses_bank else None
-        self.seconds = {"feature_seconds": 0.0, "cluster_seconds": 0.0}  # of this epoch
+        self.seconds = {"feature_seconds": 0.0, "cluster_seconds": 0.0}  # that training waited in this epoch
 
     def _levels(self) -> tuple[int, ...]:
         levels, n = self.config.cluster.levels, len(self.images)
@@ -86,23 +95,20 @@ class Labeller:
             rows = torch.where((indices >= self.own.start) & (indices < self.own.stop), indices - self.own.start, -1)
             self.bank[rows] = keys.to(self.bank.dtype)
 
-    def due(self, epoch: int) -> bool:
-        """Whether new labels are to be made before this epoch (from 0)."""
-        if self.strategy == "oracle":
-            return True
-        return self.clusters and epoch % self.config.recluster_epochs == 0 and self._rate(epoch) > 0
-
-    def _rate(self, epoch: int) -> float:
-        return acceptance_rate(epoch / self.config.optim.epochs, self.config.cluster.acceptance_end)
-
-    def renew(
+    def start_epoch(
         self,
         epoch: int,
         encoder: nn.Module,
         autocast: Callable[[], AbstractContextManager],
         unreadable: Unreadable,
-    ) -> None:
-        """Make new labels: the true ones for the oracle, else cluster features of `encoder` or the bank.
+    ) -> bool:
+        """Renew the labels where that is due before this epoch (from 0), from features of `encoder` or the bank.
+
+        With --cluster-async the clustering begun here goes on beside the epoch, and its labels are taken up before
+        the next one.
+
+        Returns:
+            whether there are new labels.
 
         Raises:
             NonFiniteError, CommandError: features that are not finite, or that can't be clustered.
@@ -110,20 +116,64 @@ class Labeller:
         if self.strategy == "oracle":
             self.accepted = torch.as_tensor(self.images.labels, device=self.device).int()[:, None]
             self.acceptance_rate = 1.0
-            return
+            return True
+        renewed = self.waiting
+        if self.waiting:
+            self._take_up(epoch)
+        if self.clusters and self._due(epoch):
+            self._cluster(epoch, encoder, autocast, unreadable)
+            if not self.config.cluster.cluster_async:
+                self._take_up(epoch)
+                renewed = True
+        return renewed
+
+    def _due(self, epoch: int) -> bool:
+        too_late = self.config.cluster.cluster_async and epoch + 1 == self.config.optim.epochs
+        return epoch % self.config.recluster_epochs == 0 and self._rate(epoch) > 0 and not too_late
+
+    def _rate(self, epoch: int) -> float:
+        return acceptance_rate(epoch / self.config.optim.epochs, self.config.cluster.acceptance_end)
+
+    def _cluster(
+        self,
+        epoch: int,
+        encoder: nn.Module,
+        autocast: Callable[[], AbstractContextManager],
+        unreadable: Unreadable,
+    ) -> None:
+        """Cluster the features, or begin to."""
         started = time.perf_counter()
-        vectors, usable = self._features(encoder, autocast, unreadable)
+        vectors, own_usable = self._features(encoder, autocast, unreadable)
         if not self._everywhere(bool(torch.isfinite(vectors).all())):
             raise NonFiniteError(f"the features are not finite after epoch {epoch}")
+        self.usable = distributed.Shards(len(own_usable), self.device).gather(own_usable)
+        fit = partial(self._fit, vectors[own_usable], self.clustered[self.usable], epoch)
         self.seconds["feature_seconds"] += time.perf_counter() - started
+        self.waiting = True
+        if self.config.cluster.cluster_async:
+            self.background = Background(fit, self.device, self.group)
+        else:
+            started = time.perf_counter()
+            fit()
+            self.seconds["cluster_seconds"] += time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.background is not None:
+            started = time.perf_counter()
+            background, self.background = self.background, None
+            background.wait()
+            self.seconds["cluster_seconds"] += time.perf_counter() - started
+
+    def _take_up(self, epoch: int) -> None:
+        """The last clustering's labels become the ones in use, as many as this epoch accepts."""
+        self._wait()
         started = time.perf_counter()
-        everyones = distributed.Shards(len(usable), self.device).gather(usable)
-        self._fit(vectors[usable], self.clustered[everyones], epoch)
+        self.waiting = False
         self.accepted, before = torch.full_like(self.accepted, -1), self.clustered
-        self.accepted[everyones] = self.pseudo_labels.accept(self._rate(epoch))
+        self.accepted[self.usable] = self.pseudo_labels.accept(self._rate(epoch))
         self.clustered = torch.full_like(self.accepted, -1)
-        self.clustered[everyones] = cast(Tensor, self.pseudo_labels.labels)
-        self.quality |= quality(self.clustered, before, self.levels)
+        self.clustered[self.usable] = cast(Tensor, self.pseudo_labels.labels)
+        self.quality = self.found | quality(self.clustered, before, self.levels)
         self.acceptance_rate = self._rate(epoch)
         self.seconds["cluster_seconds"] += time.perf_counter() - started
 
@@ -152,7 +202,8 @@ class Labeller:
             iterations, shards = warm, distributed.Shards(len(vectors), self.device)
             own = before[shards.first : shards.first + len(vectors)]
         inertia: list[list[float]] = [[] for _ in self.levels]
-        with progress("clustering", len(self.levels) * iterations) as advance:
+        beside = self.config.cluster.cluster_async  # the epoch's bar, and there is room for one
+        with progress("clustering", len(self.levels) * iterations, hidden=beside) as advance:
 
             def step(level: int, iteration: int, found: float) -> None:
                 inertia[level].append(found / len(before))
@@ -162,10 +213,16 @@ class Labeller:
                 self.pseudo_labels.fit(vectors, progress=step, previous=own, max_iter=iterations)
             except ValueError as error:  # too few different images for the clusters, say
                 raise CommandError(f"clustering failed after epoch {epoch}: {error}") from error
-        self.quality = {"cluster_inertia": inertia}
+        self.found = {
+            "cluster_inertia": inertia,
+            "cluster_level_seconds": self.pseudo_labels.seconds,
+            "cluster_level_bytes": self.pseudo_labels.bytes,
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank has to call it: the bank is brought together, so that any number of ranks can go on."""
+        """Every rank has to call it: the bank is brought together, so that any number of ranks can go on. A clustering
+        in the background is waited for."""
+        self._wait()
         shards = distributed.Shards(len(self.own), self.device)
         return {
             "pseudo_labels": self.pseudo_labels.state_dict(),
@@ -175,6 +232,7 @@ class Labeller:
             "label_seconds": self.seconds,
             "clustered": self.clustered,
             "cluster_quality": self.quality,
+            "cluster_waiting": {"waiting": self.waiting, "usable": self.usable, "found": self.found},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -186,6 +244,8 @@ class Labeller:
         self.accepted = state["accepted"].to(self.device)
         self.acceptance_rate, self.seconds = state["acceptance_rate"], dict(state["label_seconds"])
         self.clustered, self.quality = state["clustered"].to(self.device), state["cluster_quality"]
+        waiting = state["cluster_waiting"]
+        self.waiting, self.usable, self.found = waiting["waiting"], waiting["usable"].to(self.device), waiting["found"]
         if self.bank is not None:
             self.bank[:-1].copy_(state["bank"][self.own.start : self.own.stop])
 

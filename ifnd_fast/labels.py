@@ -1,4 +1,4 @@
-"""Pseudo labels: cluster the features, rate each label's confidence, accept the most confident ones.
+"""Pseudo labels: the clusters of the features at every level, of which the most confident ones are accepted.
 
 Chen et al., Incremental False Negative Detection for Contrastive Learning, ICLR 2022, section 3.
 """
@@ -6,32 +6,21 @@ Chen et al., Incremental False Negative Detection for Contrastive Learning, ICLR
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ifnd_fast import distributed
 from ifnd_fast.distributed import Shards
-from ifnd_fast.kmeans import KMeans, as_matrix, centroids_of, check_rows, operator_chunks
-from ifnd_fast.ops import assign_clusters, checks
-
-Progress = Callable[[int, int, float], object]
-
-UNIT_TOLERANCE = 1e-2  # of a row's length: bfloat16 rounds a unit row by up to 0.4 %
+from ifnd_fast.levels import Progress, check_levels, cluster_levels
+from ifnd_fast.ops import checks
 
 
 class PseudoLabels:
     """Cluster labels of N images at L levels, with the confidence that decides which to trust.
 
-    At level l, k-means with C_l clusters gives the centroids c_j, which are then L2-normalised. Image i with
-    feature z_i gets
-
-        label       y_l(i)     = argmax_j z_i.c_j                                   (ties: the lowest j)
-        confidence  kappa_l(i) = exp(z_i.c_y / tau) / sum_j exp(z_i.c_j / tau),     y = y_l(i)
-
-    and `accept(r)` keeps, at every level, the ceil(r N) labels of highest confidence.
+    Labels and confidence are those of `ifnd_fast.cluster_levels`; `accept(r)` keeps, at every level, the ceil(r N)
+    labels of highest confidence.
 
     Args:
         levels: C_l, the number of clusters of each level, such as (25000, 50000, 100000).
@@ -45,6 +34,7 @@ class PseudoLabels:
         centroids: L tensors (C_l, D) float32, of unit length.
         labels: (N, L) int32, of every image, accepted or not.
         confidence: (N, L) float32, above 0 and up to 1.
+        seconds, bytes: L numbers each: what clustering took, on this rank (not kept in `state_dict`).
 
     All are None before `fit` and then live on the features' device.
 
@@ -67,7 +57,7 @@ class PseudoLabels:
         seed: int = 0,
         distributed: bool = False,
     ) -> None:
-        self.levels = _check_levels(levels)
+        self.levels = check_levels(levels)
         self.temperature = checks.temperature(temperature)
         self.max_iter = max_iter
         self.n_init = n_init
@@ -78,6 +68,8 @@ class PseudoLabels:
         self.centroids: list[Tensor] | None = None
         self.labels: Tensor | None = None
         self.confidence: Tensor | None = None
+        self.seconds: list[float] | None = None
+        self.bytes: list[int] | None = None
 
     @torch.no_grad()
     def fit(
@@ -103,45 +95,25 @@ class PseudoLabels:
             TypeError, ValueError: features are not finite unit rows, N is below the largest level or there
                 are fewer distinct rows than that (see `scale_levels`).
         """
-        with distributed.agreed(self.distributed):
-            features = as_matrix("features", features)
+        found = cluster_levels(
+            features,
+            self.levels,
+            temperature=self.temperature,
+            max_iter=max_iter or self.max_iter,
+            n_init=self.n_init,
+            engine=self.engine,
+            spherical=self.spherical,
+            seed=self.seed,
+            distributed=self.distributed,
+            previous=previous,
+            progress=progress,
+        )
         shards = Shards(len(features), features.device, self.distributed)
-        with distributed.agreed(self.distributed):
-            self._check_features(features, shards.total)
-            if previous is not None and previous.shape != (len(features), len(self.levels)):
-                wanted = (len(features), len(self.levels))
-                raise ValueError(f"previous must have shape (N, L) = {wanted}, got {tuple(previous.shape)}")
-        centroids, labels, confidence = [], [], []
-        for level, n_clusters in enumerate(self.levels):
-            kmeans = KMeans(
-                n_clusters,
-                max_iter=max_iter or self.max_iter,
-                n_init=self.n_init,
-                seed=self.seed + level,
-                spherical=self.spherical,
-                engine=self.engine,
-                distributed=self.distributed,
-            )
-            start = None
-            if previous is not None:
-                start = centroids_of(features, previous[:, level].contiguous(), n_clusters, self.spherical, shards)
-            kmeans.fit(features, init=start, callback=_of_level(progress, level))
-            centroids.append(F.normalize(kmeans.cluster_centers_))
-            y, kappa = assign_with_confidence(features, centroids[-1], self.temperature)
-            labels.append(y)
-            confidence.append(kappa)
-        self.centroids = centroids
-        self.labels = shards.gather(torch.stack(labels, dim=1))
-        self.confidence = shards.gather(torch.stack(confidence, dim=1))
+        self.centroids = [level.centroids for level in found]
+        self.seconds, self.bytes = [level.seconds for level in found], [level.bytes for level in found]
+        self.labels = shards.gather(torch.stack([level.labels for level in found], dim=1))
+        self.confidence = shards.gather(torch.stack([level.confidence for level in found], dim=1))
         return self
-
-    def _check_features(self, features: Tensor, total: int) -> None:
-        if total < max(self.levels):
-            raise ValueError(
-                f"features has {total} rows, fewer than the clusters of levels={self.levels}: "
-                "pass levels=scale_levels(levels, N)"
-            )
-        _check_unit_rows(features)
 
     def accept(self, rate: float) -> Tensor:
         """The labels of each level's ceil(rate N) most confident images, -1 for all others; (N, L) int32.
@@ -194,16 +166,6 @@ class PseudoLabels:
         self.labels, self.confidence, self.centroids = labels, confidence, centroids
 
 
-def assign_with_confidence(features: Tensor, centroids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Label (N,) int32 and confidence (N,) float32 of unit rows among unit centroids."""
-    centroids = centroids.to(features.dtype)
-    labels = torch.empty(len(features), dtype=torch.int32, device=features.device)
-    confidence = torch.empty(len(features), device=features.device)
-    for part in operator_chunks(features, len(centroids), features.dtype):
-        labels[part], confidence[part] = assign_clusters(features[part], centroids, temperature=temperature)
-    return labels, confidence
-
-
 def acceptance_rate(progress: float, acceptance_end: float = 1.0) -> float:
     """The share of labels to accept: linear from 0 to 1 over the first `acceptance_end` of the training.
 
@@ -226,47 +188,6 @@ def accepted_count(rate: float, n: int) -> int:
     return max(0, math.ceil(rate * n - 1e-12 * n))
 
 
-def scale_levels(levels: Sequence[int], n: int) -> tuple[int, ...]:
-    """The levels themselves if none has more than n clusters, else scaled down so that the largest has n.
-
-    Ratios are kept up to rounding down; no level goes below 2 clusters (1 where n is 1).
-
-    Raises:
-        ValueError: levels are not positive integers, or n is below 1.
-    """
-    levels = _check_levels(levels)
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    largest = max(levels)
-    if largest <= n:
-        return levels
-    return tuple(min(n, max(2, level * n // largest)) for level in levels)
-
-
-def _of_level(progress: Progress | None, level: int) -> Callable[[int, float], object] | None:
-    if progress is None:
-        return None
-    return lambda iteration, inertia: progress(level, iteration, inertia)
-
-
-def _check_levels(levels: Sequence[int]) -> tuple[int, ...]:
-    levels = tuple(levels)
-    if not levels or not all(isinstance(level, int) and level >= 1 for level in levels):
-        raise ValueError(f"levels must be positive integers, at least one of them, got {levels}")
-    return levels
-
-
 def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in 0..1, got {value}")
-
-
-def _check_unit_rows(features: Tensor) -> None:
-    norms = check_rows("features", features)
-    off = ((norms - 1).abs() > UNIT_TOLERANCE).nonzero()
-    if len(off):
-        row = int(off[0])
-        raise ValueError(
-            f"features must have rows of length 1, but row {row} has length {float(norms[row]):.3g}: "
-            "pass torch.nn.functional.normalize(features)"
-        )

@@ -109,9 +109,10 @@ class Trainer:
         if distributed.world_size() > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
         while self.epoch < self.config.optim.epochs:
-            if self.step_in_epoch == 0 and self.labeller.due(self.epoch):
-                self.labeller.renew(self.epoch, self.model.feature_encoder, self.autocast, self.unreadable)
-                if self.queue is not None:
+            if self.step_in_epoch == 0:
+                encoder = self.model.feature_encoder
+                renewed = self.labeller.start_epoch(self.epoch, encoder, self.autocast, self.unreadable)
+                if renewed and self.queue is not None:
                     self.queue.relabel(self.labeller.accepted)
             indices = self._train_epoch(loader, model)
             self._end_epoch(indices)

@@ -57,19 +57,23 @@ def test_collectives_and_shuffled_batch_norm(ranks, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("negatives, features", [("queue", "fresh"), ("in-batch", "bank")])
-def test_two_ranks_train_one_run(negatives, features, digit_folder, tmp_path):
+@pytest.mark.parametrize(
+    "negatives, features, more",
+    [("queue", "fresh", []), ("in-batch", "bank", []), ("queue", "bank", ["--cluster-async", "--epochs", 5])],
+)
+def test_two_ranks_train_one_run(negatives, features, more, digit_folder, tmp_path):
     out, script = tmp_path / "run", tmp_path / "train.py"
     script.write_text("from ifnd_fast.cli import train\ntrain()\n")
     done = torchrun(2, script, "--data", digit_folder, "--out", out, *TINY, "--negatives", negatives,
-                    "--features", features, "--warm-iterations", 4)  # fmt: skip
+                    "--features", features, "--warm-iterations", 4, *more)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    epochs = 5 if more else 3
+    assert [line["epoch"] for line in lines] == list(range(1, epochs + 1))
     assert sum(lines[-1]["false_negatives_per_query"]) > 0
     assert len(lines[-1]["cluster_agreement"]) == 2 and lines[-1]["cluster_empty"] == [0, 0]
     assert all(1 <= len(inertia) <= 4 for inertia in lines[-1]["cluster_inertia"])  # the second clustering is warm
-    assert done.stdout.count("epoch 3/3") == 1
+    assert done.stdout.count(f"epoch {epochs}/{epochs}") == 1
     state = torch.load(sorted(out.glob("checkpoints/*.pt"))[-1], weights_only=True)
     if negatives == "queue":
         # the last two steps of 32 images, of both ranks, each image with its own current label

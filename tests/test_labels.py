@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from ifnd_fast.labels import PseudoLabels, acceptance_rate, accepted_count, scale_levels
+from ifnd_fast.labels import PseudoLabels, acceptance_rate, accepted_count
 
 
 def features(n: int = 120, d: int = 8, seed: int = 0) -> torch.Tensor:
@@ -128,18 +128,6 @@ def test_acceptance_rate(progress, end, rate):
     assert acceptance_rate(progress, end) == rate
 
 
-@settings(max_examples=100)
-@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=4), st.integers(1, 10**6))
-def test_scale_levels(levels, n):
-    scaled = scale_levels(levels, n)
-    if max(levels) <= n:
-        assert scaled == tuple(levels)
-    else:
-        assert max(scaled) == n and min(scaled) >= min(2, n)
-        for level, now in zip(levels, scaled, strict=True):
-            assert now <= max(2, level * n / max(levels)) < now + 1 or now == min(2, n)
-
-
 # --- state ------------------------------------------------------------------------------------------------
 
 
@@ -197,8 +185,6 @@ def test_a_failed_fit_changes_nothing():
 def test_unfit_levels(levels):
     with pytest.raises(ValueError, match="levels must be positive integers"):
         PseudoLabels(levels)
-    with pytest.raises(ValueError, match="levels must be positive integers"):
-        scale_levels(levels, 10)
 
 
 def test_unfit_numbers():
@@ -213,8 +199,6 @@ def test_unfit_numbers():
             acceptance_rate(rate)
     with pytest.raises(ValueError, match="acceptance_end"):
         acceptance_rate(0.5, 0)
-    with pytest.raises(ValueError, match="n must be"):
-        scale_levels((3,), 0)
 
 
 def test_a_warm_start_follows_features_that_moved():

@@ -97,6 +97,41 @@ def test_tensorboard_gets_the_same_figures(digit_folder, tmp_path):
     assert "false_negatives_per_query/level_1" in events.Tags()["scalars"]
 
 
+@pytest.mark.parametrize("options", [[], ["--features", "bank"]])
+def test_async_clustering_is_an_epoch_late(options, digit_folder, tmp_path):
+    """Labels clustered before an epoch are in use after it, as many as that epoch accepts, and not earlier."""
+    trainer = new(tmp_path / "run", digit_folder, "--cluster-async", "--epochs", 4, *options)
+    labeller, used = trainer.labeller, []
+    train_epoch = trainer._train_epoch
+
+    def watched(*args):
+        began = labeller.background is not None
+        used.append((began, labeller.acceptance_rate, labeller.accepted.clone()))
+        return train_epoch(*args)
+
+    trainer._train_epoch = watched
+    trainer.fit()
+    assert [began for began, *_ in used] == [False, True, True, False]  # those of the last epoch would be too late
+    assert [rate for _, rate, _ in used] == pytest.approx([0, 0, 1, 1])
+    assert (used[1][2] == -1).all() and (used[2][2] >= 0).float().mean() > 0.75
+    assert not torch.equal(used[2][2], used[3][2])
+    lines = metrics(tmp_path / "run")
+    assert "cluster_largest" not in lines[1] and len(lines[2]["cluster_level_seconds"]) == 2
+    seen = int((used[2][2] >= 0).all(1).sum())
+    assert lines[2]["cluster_level_bytes"] == [4 * 16 * clusters + 8 * seen for clusters in (3, 6)]
+
+
+def test_what_fails_in_the_background_fails_the_run(digit_folder, tmp_path):
+    trainer = new(tmp_path / "run", digit_folder, "--cluster-async")
+
+    def fit(*_, **__):
+        raise ValueError("too few")
+
+    trainer.labeller.pseudo_labels.fit = fit
+    with pytest.raises(CommandError, match="clustering failed after epoch 1: too few"):
+        trainer.fit()
+
+
 def test_backbone_is_torchvisions(digit_folder, tmp_path):
     trainer = new(tmp_path / "run", digit_folder, "--arch", "resnet18", "--stem", "imagenet", "--width", 64,
                   "--image-size", 32, "--epochs", 1)  # fmt: skip
@@ -110,7 +145,10 @@ def test_backbone_is_torchvisions(digit_folder, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--features", "bank"], ["--negatives", "in-batch"], ["--false-negatives", "attract", "--workers", 1]],
+    [
+        [], ["--features", "bank"], ["--negatives", "in-batch"], ["--false-negatives", "attract", "--workers", 1],
+        ["--cluster-async", "--epochs", 4],
+    ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(options, digit_folder, tmp_path):
     """Stopped after its 5th step (in the second epoch, two checkpoints into it), started again in new objects."""
@@ -141,7 +179,7 @@ def test_a_resumed_run_ends_with_the_same_bits(options, digit_folder, tmp_path):
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     assert torch.equal(whole.labeller.accepted, resumed.labeller.accepted)
-    ignored = {"images_per_second", "seconds", "feature_seconds", "cluster_seconds"}
+    ignored = {"images_per_second", "seconds", "feature_seconds", "cluster_seconds", "cluster_level_seconds"}
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
         assert {k: v for k, v in a.items() if k not in ignored} == {
             k: v for k, v in b.items() if k not in ignored

@@ -1,0 +1,162 @@
+"""Clustering at several granularities at once: labels and confidence of every image at each of L levels.
+
+Chen et al., Incremental False Negative Detection for Contrastive Learning, ICLR 2022, section 3.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ifnd_fast import distributed as ranks
+from ifnd_fast.distributed import Shards
+from ifnd_fast.kmeans import KMeans, as_matrix, centroids_of, check_rows, operator_chunks
+from ifnd_fast.ops import assign_clusters, checks
+
+Progress = Callable[[int, int, float], object]
+
+UNIT_TOLERANCE = 1e-2  # of a row's length: bfloat16 rounds a unit row by up to 0.4 %
+
+
+class Level(NamedTuple):
+    """One level of C clusters: what was found and what it took."""
+
+    centroids: Tensor  # (C, D) float32, of unit length
+    labels: Tensor  # (N,) int32, the nearest centroid (the lowest among equals); of a rank's own rows
+    confidence: Tensor  # (N,) float32, above 0 and up to 1
+    n_iter: int  # Lloyd iterations
+    inertia: float  # of all rows and k-means' own centroids, before they were scaled to unit length
+    seconds: float  # k-means and the pass for labels and confidence
+    bytes: int  # of the three tensors
+
+
+@torch.no_grad()
+def cluster_levels(
+    features: Tensor,
+    levels: Sequence[int],
+    *,
+    temperature: float = 0.2,
+    max_iter: int = 20,
+    n_init: int = 1,
+    engine: str = "auto",
+    spherical: bool = False,
+    seed: int = 0,
+    distributed: bool = False,
+    previous: Tensor | None = None,
+    progress: Progress | None = None,
+) -> list[Level]:
+    """Cluster unit features at every level, and rate each label's confidence.
+
+    At level l, k-means with C_l clusters gives the centroids c_j, which are then L2-normalised. Image i with
+    feature z_i gets
+
+        label       y_l(i)     = argmax_j z_i.c_j                                   (ties: the lowest j)
+        confidence  kappa_l(i) = exp(z_i.c_y / tau) / sum_j exp(z_i.c_j / tau),     y = y_l(i)
+
+    The levels share the features, which stay where they are, and are swept one level after another: a sweep does
+    2 C operations for each number it reads, so that reading once for several levels would gain nothing from some
+    hundred clusters on.
+
+    Args:
+        features: (N, D) with L2-normalised rows; float32, float16 or bfloat16.
+        levels: C_l, the number of clusters of each level, such as (25000, 50000, 100000).
+        temperature: tau of the confidence, above 0.
+        max_iter, n_init, engine, spherical: of `ifnd_fast.KMeans`.
+        seed: of the first level's k-means; level l uses seed + l.
+        distributed: the features are this rank's share of all rows, as for `ifnd_fast.KMeans`.
+        previous: (N, L) int32 labels of these images from an earlier clustering, -1 for none; k-means starts from
+            the means of their features now, instead of from new draws, and needs fewer iterations.
+        progress: called as progress(level, iteration, inertia), levels from 0 and iterations from 1.
+
+    Raises:
+        TypeError, ValueError: a parameter is unfit, features are not finite unit rows, N is below the largest level
+            or there are fewer distinct rows than that (see `scale_levels`).
+    """
+    levels, temperature = check_levels(levels), checks.temperature(temperature)
+    with ranks.agreed(distributed):
+        features = as_matrix("features", features)
+    shards = Shards(len(features), features.device, distributed)
+    with ranks.agreed(distributed):
+        _check_features(features, levels, shards.total)
+        wanted = (len(features), len(levels))
+        if previous is not None and previous.shape != wanted:
+            raise ValueError(f"previous must have shape (N, L) = {wanted}, got {tuple(previous.shape)}")
+    found = []
+    for level, n_clusters in enumerate(levels):
+        started = time.perf_counter()
+        kmeans = KMeans(
+            n_clusters, max_iter=max_iter, n_init=n_init, seed=seed + level, spherical=spherical, engine=engine,
+            distributed=distributed,
+        )  # fmt: skip
+        start = None
+        if previous is not None:
+            start = centroids_of(features, previous[:, level].contiguous(), n_clusters, spherical, shards)
+        kmeans.fit(features, init=start, callback=_of_level(progress, level))
+        centroids = F.normalize(kmeans.cluster_centers_)
+        result = centroids, *assign_with_confidence(features, centroids, temperature)
+        if features.device.type == "cuda":
+            torch.cuda.current_stream(features.device).synchronize()  # or the seconds would be of the launches
+        size = sum(tensor.nbytes for tensor in result)
+        found.append(Level(*result, kmeans.n_iter_, kmeans.inertia_, time.perf_counter() - started, size))
+    return found
+
+
+def assign_with_confidence(features: Tensor, centroids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Label (N,) int32 and confidence (N,) float32 of unit rows among unit centroids."""
+    centroids = centroids.to(features.dtype)
+    labels = torch.empty(len(features), dtype=torch.int32, device=features.device)
+    confidence = torch.empty(len(features), device=features.device)
+    for part in operator_chunks(features, len(centroids), features.dtype):
+        labels[part], confidence[part] = assign_clusters(features[part], centroids, temperature=temperature)
+    return labels, confidence
+
+
+def scale_levels(levels: Sequence[int], n: int) -> tuple[int, ...]:
+    """The levels themselves if none has more than n clusters, else scaled down so that the largest has n.
+
+    Ratios are kept up to rounding down; no level goes below 2 clusters (1 where n is 1).
+
+    Raises:
+        ValueError: levels are not positive integers, or n is below 1.
+    """
+    levels = check_levels(levels)
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    largest = max(levels)
+    if largest <= n:
+        return levels
+    return tuple(min(n, max(2, level * n // largest)) for level in levels)
+
+
+def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
+    levels = tuple(levels)
+    if not levels or not all(isinstance(level, int) and level >= 1 for level in levels):
+        raise ValueError(f"levels must be positive integers, at least one of them, got {levels}")
+    return levels
+
+
+def _of_level(progress: Progress | None, level: int) -> Callable[[int, float], object] | None:
+    if progress is None:
+        return None
+    return lambda iteration, inertia: progress(level, iteration, inertia)
+
+
+def _check_features(features: Tensor, levels: tuple[int, ...], total: int) -> None:
+    if total < max(levels):
+        raise ValueError(
+            f"features has {total} rows, fewer than the clusters of levels={levels}: "
+            "pass levels=scale_levels(levels, N)"
+        )
+    norms = check_rows("features", features)
+    off = ((norms - 1).abs() > UNIT_TOLERANCE).nonzero()
+    if len(off):
+        row = int(off[0])
+        raise ValueError(
+            f"features must have rows of length 1, but row {row} has length {float(norms[row]):.3g}: "
+            "pass torch.nn.functional.normalize(features)"
+        )
