@@ -21,16 +21,21 @@ def resident_peak() -> int:
         return 1024 * int(status.read().partition("VmHWM:")[2].split()[0])
 
 
+def new_peak() -> int:
+    """The resident size now, from which the peak counts anew."""
+    ctypes.CDLL(None).malloc_trim(0)  # else freed memory would hide what a call takes
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return resident_peak()
+
+
 def measure(name: str, keys: int) -> int:
     loss = fused_with("cpu") if name == "fused" else implementation_of(name, lambda *_: "cpu", torch.float32)
 
     def step(K: int) -> None:
         batch = queue_batch(B, K, D, LEVELS, torch.float32, torch.device("cpu"))
         nonlocal before
-        ctypes.CDLL(None).malloc_trim(0)  # else freed memory would hide what the call takes
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-        before = resident_peak()
+        before = new_peak()
         torch.autograd.grad(loss(*batch[:3], *batch.labels_and_ids), batch.query)
 
     before = 0

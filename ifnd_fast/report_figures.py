@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,8 @@ def draw_figures(epochs: Epochs, result: Mapping[str, Any], levels: Sequence[str
             _draw("acceptance", _acceptance, epochs),
             _draw("false-negatives", _false_negatives, epochs, levels),
             _draw("precision-recall", _precision_recall, epochs, levels),
+            _draw("clusters", _clusters, epochs, levels),
+            _draw("inertia", _inertia, epochs, levels),
         ]
     pictures.append(_draw("time", _time, epochs))
     return [picture for picture in pictures if picture]
@@ -151,12 +154,47 @@ def _false_negatives(figure: Figure, epochs: Epochs, names: Sequence[str]) -> tu
 
 
 def _precision_recall(figure: Figure, epochs: Epochs, names: Sequence[str]) -> tuple[str, str, str] | None:
+    whats = {"precision": "false_negative_precision", "recall": "false_negative_recall"}
+    alt = _percent_panels(figure, epochs, names, whats)
+    caption = "Share of the detected false negatives that truly are, and share of the true ones detected."
+    return ("Precision and recall of detection", caption, alt) if alt else None
+
+
+def _clusters(figure: Figure, epochs: Epochs, names: Sequence[str]) -> tuple[str, str, str] | None:
+    whats = {"images in the largest 1%": "cluster_largest", "agreement with the last": "cluster_agreement"}
+    alt = _percent_panels(figure, epochs, names, whats)
+    caption = (
+        "Share of the images in the largest 1% of the clusters (at least one cluster), and the adjusted mutual "
+        "information of each clustering with the one before."
+    )
+    return ("Balance and agreement of clusters", caption, alt) if alt else None
+
+
+def _inertia(figure: Figure, epochs: Epochs, names: Sequence[str]) -> tuple[str, str, str] | None:
+    """Of the last clustering, an iteration a point."""
+    iterations = epochs[-1].get("cluster_inertia")
+    if not isinstance(iterations, list) or not all(isinstance(found, list) for found in iterations):
+        return None
+    steps = [{"epoch": i + 1, "found": list(found)} for i, found in enumerate(itertools.zip_longest(*iterations))]
+    levels = _level_series(steps, "found", names)
+    if not levels:
+        return None
+    axes = figure.subplots()
+    alt = _lines(axes, levels, "{:.3f}", "inertia", "iteration")
+    axes.set(ylabel="mean squared distance", xlabel="iteration of k-means", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _legend(axes)
+    return "Inertia of the last clustering", "Mean squared distance of the features to their centroid.", alt
+
+
+def _percent_panels(figure: Figure, epochs: Epochs, names: Sequence[str], whats: Mapping[str, str]) -> str:
+    """A panel for each of `whats`, {name: key}, that has numbers, side by side; the text, empty where none has."""
     panels = []
-    for what in ("precision", "recall"):
-        if levels := _level_series(epochs, f"false_negative_{what}", names):
+    for what, key in whats.items():
+        if levels := _level_series(epochs, key, names):
             panels.append((what, levels))
     if not panels:
-        return None
+        return ""
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     alts = []
     for axes, (what, levels) in zip(grid, panels, strict=True):
@@ -165,8 +203,7 @@ def _precision_recall(figure: Figure, epochs: Epochs, names: Sequence[str]) -> t
         _epoch_axis(axes, epochs)
     handles, labels = grid[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=4)
-    caption = "Share of the detected false negatives that truly are, and share of the true ones detected."
-    return "Precision and recall of detection", caption, " ".join(alts)
+    return " ".join(alts)
 
 
 def _time(figure: Figure, epochs: Epochs) -> tuple[str, str, str] | None:
@@ -221,10 +258,10 @@ def _level_series(epochs: Epochs, key: str, names: Sequence[str]) -> list[tuple[
     return [item for item in found if item[2][0]]
 
 
-def _lines(axes: Axes, levels: list[tuple[int, str, Series]], form: str, what: str) -> str:
-    for level, name, (epoch, y) in levels:
-        _line(axes, epoch, y, level, label=name)
-    return " ".join(_tell(f"{what} at {name}", epoch, y, form) for _, name, (epoch, y) in levels)
+def _lines(axes: Axes, levels: list[tuple[int, str, Series]], form: str, what: str, at: str = "epoch") -> str:
+    for level, name, (x, y) in levels:
+        _line(axes, x, y, level, label=name)
+    return " ".join(_tell(f"{what} at {name}", x, y, form, at) for _, name, (x, y) in levels)
 
 
 def _line(axes: Axes, x: list[float], y: list[float], style: int, **options: Any) -> None:
@@ -253,11 +290,11 @@ def _percent_axis(axes: Axes, label: str) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def _tell(what: str, epoch: list[float], y: list[float], form: str) -> str:
+def _tell(what: str, x: list[float], y: list[float], form: str, at: str = "epoch") -> str:
     start, end = form.format(y[0]), form.format(y[-1])
     if len(y) == 1:
-        return f"{what[0].upper()}{what[1:]}: {end} at epoch {epoch[-1]:.0f}."
-    return f"{what[0].upper()}{what[1:]}: {start} at epoch {epoch[0]:.0f}, {end} at epoch {epoch[-1]:.0f}."
+        return f"{what[0].upper()}{what[1:]}: {end} at {at} {x[-1]:.0f}."
+    return f"{what[0].upper()}{what[1:]}: {start} at {at} {x[0]:.0f}, {end} at {at} {x[-1]:.0f}."
 
 
 def _draw(name: str, draw: Callable[..., tuple[str, str, str] | None], *data: Any) -> Picture | None:

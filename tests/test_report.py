@@ -25,7 +25,7 @@ from ifnd_fast.train import Trainer
 
 FIGURES = [
     "Loss", "kNN accuracy", "Acceptance rate", "False negatives per query",
-    "Precision and recall of detection", "Time",
+    "Precision and recall of detection", "Balance and agreement of clusters", "Inertia of the last clustering", "Time",
 ]  # fmt: skip
 CLASSES, PER_CLASS, LEVELS = 3, 20, (3, 6)
 N = CLASSES * PER_CLASS
@@ -40,6 +40,8 @@ def epoch_line(epoch: int, epochs: int = 6) -> dict:
         "feature_seconds": 1.0, "cluster_seconds": 0.5,
         "false_negative_precision": [None if epoch == 1 else 0.8, 0.9],
         "false_negative_recall": [0.5, 0.25], **({"knn_top1": 80 + epoch} if epoch % 2 == 0 else {}),
+        "cluster_largest": [0.4, 0.2], **({"cluster_agreement": [0.6, min(1.0, 0.1 * epoch)]} if epoch > 1 else {}),
+        "cluster_inertia": [[0.5, 0.3, 0.25], [0.4, 0.2]],
     }  # fmt: skip
 
 
@@ -193,7 +195,7 @@ def test_a_run_in_progress(make_run):
 
 def test_one_epoch_without_labels(make_run):
     line = {
-        k: v for k, v in epoch_line(1).items() if "knn" not in k and "cision" not in k and "recall" not in k
+        k: v for k, v in epoch_line(1).items() if not any(part in k for part in ("knn", "cision", "recall", "cluster_"))
     }
     out = make_run(lines=[line], result=False, data=make_run.images(classes=False), state={"result": {}})
     page = write_report(out).read_text()
@@ -382,6 +384,11 @@ def test_figures_tell_the_numbers():
         in told["Precision and recall of detection"].lower()
     )
     assert told["Precision and recall of detection"].startswith("Precision at 3 clusters: 80% at epoch 2.")
+    assert told["Balance and agreement of clusters"].endswith("Agreement with the last at 6 clusters: 20% at epoch 2.")
+    assert told["Inertia of the last clustering"] == (
+        "Inertia at 3 clusters: 0.500 at iteration 1, 0.250 at iteration 3. "
+        "Inertia at 6 clusters: 0.400 at iteration 1, 0.200 at iteration 2."
+    )
     assert told["Time"].endswith("training 73%, features 18%, clustering 9%.")
 
 
