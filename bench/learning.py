@@ -1,6 +1,7 @@
 """python bench/learning.py: train every false-negative strategy on the demo data with paired seeds.
 
-Writes bench/results/learning.md: kNN top-1 of each strategy (mean, standard deviation, gain over keep by seed).
+Writes bench/results/learning.md: kNN top-1 of each strategy (mean, standard deviation, gain over keep by seed) and the
+seconds that labels take. A strategy can bring options of its own, "eliminate --features bank".
 Finished runs under --runs are not trained again, so an interrupted comparison goes on where it stopped.
 """
 
@@ -10,12 +11,15 @@ import datetime
 import json
 import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -32,19 +36,19 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds, the same for every strategy"""
     strategies: tuple[str, ...] = ("keep", "eliminate", "attract", "oracle")
-    """strategies; gains are over the first"""
+    """strategies, each with further options of ifnd-fast-train where wanted; gains are over the first"""
     jobs: int = 1
     """runs at a time; with several, each computes on its share of the cores"""
     epochs: int | None = None
     """epochs of each run; default: the demo's"""
-    write: bool = True
-    """write bench/results/learning.md, besides printing it"""
+    result: Path = RESULTS
+    """file for the tables, which are printed too"""
 
 
 def train(out: Path, strategy: str, seed: int, options: Options) -> dict[str, float]:
     """The result of a run of ifnd-fast-train, trained, resumed or read."""
     if not (out / "result.json").exists():
-        arguments = ["--out", out, "--false-negatives", strategy, "--seed", seed]
+        arguments = ["--out", out, "--false-negatives", *shlex.split(strategy), "--seed", seed]
         arguments += [] if options.epochs is None else ["--epochs", options.epochs]
         if list(out.glob("checkpoints/*.pt")):
             arguments = ["--resume", "--out", out]
@@ -54,9 +58,17 @@ def train(out: Path, strategy: str, seed: int, options: Options) -> dict[str, fl
     return json.loads((out / "result.json").read_text())
 
 
+def folder(options: Options, strategy: str, seed: int) -> Path:
+    return options.runs / f"{re.sub('[^a-z0-9]+', '-', strategy)}-{seed}"
+
+
+def epochs(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def detection(out: Path) -> str:
     """Precision and recall of the run's last epoch, by level."""
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    last = epochs(out)[-1]
 
     def shares(name: str) -> str:
         return " ".join("-" if share is None else f"{share:.2f}" for share in last[name])
@@ -64,10 +76,15 @@ def detection(out: Path) -> str:
     return f"{shares('false_negative_precision')} | {shares('false_negative_recall')}"
 
 
+def label_seconds(out: Path) -> float:
+    """That the run's training waited for features and clustering, in all."""
+    return sum(line["feature_seconds"] + line["cluster_seconds"] for line in epochs(out))
+
+
 def main(options: Options) -> None:
     with ThreadPoolExecutor(options.jobs) as pool:  # seed by seed, so that what is finished is paired
         futures = {
-            (strategy, seed): pool.submit(train, options.runs / f"{strategy}-{seed}", strategy, seed, options)
+            (strategy, seed): pool.submit(train, folder(options, strategy, seed), strategy, seed, options)
             for seed in options.seeds
             for strategy in options.strategies
         }
@@ -85,25 +102,25 @@ def main(options: Options) -> None:
         f"Weighted kNN (k = 20) top-1 in percent on the 1,000 test digits, {len(options.seeds)} paired seeds "
         f"({', '.join(map(str, options.seeds))}). Raw pixels: {first['knn_top1_raw_pixels']:.2f}; untrained encoders: "
         + " ".join(f"{result['knn_top1_untrained']:.2f}" for result in results[options.strategies[0]])
-        + ". Precision and recall of the detection by level, last epoch of the first seed.",
+        + ". Precision and recall of the detection by level, last epoch of the first seed. Label seconds: what "
+        "features and clustering took of a run's time, mean.",
         "",
-        f"| strategy | mean (sd) | by seed | gain over {options.strategies[0]} | precision | recall |",
-        "|---|---|---|---|---|---|",
+        f"| strategy | mean (sd) | by seed | gain over {options.strategies[0]} | precision | recall | label seconds |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for strategy, runs in results.items():
         accuracies = [run["knn_top1"] for run in runs]
         spread = f" ({statistics.stdev(accuracies):.2f})" if len(accuracies) > 1 else ""
+        label_time = statistics.mean(label_seconds(folder(options, strategy, seed)) for seed in options.seeds)
         gains = " ".join(f"{a - b:+.2f}" for a, b in zip(accuracies, base, strict=True))
         lines.append(
             f"| {strategy} | {statistics.mean(accuracies):.2f}{spread} | "
             + " ".join(f"{accuracy:.2f}" for accuracy in accuracies)
-            + f" | {gains} | {detection(options.runs / f'{strategy}-{options.seeds[0]}')} |"
+            + f" | {gains} | {detection(folder(options, strategy, options.seeds[0]))} | {label_time:.1f} |"
         )
     text = "\n".join(lines) + "\n"
     print(text)
-    if options.write:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(text)
+    options.result.write_text(text)
 
 
 if __name__ == "__main__":
