@@ -222,15 +222,14 @@ def lloyd(
     """Lloyd's algorithm from the given centroids; the labels are those of the centroids returned.
 
     Clusters settle long before the last one does, and a centroid whose rows stayed is the same to the bit. So an
-    iteration compares rows of settled clusters with the centroids that moved alone (`reassign`).
+    iteration compares rows of settled clusters with the centroids that moved alone.
     """
     shards = shards or Shards(len(x), x.device, together=False)
     moved = torch.ones(len(centroids), dtype=torch.bool, device=x.device)
-    labels = distances = torch.empty(0)
+    labels = distances = torch.empty(0)  # of no use while all centroids have moved
     previous_labels, previous_inertia = None, torch.inf
     for iteration in range(1, max_iter + 1):
-        few = x.dtype == torch.float32 and float(moved.float().mean()) < FEW_MOVED
-        labels = reassign(x, labels, distances, centroids, moved) if few else assign(x, centroids)
+        labels = reassign(x, labels, distances, centroids, moved)
         sums, counts, distances = cluster_sums(x, labels, centroids)
         sums, counts, inertia = add_ranks(sums, counts, distances, shards)
         if callback is not None:
@@ -238,31 +237,36 @@ def lloyd(
         # The previous centroids came from these very labels (and refills, which change labels).
         same = previous_labels is not None and torch.equal(labels, previous_labels)
         if shards.every(same, x.device):
-            return Clustering(centroids, assign(x, centroids) if few else labels, iteration)
+            return Clustering(centroids, labels, iteration)
         updated = repair(x, distances, update(sums, counts, centroids, spherical), counts, shards)
         moved, centroids = (updated != centroids).any(dim=1), updated
         if tol > 0 and previous_inertia - inertia <= tol * previous_inertia < torch.inf:
             break
         previous_labels, previous_inertia = labels, inertia
-    return Clustering(centroids, assign(x, centroids), iteration)
+    return Clustering(centroids, reassign(x, labels, distances, centroids, moved), iteration)
 
 
 def reassign(x: Tensor, labels: Tensor, distances: Tensor, centroids: Tensor, moved: Tensor) -> Tensor:
-    """Nearest centroids (N,) int32 after some have `moved` (C,), from those before.
+    """`assign(x, centroids)`, (N,) int32, after some centroids have `moved` (C,), from the rows' nearest before.
 
-    `labels` (N,) and squared `distances` (N,) are the rows' nearest before the move. A row whose own centroid stood
-    still is nearest to it or to one that moved: to no other, as these were no nearer before either.
+    `labels` (N,) and squared `distances` (N,) are of those. A row whose own centroid stood still is nearest to it or
+    to one that moved: to no other, as these were no nearer before either. Rows that rounding could decide otherwise
+    are compared with all centroids, so that the labels are the same to the bit.
     """
+    if x.dtype != torch.float32 or float(moved.float().mean()) >= FEW_MOVED or _shift(centroids) is not None:
+        return assign(x, centroids)
     movers = moved.nonzero().flatten()
     if len(movers) == 0:
         return labels
     nearest = movers.int()[assign(x, centroids[movers])]
     to_nearest = squared_distances(x, nearest, centroids)
-    nearer = (to_nearest < distances) | ((to_nearest == distances) & (nearest < labels))
-    nearest = torch.where(nearer, nearest, labels)
-    lost = moved[labels].nonzero().flatten()
-    if len(lost):
-        nearest[lost] = assign(x[lost], centroids)
+    # |x|, |c| <= |x - c| + max |c|, and a sum of D products is off by at most D eps |x| |c|.
+    length = torch.maximum(distances, to_nearest).sqrt_().add_(centroids.norm(dim=1).max())
+    rounding = length.square_().mul_(4 * x.shape[1] * torch.finfo(torch.float32).eps)
+    unsure = (moved[labels] | ((to_nearest - distances).abs() <= rounding)).nonzero().flatten()
+    nearest = torch.where(to_nearest < distances, nearest, labels)
+    if len(unsure):
+        nearest[unsure] = assign(x[unsure], centroids)
     return nearest
 
 
@@ -348,6 +352,7 @@ def initial_centroids(
     pool, weights = _distinct_sample(x, n_clusters, generator, shards)
     squared = torch.full((len(pool),), 1.0, device=x.device)  # the first is drawn by weight alone
     chosen = torch.zeros(len(pool), dtype=torch.bool, device=x.device)
+    only = torch.zeros(len(pool), dtype=torch.int32, device=x.device)  # the label where there is one centroid
     count, picks = 0, []
     while count < n_clusters:
         batch = min(max(1, count // INIT_GROWTH), n_clusters - count)
@@ -356,7 +361,8 @@ def initial_centroids(
         race = torch.empty(len(pool), dtype=torch.float64).exponential_(generator=generator).to(x.device)
         log_weight = (weights * squared.double()).clamp_min(1e-300).log().masked_fill(chosen, -torch.inf)
         pick = (log_weight - race.log()).topk(batch).indices
-        nearest = squared_distances(pool, assign(pool, pool[pick]), pool[pick])
+        labels = assign(pool, pool[pick]) if batch > 1 else only
+        nearest = squared_distances(pool, labels, pool[pick])
         squared = nearest if count == 0 else torch.minimum(squared, nearest)
         chosen[pick] = True
         picks.append(pick)
@@ -406,18 +412,23 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     The operator compares x.c - |c|^2 / 2, which loses digits when the data lie far from the origin. Distances
     don't change when both sides are shifted, so then rows are centred chunk by chunk, in float32.
     """
-    shift = centroids.mean(0)
-    spread = (centroids - shift).square().sum(1).mean()
-    centre = bool(shift.square().sum() > SHIFT_RATIO * spread)
-    dtype = torch.float32 if centre else x.dtype
-    centroids = (centroids - shift if centre else centroids).to(dtype)
+    shift = _shift(centroids)
+    dtype = x.dtype if shift is None else torch.float32
+    centroids = (centroids if shift is None else centroids - shift).to(dtype)
 
     labels = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    for part in operator_chunks(x, len(centroids), dtype, chunk_rows(x) if centre else None):
-        features = x[part].float() - shift if centre else x[part]
+    for part in operator_chunks(x, len(centroids), dtype, None if shift is None else chunk_rows(x)):
+        features = x[part] if shift is None else x[part].float() - shift
         nearest = assign_clusters(features, centroids, metric="l2", return_confidence=False)
         labels[part] = cast(Tensor, nearest)
     return labels
+
+
+def _shift(centroids: Tensor) -> Tensor | None:
+    """Their mean (D,), where they lie so far from the origin that it has to be taken off."""
+    shift = centroids.mean(0)
+    spread = (centroids - shift).square().sum(1).mean()
+    return shift if bool(shift.square().sum() > SHIFT_RATIO * spread) else None
 
 
 def centroids_of(

@@ -273,6 +273,7 @@ def test_settled_clusters_change_nothing_but_the_time(spherical, monkeypatch):
     reassign = kmeans.reassign
     monkeypatch.setattr(kmeans, "reassign", lambda *given: calls.append(given[-1]) or reassign(*given))
     quick = kmeans.lloyd(x, start, 50, spherical=spherical)
+    calls = [moved for moved in calls if not moved.all()]
     assert len(calls) > 5 and any(0 < moved.sum() < 30 for moved in calls)
     assert torch.equal(quick.labels, plain.labels) and torch.equal(quick.centroids, plain.centroids)
     assert quick.n_iter == plain.n_iter
