@@ -37,6 +37,15 @@ def pick_amp(amp: str, device: torch.device) -> torch.dtype | None:
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]
 
 
+def pick_contrast_dtype(amp: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of queries, keys, queue and clustered features.
+
+    float16 on GPUs with mixed precision: half the bytes and tensor cores at their full rate; for numbers up to 1 it is
+    finer than bfloat16. A CPU computes it no faster.
+    """
+    return torch.float16 if device.type == "cuda" and amp is not None else torch.float32
+
+
 def leave_cores_to_workers(device: torch.device, workers: int) -> None:
     """Compute on as many threads fewer as there are loading processes, at least one; OMP_NUM_THREADS overrides.
 

@@ -5,6 +5,7 @@ Without torch.distributed everything here is the identity on one rank.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -68,6 +69,29 @@ def all_gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous(), group=_group())
     return torch.cat(parts)
+
+
+def all_gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`all_gather` of several tensors of B rows each, of any dtypes, in one collective."""
+    if world_size() == 1:
+        return tensors
+    parts = [tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8) for tensor in tensors]
+    everyones = all_gather(torch.cat(parts, dim=1)).split([part.shape[1] for part in parts], dim=1)
+    return tuple(
+        rows.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
+        for rows, tensor in zip(everyones, tensors, strict=True)
+    )
+
+
+def same_everywhere(*tensors: Tensor) -> bool:
+    """Whether every rank has the same bits in these tensors, by a digest of 8 bytes; all ranks have to call it."""
+    if world_size() == 1:
+        return True
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+    own = torch.tensor([int.from_bytes(digest.digest(), "little", signed=True)], device=tensors[0].device)
+    return bool((all_gather(own) == own).all())
 
 
 def all_gather_with_grad(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Labeller:
         config: of the run.
         images: N training images.
         device: where labels and features live.
+        dtype: of the features.
 
     Attributes:
         levels: clusters at each of L levels; the oracle has one level, of the true classes.
@@ -45,8 +46,8 @@ class Labeller:
         UsageError: the oracle has no true labels; with --strict, fewer images than clusters.
     """
 
-    def __init__(self, config: Config, images: Images, device: torch.device):
-        self.config, self.images, self.device = config, images, device
+    def __init__(self, config: Config, images: Images, device: torch.device, dtype: torch.dtype = torch.float32):
+        self.config, self.images, self.device, self.dtype = config, images, device, dtype
         self.strategy = config.contrast.false_negatives
         self.clusters = self.strategy in ("eliminate", "attract")
         self.levels = self._levels()
@@ -72,7 +73,7 @@ class Labeller:
         self.group = distributed.new_group() if config.cluster.cluster_async else None
         uses_bank = self.clusters and config.cluster.features == "bank"
         # One row more than this rank's images: the keys of all others go there.
-        self.bank = torch.zeros(len(self.own) + 1, config.model.dim, device=device) if uses_bank else None
+        self.bank = torch.zeros(len(self.own) + 1, config.model.dim, dtype=dtype, device=device) if uses_bank else None
         self.seconds = {"feature_seconds": 0.0, "cluster_seconds": 0.0}  # that training waited in this epoch
 
     def _levels(self) -> tuple[int, ...]:
@@ -190,7 +191,7 @@ class Labeller:
         everyones = distributed.Shards(len(readable), self.device).gather(readable)
         for index in (~everyones).nonzero().flatten().tolist():
             unreadable.add(index)
-        return vectors, readable
+        return vectors.to(self.dtype), readable
 
     def _everywhere(self, holds: bool) -> bool:
         return distributed.Shards(len(self.own), self.device).every(holds, self.device)

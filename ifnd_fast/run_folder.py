@@ -54,10 +54,11 @@ def report_epoch(settings: Config, metrics: dict[str, Any]) -> None:
     """
     counts = " ".join(f"{count:.1f}" for count in metrics["false_negatives_per_query"])
     knn = f"  kNN {metrics['knn_top1']:.2f} %" if "knn_top1" in metrics else ""
+    skipped = f"  {metrics['skipped_steps']} steps skipped" if metrics.get("skipped_steps") else ""
     say(
         f"epoch {metrics['epoch']}/{settings.optim.epochs}  loss {metrics['loss']:.3f}"
         f"  accepted {metrics['acceptance_rate']:.0%}  false negatives/query {counts}"
-        f"  {metrics['images_per_second']:.0f} images/s{knn}"
+        f"  {metrics['images_per_second']:.0f} images/s{knn}{skipped}"
     )
     if distributed.rank() != 0:
         return

@@ -16,13 +16,16 @@ from ifnd_fast import checkpoint, distributed, features, run_folder
 from ifnd_fast.config import Config, OptimConfig, to_dict
 from ifnd_fast.console import progress, say
 from ifnd_fast.data import EpochBatches, Images, Unreadable, open_images, pair_loader, to_input
-from ifnd_fast.device import pick_amp, pick_device
+from ifnd_fast.device import pick_amp, pick_contrast_dtype, pick_device
 from ifnd_fast.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.evaluate.false_negatives import detection_statistics
 from ifnd_fast.labelling import Labeller
 from ifnd_fast.model import InBatch, MoCo, build
 from ifnd_fast.ops.info_nce import info_nce
 from ifnd_fast.queue import NegativeQueue
+
+# In order of computation: of what turns bad in one step, the first is named.
+WATCHED = ("the queries (the encoder's features) are", "the keys are", "the loss is")
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: OptimConfig) -> float:
@@ -47,9 +50,10 @@ class Trainer:
         self.config, self.out = config, config.run.out
         self.device = pick_device(config.run.device)
         self.amp = pick_amp(config.run.amp, self.device)
+        self.contrast_dtype = pick_contrast_dtype(self.amp, self.device)
         self.images, self.probe = self._open_images()
         self.unreadable = Unreadable(self.images, config.data.strict)
-        self.labeller = Labeller(config, self.images, self.device)
+        self.labeller = Labeller(config, self.images, self.device, self.contrast_dtype)
         self.batches = EpochBatches(
             len(self.images), config.optim.batch_size, config.run.seed, distributed.rank(), distributed.world_size()
         )
@@ -63,8 +67,10 @@ class Trainer:
             weight_decay=config.optim.weight_decay,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
+        self.updates = 0  # of the weights, in this process; the scaler skips those that would not be finite
+        self.optimizer.register_step_post_hook(self._count_update)
         self.epoch = self.step_in_epoch = self.step = 0
-        self.totals = {"loss": 0.0, "seconds": 0.0}  # of this epoch
+        self.totals = {"loss": 0.0, "seconds": 0.0, "skipped": 0.0}  # of this epoch
         self.seconds = 0.0  # of all epochs so far, also before a resume
         self.result: dict[str, float] = {}
 
@@ -87,7 +93,9 @@ class Trainer:
             groups = max(1, contrast.bn_groups // distributed.world_size())
             model: MoCo | InBatch = MoCo(self.encoder, contrast.momentum, groups)
             levels = len(self.labeller.levels)
-            queue: NegativeQueue | None = NegativeQueue(contrast.queue_size, self.config.model.dim, levels)
+            queue: NegativeQueue | None = NegativeQueue(
+                contrast.queue_size, self.config.model.dim, levels, self.contrast_dtype
+            )
         else:
             model, queue = InBatch(self.encoder), None
         if self.config.run.compile:
@@ -124,20 +132,20 @@ class Trainer:
         self.batches.start(self.epoch, self.step_in_epoch)
         self.model.train()
         loss_sum = torch.tensor(self.totals["loss"], dtype=torch.float64, device=self.device)
-        bad_step = torch.full((), torch.iinfo(torch.int64).max, device=self.device)
+        bad_steps = torch.full((len(WATCHED),), torch.iinfo(torch.int64).max, device=self.device)
         started = time.perf_counter()
         with progress(f"epoch {self.epoch + 1}/{self.config.optim.epochs}", n_steps, self.step_in_epoch) as advance:
             for view, other_view, indices, wanted in loader:
                 self.unreadable.note(indices, wanted)
-                loss, indices = self._train_step(model, view, other_view, indices)
+                loss, bad, indices = self._train_step(model, view, other_view, indices)
                 self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
                 loss_sum += loss
-                bad_step = torch.where(loss.isfinite(), bad_step, bad_step.clamp(max=self.step))
+                bad_steps = torch.where(bad, bad_steps.clamp(max=self.step), bad_steps)
                 look = self.device.type == "cpu" or self.step % 20 == 0  # at a GPU's loss only now and then:
                 advance(1, f"loss {loss.item():.3f}" if look else "")  # that waits for it
                 last = self.step_in_epoch == n_steps
                 if look or last:
-                    self._check_finite(bad_step)
+                    self._check_finite(bad_steps)
                 if last or self._checkpoint_due():
                     self.totals["loss"] = float(loss_sum)
                     self.totals["seconds"] += time.perf_counter() - started
@@ -148,8 +156,9 @@ class Trainer:
 
     def _train_step(
         self, model: nn.Module, view: Tensor, other_view: Tensor, indices: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """One update of the encoders and the queue; the loss, and the indices of every rank's images."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One update of the encoders and the queue; the loss, which of WATCHED are not finite, and the indices of
+        every rank's images."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, len(self.batches), self.config.optim)
         view, other_view = (
@@ -158,18 +167,25 @@ class Trainer:
         )
         indices = indices.to(self.device, non_blocking=True)
         with self.autocast():
-            query, key = model(view, other_view, shuffle_seed=self.step)
+            query, key = (out.to(self.contrast_dtype) for out in model(view, other_view, shuffle_seed=self.step))
         loss = self._loss(query, key, indices)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        updates = self.updates
         self.scaler.step(self.optimizer)
+        self.totals["skipped"] += updates == self.updates
         self.scaler.update()
         self.model.update_key_encoder()
-        keys, indices = distributed.all_gather(key.detach()), distributed.all_gather(indices)
+        keys, indices = distributed.all_gather_rows(key.detach(), indices)
         if self.queue is not None:
             self.queue.enqueue(keys, self.labeller.accepted[indices], indices)
         self.labeller.observe(keys, indices)
-        return distributed.sum_over_ranks(loss.detach().clone()) / distributed.world_size(), indices
+        bad = [(~watched.detach().isfinite()).any().float() for watched in (query, key, loss)]
+        sums = distributed.sum_over_ranks(torch.stack([loss.detach(), *bad]))
+        return sums[0] / distributed.world_size(), sums[1:] > 0, indices
+
+    def _count_update(self, *_: object) -> None:
+        self.updates += 1
 
     def _loss(self, query: Tensor, key: Tensor, indices: Tensor) -> Tensor:
         """IFND's loss against the queue, or against all views of the batch's other images (NT-Xent)."""
@@ -193,12 +209,13 @@ class Trainer:
             false_negatives="eliminate" if strategy == "oracle" else strategy,
         )
 
-    def _check_finite(self, bad_step: Tensor) -> None:
-        if int(bad_step) <= self.step:
+    def _check_finite(self, bad_steps: Tensor) -> None:
+        steps = bad_steps.tolist()
+        if min(steps) <= self.step:
             found = checkpoint.list_checkpoints(self.out)
             where = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
             raise NonFiniteError(
-                f"the loss is not finite at step {int(bad_step)}; {where}; "
+                f"{WATCHED[steps.index(min(steps))]} not finite at step {min(steps)}; {where}; "
                 "a lower --lr, --warmup-epochs or --amp off may help"
             )
 
@@ -231,6 +248,8 @@ class Trainer:
             if last:
                 self.result["knn_top1"] = metrics["knn_top1"]
         run_folder.report_epoch(self.config, metrics)
+        if self.queue is not None and not distributed.same_everywhere(*self.queue.negatives()):
+            raise CommandError(f"the ranks' queues differ after epoch {self.epoch}: a memory or network fault")
         self.seconds += self.totals["seconds"] + sum(self.labeller.seconds.values())
         for totals in (self.totals, self.labeller.seconds):
             totals.update(dict.fromkeys(totals, 0.0))
@@ -256,6 +275,7 @@ class Trainer:
             "images_per_second": n_steps * self.config.optim.batch_size / self.totals["seconds"],
             "seconds": self.totals["seconds"],
             **self.labeller.seconds,
+            **({"skipped_steps": int(self.totals["skipped"])} if self.scaler.is_enabled() else {}),
             **self.labeller.quality,
         }
 

@@ -22,6 +22,10 @@ x = torch.arange(4.0).view(2, 2) + 10 * r
 everyone = torch.cat([torch.arange(4.0).view(2, 2) + 10 * i for i in range(w)])
 assert torch.equal(d.all_gather(x), everyone)
 assert torch.equal(d.own_share(everyone), x)
+half, number = x.half() / 3, torch.arange(2) + 10 * r
+halves, numbers = d.all_gather_rows(half, number)
+assert torch.equal(halves, everyone.half() / 3) and torch.equal(numbers, d.all_gather(number))
+assert d.same_everywhere(halves, numbers) and not d.same_everywhere(half) and d.same_everywhere(numbers[:0])
 x.requires_grad_()
 weights = torch.arange(1.0, 2 * w + 1)[:, None] * (r + 1)
 (d.all_gather_with_grad(x) * weights).sum().backward()
@@ -47,6 +51,36 @@ def torchrun(ranks: int, *args: object) -> subprocess.CompletedProcess[str]:
          *map(str, args)],
         capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+LOSSES = """
+import sys
+from torch import nn
+
+class OfOneImage(nn.BatchNorm2d):  # normalises an image by itself, whatever the batch
+    def forward(self, x):
+        return nn.functional.group_norm(x, 1, self.weight, self.bias)
+
+nn.BatchNorm2d = OfOneImage
+from ifnd_fast.cli import train
+train()
+"""
+
+
+@pytest.mark.parametrize("negatives, ranks", [("queue", 4), ("in-batch", 2)])
+def test_ranks_share_a_batch_without_changing_the_losses(negatives, ranks, digit_folder, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(LOSSES)
+    losses = []
+    for number in (1, ranks):
+        out = tmp_path / f"run-{number}"
+        done = torchrun(number, script, "--data", digit_folder, "--out", out, *TINY, "--batch-size", 40,
+                        "--negatives", negatives)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines])
+        assert [line["step"] for line in lines] == [3, 6, 9]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

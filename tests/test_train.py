@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ifnd_fast import checkpoint, run_folder
 from ifnd_fast.cli import parse_train
@@ -261,5 +262,76 @@ def test_a_nan_stops_the_run_with_the_step(digit_folder, tmp_path):
     trainer = new(tmp_path / "run", digit_folder)
     loss = trainer._loss
     trainer._loss = lambda *args: loss(*args) * (math.nan if trainer.step == 3 else 1)
-    with pytest.raises(NonFiniteError, match="step 4.*step-000000003.pt"):
+    with pytest.raises(NonFiniteError, match="the loss is not finite at step 4.*step-000000003.pt"):
         trainer.fit()
+
+
+def test_the_first_tensor_that_is_not_finite_is_named(digit_folder, tmp_path):
+    trainer = new(tmp_path / "run", digit_folder)
+    update = trainer.model.update_key_encoder
+
+    def break_weights():
+        update()
+        if trainer.step == 3:
+            next(trainer.model.key_encoder.parameters()).data.fill_(math.nan)
+
+    trainer.model.update_key_encoder = break_weights
+    with pytest.raises(NonFiniteError, match="the keys are not finite at step 5"):
+        trainer.fit()
+
+
+def test_steps_that_the_scaler_skips_are_counted(digit_folder, tmp_path, capsys):
+    trainer = new(tmp_path / "run", digit_folder, "--amp", "fp16")
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)  # the default overflows by itself at first
+    scale = trainer.scaler.scale
+    trainer.scaler.scale = lambda loss: scale(loss) * (math.inf if trainer.step in (1, 4, 5) else 1)
+    trainer.fit()
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [1, 2, 0]
+    assert capsys.readouterr().out.count("steps skipped") == 2
+    assert all(torch.isfinite(weight).all() for weight in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("options", [[], ["--negatives", "in-batch"], ["--features", "bank"]])
+def test_contrast_in_half_precision(options, digit_folder, tmp_path, monkeypatch):
+    """What GPUs with mixed precision do, here on the CPU: queries, keys, queue and features in float16."""
+    new(tmp_path / "single", digit_folder, *options).fit()
+    monkeypatch.setattr("ifnd_fast.train.pick_contrast_dtype", lambda *_: torch.float16)
+    trainer = new(tmp_path / "half", digit_folder, *options)
+    trainer.fit()
+    if trainer.queue is not None:
+        assert trainer.queue.features.dtype == torch.float16
+    first, second = (metrics(tmp_path / name)[0]["loss"] for name in ("single", "half"))
+    assert second == pytest.approx(first, rel=2e-3) and second != first
+    assert sum(metrics(tmp_path / "half")[-1]["false_negatives_per_query"]) > 0
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: a number read from a tensor, a shape that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
+        if any(name in str(function) for name in names):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--negatives", "in-batch"], ["--false-negatives", "attract", "--features", "bank"]]
+)
+def test_a_step_never_waits_for_the_device(options, digit_folder, tmp_path):
+    trainer = new(tmp_path / "run", digit_folder, *options)
+    train_step, waits = trainer._train_step, CountWaits()
+
+    def watched(*args):
+        with waits:
+            assert torch.ones(1).item() and len(waits.found) == 1  # or it would see nothing
+            waits.found.clear()
+            return train_step(*args)
+
+    trainer._train_step = watched
+    trainer.fit()
+    assert waits.found == []
