@@ -183,12 +183,10 @@ def memory_of(n: int, clusters: int, engine: str) -> None:
 
 def memory(options: Options) -> list[tuple[str, ...]]:
     rows = []
-    features, centroids = 4 * D * options.n, 4 * D * options.clusters
-    for engine in ("fused", "faiss"):
-        taken = int(child(__file__, "--memory", options.n, options.clusters, engine))
-        what = (
-            f"{engine}: peak memory beside the features, less the centroids', of the features' {features / 1e6:.0f} MB"
-        )
+    for n, engine in ((options.n, "fused"), (10 * options.n, "fused"), (options.n, "faiss")):
+        features, centroids = 4 * D * n, 4 * D * options.clusters
+        taken = int(child(__file__, "--memory", n, options.clusters, engine))
+        what = f"{engine}, N={n:,}: peak memory beside features and centroids, of the features' {features / 1e6:.0f} MB"
         rows.append((what, "≤ 20%" if engine == "fused" else "", f"{100 * (taken - centroids) / features:.0f}%"))
     return rows
 

@@ -23,11 +23,11 @@ from ifnd_fast.ops import assign_clusters, backends, checks
 Callback = Callable[[int, float], object]
 
 ENGINES = ("auto", "fused", "faiss")
-CHUNK_ELEMENTS = 1 << 20  # of a float32 temporary on the CPU: 4 MiB, near its caches;
+CHUNK_ELEMENTS = 1 << 18  # of a float32 temporary on the CPU: 1 MiB, of a core's own cache;
 GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU: 256 MiB, worth the launches
 SIMILARITY_ELEMENTS = 1 << 26  # at most, where only the reference operator runs: it makes (rows, C) tensors
 BAG_ROWS = 256  # rows added up in float32 before float64 takes over
-INIT_SAMPLE = 16_384  # k-means++ draws from a sample of this many rows,
+INIT_SAMPLE = 8_192  # k-means++ draws from a sample of this many rows,
 INIT_ROWS_PER_CLUSTER = 8  # or of this many for each centroid, whichever is more,
 INIT_SHARE = 8  # but no more than an 8th of the rows, unless that is less than
 INIT_LEAST_PER_CLUSTER = 2  # rows for each centroid
@@ -265,8 +265,8 @@ def reassign(x: Tensor, labels: Tensor, distances: Tensor, centroids: Tensor, mo
     rounding = length.square_().mul_(4 * x.shape[1] * torch.finfo(torch.float32).eps)
     unsure = (moved[labels] | ((to_nearest - distances).abs() <= rounding)).nonzero().flatten()
     nearest = torch.where(to_nearest < distances, nearest, labels)
-    if len(unsure):
-        nearest[unsure] = assign(x[unsure], centroids)
+    for part in unsure.split(chunk_rows(x)):
+        nearest[part] = assign(x[part], centroids)
     return nearest
 
 
@@ -380,10 +380,10 @@ def _distinct_sample(
     if size < shards.total:
         index = torch.randperm(shards.total, generator=generator)[:size] - shards.first
         sample = x[index[(index >= 0) & (index < len(x))].to(x.device)]
-    pool, counts = torch.unique(shards.gather(sample).float(), dim=0, return_counts=True)
+    pool, counts = distinct(shards.gather(sample).float())
     if len(pool) < n_clusters:  # the sample is full of duplicates: look through every row
         pool = distinct_rows(x, size, shards)
-        counts = torch.ones(len(pool), device=x.device)
+        counts = torch.ones(len(pool), dtype=torch.int64, device=x.device)
         if len(pool) < n_clusters:
             raise _too_few_distinct(len(pool), n_clusters)
     return pool, counts.double()
@@ -393,10 +393,40 @@ def distinct_rows(x: Tensor, enough: int, shards: Shards) -> Tensor:
     """The distinct rows of x, in float32; the search ends once a rank has `enough`."""
     pool = x[:0].float()
     for part in chunks(x):
-        pool = torch.unique(torch.cat([pool, x[part].float()]), dim=0)
+        pool = distinct(torch.cat([pool, x[part].float()]))[0]
         if len(pool) >= enough:
             break
-    return torch.unique(shards.gather(pool), dim=0) if shards.together else pool
+    return distinct(shards.gather(pool))[0] if shards.together else pool
+
+
+def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows (n, D) of rows (N, D), in the order of their first occurrence, and how often each occurs,
+    (n,) int64; `rows` itself where all differ."""
+    first, counts = first_occurrences(rows)
+    return (rows if len(first) == len(rows) else rows[first]), counts
+
+
+def first_occurrences(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the first of each set of equal float32 rows (N, D), ascending, and the size of the set, (n,) int64.
+
+    Rows are told apart by a hash of 64 bits, as torch.unique of rows takes three times their memory: of a million
+    different ones two are taken for the same with a chance of 3e-8.
+    """
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (rows.shape[1],), generator=generator).to(rows.device) | 1
+    hashes = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
+    for part in chunks(rows, max(1, chunk_rows(rows) // 4)):
+        hashes[part] = _hash(rows[part], factors)
+    group, counts = torch.unique(hashes, return_inverse=True, return_counts=True)[1:]
+    numbers = torch.arange(len(rows), device=rows.device)
+    first, order = torch.full_like(counts, len(rows)).scatter_reduce(0, group, numbers, "amin").sort()
+    return first, counts[order]
+
+
+def _hash(rows: Tensor, factors: Tensor) -> Tensor:
+    words = (rows + 0.0).view(torch.int32) * factors  # -0 is 0
+    words ^= words >> 32  # round numbers differ in their upper bits alone
+    return words.sum(1)
 
 
 def _too_few_distinct(distinct: int, n_clusters: int) -> ValueError:
@@ -427,7 +457,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
 def _shift(centroids: Tensor) -> Tensor | None:
     """Their mean (D,), where they lie so far from the origin that it has to be taken off."""
     shift = centroids.mean(0)
-    spread = (centroids - shift).square().sum(1).mean()
+    spread = centroids.norm(dim=1).square().mean() - shift.square().sum()
     return shift if bool(shift.square().sum() > SHIFT_RATIO * spread) else None
 
 
@@ -450,9 +480,11 @@ def centroids_of(
 def squared_distances(x: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
     """|x_i - c_{y(i)}|^2, (N,) float32, from the differences themselves: exactly 0 for equal rows."""
     distances = torch.empty(len(x), device=x.device)
+    buffer = torch.empty(min(len(x), chunk_rows(x)), x.shape[1], device=x.device)  # one: many scatter the heap
     for part in chunks(x):
-        difference = x[part].float() - centroids.index_select(0, labels[part])
-        distances[part] = difference.square_().sum(1)
+        difference = buffer[: part.stop - part.start]
+        torch.index_select(centroids, 0, labels[part], out=difference)
+        distances[part] = difference.sub_(x[part]).square_().sum(1)
     return distances
 
 
@@ -482,16 +514,16 @@ def cluster_sums(x: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, 
 
 
 def update(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: bool = False) -> Tensor:
-    """Mean of each cluster, (C, D) float32; in spherical mode of unit length.
+    """Mean of each cluster, (C, D) float32, in spherical mode of unit length; computed in place of `sums`.
 
     A cluster without points, or whose unit rows cancel out, keeps its centroid.
     """
-    means = sums / counts.clamp_min(1)[:, None]
+    means = sums.div_(counts.clamp_min(1)[:, None])
     kept = counts == 0
     if spherical:
         norms = means.norm(dim=1)
         kept |= norms < SMALLEST_NORM
-        means = means / norms.clamp_min(SMALLEST_NORM)[:, None]
+        means.div_(norms.clamp_min(SMALLEST_NORM)[:, None])
     return torch.where(kept[:, None], centroids, means.float())
 
 
@@ -516,22 +548,12 @@ def repair(
         rows, far = shards.gather(x[order[:look]]), shards.gather(distances[: min(look, len(order))])
         # The ranks' rows follow one another, so that among equals the stable sort keeps the lowest index first.
         rows = rows[far.sort(descending=True, stable=True).indices[:look]].float()
-        first = _first_occurrences(rows)
+        first = first_occurrences(rows)[0]
         if len(first) >= len(empty) or look >= movable:
             break
         look *= 4
     chosen = rows[first[: len(empty)]]
     return centroids.index_copy(0, empty[: len(chosen)], chosen)
-
-
-def _first_occurrences(rows: Tensor) -> Tensor:
-    """Index of the first of each set of equal rows, ascending."""
-    if len(rows) == 0:
-        return torch.empty(0, dtype=torch.int64, device=rows.device)
-    group, order = torch.unique(rows, dim=0, return_inverse=True)[1].sort(stable=True)
-    starts = torch.ones_like(group, dtype=torch.bool)
-    starts[1:] = group[1:] != group[:-1]
-    return order[starts].sort().values
 
 
 def fill(x: Tensor, run: Clustering, shards: Shards) -> Clustering:
