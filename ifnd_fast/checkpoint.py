@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ifnd_fast.errors import CommandError
 
@@ -23,8 +26,17 @@ def list_checkpoints(out: Path) -> list[Path]:
     return sorted(folder(out).glob("step-*.pt"))
 
 
-def write_atomically(path: Path, save: Any) -> None:
+def where(out: Path) -> str:
+    """A clause that names the run's newest checkpoint."""
+    found = list_checkpoints(out)
+    return f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def write_atomically(path: Path, save: Any, size: int | None = None) -> None:
     """Call save(file) on a temporary file beside `path`, flush it to the disk, and rename it to `path`.
+
+    Args:
+        size: roughly the bytes that will be written, for the message.
 
     Raises:
         CommandError: the disk is full or not writable; `path` is as it was.
@@ -42,27 +54,51 @@ def write_atomically(path: Path, save: Any) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save's own: a full disk
+            raise
+        reason = str(error).splitlines()[0]
+        try:
+            temporary.unlink(missing_ok=True)
+            needed = f"it needs about {size / 1e6:,.1f} MB, " if size else ""
+            reason += f" ({needed}{shutil.disk_usage(path.parent).free / 1e6:,.1f} MB are free there)"
+        except OSError:  # a folder that isn't there, or not to be read
+            pass
+        raise CommandError(f"could not write {path}: {reason}") from error
+
+
+def remove_temporaries(out: Path) -> None:
+    """Delete what a killed run left half written; only for who holds the run's lock."""
+    for temporary in (*out.glob(".*.tmp"), *folder(out).glob(".*.tmp")):
         temporary.unlink(missing_ok=True)
-        raise CommandError(f"could not write {path}: {error}") from error
 
 
 def save(out: Path, state: dict[str, Any], keep: int = 2) -> Path:
     """Write `state` (tensors, numbers, strings, lists, dicts; with "step") and prune older checkpoints."""
     path = folder(out) / f"step-{state['step']:09d}.pt"
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file), _bytes_of(state))
     for old in list_checkpoints(out)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def _bytes_of(value: Any) -> int:
+    if isinstance(value, dict | list | tuple):
+        return sum(map(_bytes_of, value.values() if isinstance(value, dict) else value))
+    return value.nbytes if isinstance(value, Tensor) else 8
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint on the CPU.
 
     Raises:
-        CommandError: the file is missing, truncated, not a checkpoint of this program, or would run code.
+        CommandError: the file is missing, truncated, damaged, not a checkpoint of this program, or would run code.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load doesn't look at the checksums that torch.save wrote
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged: its checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, one for each way a file can be broken
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

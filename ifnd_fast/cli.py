@@ -6,16 +6,21 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
+from ifnd_fast import checkpoint, distributed, run_folder
 from ifnd_fast import config as configs
-from ifnd_fast import distributed, run_folder
 from ifnd_fast.config import PRESETS, Config
 from ifnd_fast.console import errors, say, table, warn
-from ifnd_fast.errors import CommandError, UsageError
+from ifnd_fast.errors import CommandError, PeerError, Stopped, UsageError
+
+if TYPE_CHECKING:
+    from ifnd_fast.train import Trainer
 
 
 def train() -> None:
@@ -52,7 +57,9 @@ def _run(command: Callable[[], object]) -> None:
     try:
         command()
     except CommandError as error:
-        errors.print(f"error: {error}", markup=False)
+        told_by_another = isinstance(error, PeerError) or (isinstance(error, Stopped) and distributed.rank() != 0)
+        if not told_by_another:
+            errors.print(f"error: {error}", markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         errors.print("interrupted: add --resume to the same command to go on from the last checkpoint")
@@ -114,18 +121,48 @@ def _train(settings: Config) -> None:
     started = time.perf_counter()
     device = pick_device(settings.run.device)
     leave_cores_to_workers(device, settings.data.workers)
-    distributed.start(device)
+    distributed.start(device, settings.run.rank_timeout)
     trainer = Trainer(settings)
-    out = settings.run.out
+    with trainer.stop, _explained(trainer), ExitStack() as held:
+        _take(trainer, held)
+        result = trainer.fit()
+        if distributed.rank() == 0:
+            _write_report(settings.run.out)
+    _print_result(result, time.perf_counter() - started, settings.run.out)
+
+
+def _take(trainer: Trainer, held: ExitStack) -> None:
+    """Make OUT, or go on from what is in it; locked against other runs until `held` closes."""
+    settings = trainer.config
+    with distributed.agreed(True):
+        if distributed.rank() == 0:
+            if not settings.run.resume:
+                run_folder.refuse_a_run(settings.run.out)
+            held.enter_context(run_folder.locked(settings.run.out))
+            if not settings.run.resume:
+                run_folder.create(settings)
     if settings.run.resume:
-        trainer.resume()
-    elif distributed.rank() == 0:
-        run_folder.create(settings)
-    distributed.barrier()
-    result = trainer.fit()
-    if distributed.rank() == 0:
-        _write_report(out)
-    _print_result(result, time.perf_counter() - started, out)
+        with distributed.agreed(True):
+            trainer.resume()
+
+
+@contextmanager
+def _explained(trainer: Trainer) -> Iterator[None]:
+    """What ends a run from outside becomes a message that says how to go on."""
+    out, how = trainer.out, "to go on, add --resume to the same command"
+    try:
+        yield
+    except Stopped as error:
+        error.args = (f"{error}; {checkpoint.where(out)}; {how}",)
+        raise
+    except RuntimeError as error:
+        with trainer.stop.deferred():  # torchrun tells all ranks to stop once one is gone
+            reason = distributed.lost_contact(error)
+        if "DataLoader worker" in str(error):
+            reason = f"a loading process died, often because memory ran out (fewer --workers?): {str(error).strip()}"
+        if reason is None:
+            raise
+        raise CommandError(f"{reason}; {checkpoint.where(out)}; {how}") from error
 
 
 def _write_report(out: Path) -> None:

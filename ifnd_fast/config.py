@@ -141,6 +141,8 @@ class RunConfig:
     """epochs between checkpoints; below 1: several in an epoch"""
     keep_checkpoints: int = 2
     """checkpoints kept, the latest ones"""
+    rank_timeout: float = 30.0
+    """minutes after which a rank that does not answer ends the run, with several ranks"""
     tensorboard: bool = False
     """write TensorBoard event files to OUT/tensorboard too (pip install ifnd-fast[tensorboard])"""
 
@@ -213,7 +215,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
 
 # What may differ when a run is resumed: nothing that changes what it computes.
 MAY_CHANGE = {"resume", "out", "device", "workers", "data_root", "knn_every", "checkpoint_every",
-              "keep_checkpoints", "tensorboard"}  # fmt: skip
+              "keep_checkpoints", "rank_timeout", "tensorboard"}  # fmt: skip
 
 
 def validate(config: Config) -> None:
@@ -236,6 +238,7 @@ def validate(config: Config) -> None:
     above_zero = [
         ("temperature", config.contrast.temperature), ("recluster-every", config.cluster.recluster_every),
         ("checkpoint-every", config.run.checkpoint_every), ("lr", config.optim.lr),
+        ("rank-timeout", config.run.rank_timeout),
         *(("pixel-std", value) for value in config.data.pixel_std),
     ]  # fmt: skip
     for name, value in above_zero:

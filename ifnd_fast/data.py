@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from ifnd_fast.config import DataConfig
 from ifnd_fast.console import warn
 from ifnd_fast.errors import CommandError, UsageError
+from ifnd_fast.stop import ignore_stop_signals
 
 
 class Images(Protocol):
@@ -272,7 +273,7 @@ def pair_loader(images: Images, config: DataConfig, seed: int, batches: EpochBat
     """Batches of (view (B, 3, S, S), other view, indices (B,), wanted indices (B,))."""
     return DataLoader(
         PairDataset(images, config, seed), batch_sampler=batches, num_workers=config.workers,
-        persistent_workers=config.workers > 0, pin_memory=torch.cuda.is_available(),
+        persistent_workers=config.workers > 0, pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals,
     )  # fmt: skip
 
 
@@ -280,5 +281,5 @@ def centre_loader(images: Images, config: DataConfig, batch_size: int, indices: 
     """Batches of (centre view (B, 3, S, S), indices (B,), readable (B,)) over `indices`, in order."""
     return DataLoader(
         CentreDataset(images, config), batch_size=batch_size, sampler=indices, num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals,
     )  # fmt: skip

@@ -8,21 +8,33 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ifnd_fast.errors import CommandError, PeerError
+
+_store: dist.Store | None = None  # a board that all ranks read and write
 _of_thread = threading.local()  # .group: the process group that this thread's collectives go over
 
 
-def start(device: torch.device) -> None:
-    """Join the other ranks if torchrun started this process: NCCL on GPUs, gloo on CPUs."""
+def start(device: torch.device, timeout_minutes: float = 30.0) -> None:
+    """Join the other ranks if torchrun started this process: NCCL on GPUs, gloo on CPUs.
+
+    A rank that doesn't answer within the timeout counts as lost.
+    """
+    global _store
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        timeout = timedelta(minutes=timeout_minutes)
+        _store, number, count = next(dist.rendezvous("env://", timeout=timeout))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=timeout)
 
 
 def stop() -> None:
@@ -183,20 +195,44 @@ class Shards:
         return broadcast(tensor) if self.together else tensor
 
 
+def lost_contact(error: RuntimeError, patience: float = 5.0) -> str | None:
+    """What to say of an error that a collective raised because a rank is gone; None: it is of another kind.
+
+    Ranks that are alive meet the same error, and sign the board within `patience` seconds; the others are named.
+    """
+    signs = ("closed by peer", "Connection reset", "Connection refused", "Broken pipe", "imed out", "imeout", "NCCL")
+    if world_size() == 1 or not (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)):
+        return None
+    silent = [number for number in range(world_size()) if number != rank()]
+    try:
+        store = cast(dist.Store, _store)
+        store.set(f"alive {rank()}", "")
+        deadline = time.monotonic() + patience
+        while silent and time.monotonic() < deadline:
+            time.sleep(0.05)
+            silent = [number for number in silent if not store.check([f"alive {number}"])]
+    except (RuntimeError, AttributeError):  # the board itself is gone
+        return f"rank {rank()} lost contact with the other ranks"
+    named = f"no word from rank {', '.join(map(str, silent))}" if silent else "all ranks are alive: the network failed"
+    return f"rank {rank()} lost contact with the others: {named}"
+
+
 @contextmanager
 def agreed(together: bool) -> Iterator[None]:
-    """A ValueError or TypeError of one rank is raised on all: none is left to wait for a rank that gave up."""
-    error = None
+    """A ValueError, TypeError or CommandError of one rank is raised on all: none waits for a rank that gave up."""
+    error: Exception | None = None
     try:
         yield
-    except (TypeError, ValueError) as own:
+    except (TypeError, ValueError, CommandError) as own:
         error = own
     if together and world_size() > 1:
-        errors: list[str | None] = [None] * world_size()
-        dist.all_gather_object(errors, None if error is None else str(error), group=_group())
+        code = error.exit_code if isinstance(error, CommandError) else None
+        told: list[tuple[str, int | None] | None] = [None] * world_size()
+        dist.all_gather_object(told, None if error is None else (str(error), code), group=_group())
         if error is None:
-            for number, message in enumerate(errors):
-                if message is not None:
-                    raise ValueError(f"on rank {number}: {message}")
+            for number, failed in enumerate(told):
+                if failed is not None:
+                    message, code = f"on rank {number}: {failed[0]}", failed[1]
+                    raise ValueError(message) if code is None else PeerError(message, code)
     if error is not None:
         raise error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class CommandError(Exception):
     """A failure with a message for the person who runs the command; exit code 1."""
@@ -17,3 +19,19 @@ class UsageError(CommandError):
 
 class NonFiniteError(CommandError):
     """A loss, features or centroids that are not finite."""
+
+
+class Stopped(CommandError):
+    """A signal asked the run to stop; exit code 128 + its number, as a shell reports it."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class PeerError(CommandError):
+    """Another rank failed, and tells why itself."""
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -70,7 +70,7 @@ def write_report(out: Path) -> Path:
     run = read_run(out)
     page = render(run, *make_sheets(run))
     path = out / "report.html"
-    write_atomically(path, lambda file: file.write(page.encode()))
+    write_atomically(path, lambda file: file.write(page.encode(errors="replace")))  # a path that isn't text
     return path
 
 

@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from ifnd_fast import checkpoint, config, distributed
 from ifnd_fast.config import Config
 from ifnd_fast.console import say
 from ifnd_fast.errors import CommandError, UsageError
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """This process alone writes to OUT meanwhile; the system frees the lock of one that is killed.
+
+    Raises:
+        UsageError: another run holds it.
+        CommandError: OUT can't be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(out / ".lock")
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise UsageError(f"another process trains in --out {out}: wait for it, or choose another folder") from error
+    except OSError as error:
+        raise CommandError(f"--out {out} can't be written: {error}") from error
+    try:
+        checkpoint.remove_temporaries(out)
+        yield
+    finally:
+        lock.release()
 
 
 def create(settings: Config) -> None:
@@ -20,15 +47,20 @@ def create(settings: Config) -> None:
         CommandError: OUT can't be made or written.
     """
     out = settings.run.out
-    if any((out / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
-        raise UsageError(
-            f"--out {out} already holds a run: add --resume to go on with it, or choose another folder"
-        )
+    refuse_a_run(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         config.save(settings, out / "config.yaml")
     except OSError as error:
         raise CommandError(f"--out {out} can't be written: {error}") from error
+
+
+def refuse_a_run(out: Path) -> None:
+    """Raises UsageError: OUT already holds a run; nothing in it is touched."""
+    if any((out / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
+        raise UsageError(
+            f"--out {out} already holds a run: add --resume to go on with it, or choose another folder"
+        )
 
 
 def truncate_metrics(out: Path, epochs: int) -> None:

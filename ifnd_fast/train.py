@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,16 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ifnd_fast import checkpoint, distributed, features, run_folder
-from ifnd_fast.config import Config, OptimConfig, to_dict
+from ifnd_fast.config import Config, OptimConfig, from_dict, to_dict
+from ifnd_fast.config import differences as differences_between
 from ifnd_fast.console import progress, say
 from ifnd_fast.data import EpochBatches, Images, Unreadable, open_images, pair_loader, to_input
 from ifnd_fast.device import pick_amp, pick_contrast_dtype, pick_device
-from ifnd_fast.errors import CommandError, NonFiniteError, UsageError
+from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
 from ifnd_fast.evaluate.false_negatives import detection_statistics
 from ifnd_fast.labelling import Labeller
 from ifnd_fast.model import InBatch, MoCo, build
 from ifnd_fast.ops.info_nce import info_nce
 from ifnd_fast.queue import NegativeQueue
+from ifnd_fast.stop import StopSignals
 
 # In order of computation: of what turns bad in one step, the first is named.
 WATCHED = ("the queries (the encoder's features) are", "the keys are", "the loss is")
@@ -73,6 +76,8 @@ class Trainer:
         self.totals = {"loss": 0.0, "seconds": 0.0, "skipped": 0.0}  # of this epoch
         self.seconds = 0.0  # of all epochs so far, also before a resume
         self.result: dict[str, float] = {}
+        self.stop = StopSignals()
+        self.stopping = False  # every rank knows that one was asked to stop
 
     def _open_images(self) -> tuple[Images, features.KnnProbe | None]:
         data, batch = self.config.data, self.config.optim.batch_size
@@ -122,7 +127,8 @@ class Trainer:
                 renewed = self.labeller.start_epoch(self.epoch, encoder, self.autocast, self.unreadable)
                 if renewed and self.queue is not None:
                     self.queue.relabel(self.labeller.accepted)
-            indices = self._train_epoch(loader, model)
+            with self.stop.deferred():
+                indices = self._train_epoch(loader, model)
             self._end_epoch(indices)
         return self._finish()
 
@@ -132,33 +138,34 @@ class Trainer:
         self.batches.start(self.epoch, self.step_in_epoch)
         self.model.train()
         loss_sum = torch.tensor(self.totals["loss"], dtype=torch.float64, device=self.device)
-        bad_steps = torch.full((len(WATCHED),), torch.iinfo(torch.int64).max, device=self.device)
+        first = torch.full((len(WATCHED) + 1,), torch.iinfo(torch.int64).max, device=self.device)  # step of each
         started = time.perf_counter()
         with progress(f"epoch {self.epoch + 1}/{self.config.optim.epochs}", n_steps, self.step_in_epoch) as advance:
             for view, other_view, indices, wanted in loader:
                 self.unreadable.note(indices, wanted)
-                loss, bad, indices = self._train_step(model, view, other_view, indices)
+                loss, happened, indices = self._train_step(model, view, other_view, indices)
                 self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
                 loss_sum += loss
-                bad_steps = torch.where(bad, bad_steps.clamp(max=self.step), bad_steps)
+                first = torch.where(happened, first.clamp(max=self.step), first)
                 look = self.device.type == "cpu" or self.step % 20 == 0  # at a GPU's loss only now and then:
                 advance(1, f"loss {loss.item():.3f}" if look else "")  # that waits for it
                 last = self.step_in_epoch == n_steps
                 if look or last:
-                    self._check_finite(bad_steps)
-                if last or self._checkpoint_due():
+                    self._look_at(first.tolist())
+                if last or self.stopping or self._checkpoint_due():
                     self.totals["loss"] = float(loss_sum)
                     self.totals["seconds"] += time.perf_counter() - started
                     if not last:
                         self.save()
+                        self._stop_if_asked()
                     started = time.perf_counter()
         return indices
 
     def _train_step(
         self, model: nn.Module, view: Tensor, other_view: Tensor, indices: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One update of the encoders and the queue; the loss, which of WATCHED are not finite, and the indices of
-        every rank's images."""
+        """One update of the encoders and the queue; the loss, which of WATCHED are not finite and whether a rank was
+        asked to stop, and the indices of every rank's images."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, len(self.batches), self.config.optim)
         view, other_view = (
@@ -180,8 +187,9 @@ class Trainer:
         if self.queue is not None:
             self.queue.enqueue(keys, self.labeller.accepted[indices], indices)
         self.labeller.observe(keys, indices)
-        bad = [(~watched.detach().isfinite()).any().float() for watched in (query, key, loss)]
-        sums = distributed.sum_over_ranks(torch.stack([loss.detach(), *bad]))
+        happened = [(~watched.detach().isfinite()).any().float() for watched in (query, key, loss)]
+        happened.append(torch.tensor(float(self.stop.number is not None), device=self.device))
+        sums = distributed.sum_over_ranks(torch.stack([loss.detach(), *happened]))
         return sums[0] / distributed.world_size(), sums[1:] > 0, indices
 
     def _count_update(self, *_: object) -> None:
@@ -209,15 +217,19 @@ class Trainer:
             false_negatives="eliminate" if strategy == "oracle" else strategy,
         )
 
-    def _check_finite(self, bad_steps: Tensor) -> None:
-        steps = bad_steps.tolist()
-        if min(steps) <= self.step:
-            found = checkpoint.list_checkpoints(self.out)
-            where = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    def _look_at(self, first: list[int]) -> None:
+        """Act on the first steps at which each of WATCHED was not finite, and some rank was asked to stop."""
+        *bad, stop = first
+        self.stopping = stop <= self.step
+        if min(bad) <= self.step:
             raise NonFiniteError(
-                f"{WATCHED[steps.index(min(steps))]} not finite at step {min(steps)}; {where}; "
+                f"{WATCHED[bad.index(min(bad))]} not finite at step {min(bad)}; {checkpoint.where(self.out)}; "
                 "a lower --lr, --warmup-epochs or --amp off may help"
             )
+
+    def _stop_if_asked(self) -> None:
+        if self.stopping:
+            raise Stopped(self.stop.number or signal.SIGTERM)  # of another rank
 
     # ---- what is measured and kept ----
 
@@ -241,6 +253,8 @@ class Trainer:
     def _end_epoch(self, last_indices: Tensor) -> None:
         """The epoch's metrics and checkpoint."""
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        for buffer in self.model.buffers():  # batch norm's: each rank measures with those of its own images otherwise
+            distributed.broadcast(buffer)
         metrics = self._metrics(last_indices)
         every, last = self.config.run.knn_every, self.epoch == self.config.optim.epochs
         if self.probe is not None and (last or (every and self.epoch % every == 0)):
@@ -253,8 +267,10 @@ class Trainer:
         self.seconds += self.totals["seconds"] + sum(self.labeller.seconds.values())
         for totals in (self.totals, self.labeller.seconds):
             totals.update(dict.fromkeys(totals, 0.0))
-        if last or self._checkpoint_due():
+        if last or self.stopping or self._checkpoint_due():
             self.save()
+        if not last:
+            self._stop_if_asked()
 
     def _metrics(self, last_indices: Tensor) -> dict[str, Any]:
         """The epoch's line of metrics.jsonl; in-batch detection is counted against the last step's images."""
@@ -306,8 +322,12 @@ class Trainer:
 
         Raises:
             CommandError: there is none, or it is of another model or data set.
+            UsageError: it was written with other options than the run's config.yaml has.
         """
-        self.load_state_dict(checkpoint.load_latest(self.out))
+        state = checkpoint.load_latest(self.out)
+        if differences := differences_between(from_dict(state["config"]), self.config):
+            raise UsageError("the checkpoint was written with other options:\n  " + "\n  ".join(differences))
+        self.load_state_dict(state)
         if distributed.rank() == 0:
             run_folder.truncate_metrics(self.out, self.epoch)
         say(f"going on with {self.out} after epoch {self.epoch}, step {self.step}")

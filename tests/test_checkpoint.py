@@ -36,6 +36,28 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_used(damage, tmp_path):
         assert checkpoint.load_latest(tmp_path)["step"] == 1
 
 
+def test_a_flipped_bit_is_found(tmp_path):
+    path = checkpoint.save(tmp_path, state(1))
+    whole = path.read_bytes()
+    values = whole.index(torch.full((1000,), 1.0).numpy().tobytes())
+    for at in (values, values + 2000):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        assert not torch.equal(torch.load(path)["weights"], state(1)["weights"])  # torch itself doesn't mind
+        with pytest.raises(CommandError, match="is damaged"):
+            checkpoint.load(path)
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    kept = checkpoint.save(tmp_path, state(1))
+    left = [tmp_path / ".backbone.pt.tmp", kept.with_name(".step-000000002.pt.tmp")]
+    for path in left:
+        path.write_bytes(b"half")
+    checkpoint.remove_temporaries(tmp_path)
+    assert not any(path.exists() for path in left) and checkpoint.load(kept)["step"] == 1
+
+
 def test_a_foreign_file_is_refused(tmp_path):
     path = checkpoint.folder(tmp_path) / "step-000000001.pt"
     path.parent.mkdir()

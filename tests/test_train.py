@@ -203,6 +203,14 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(digit_folder, tmp_path
         other.load_state_dict(checkpoint.load_latest(tmp_path / "a"))
 
 
+def test_a_checkpoint_of_other_options_than_the_config_is_refused(digit_folder, tmp_path):
+    out = tmp_path / "run"
+    new(out, digit_folder).save()
+    (out / "config.yaml").write_text((out / "config.yaml").read_text().replace("lr: 0.06", "lr: 0.07"))
+    with pytest.raises(UsageError, match="--lr: the run has 0.06, asked for 0.07"):
+        Trainer(parse_train(["--resume", "--out", str(out)])).resume()
+
+
 def test_unlabelled_images_train_without_measuring(flat_folder, tmp_path):
     out = tmp_path / "run"
     result = new(out, flat_folder).fit()

@@ -1,0 +1,236 @@
+"""What ends a run from outside, in real processes: nothing is lost, and the last line says how to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ifnd_fast import checkpoint
+from tests.conftest import TINY, command
+from tests.test_distributed import torchrun
+from tests.test_train import new
+
+TRAIN = "from ifnd_fast.cli import train; train()"
+LONG = [*TINY, "--epochs", "24", "--recluster-every", "3", "--knn-every", "0", "--checkpoint-every", "1000"]
+
+
+def start(*args: object, prelude: str = "", **options) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{prelude}\n{TRAIN}", *map(str, args)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], text: str = "") -> None:
+    deadline = time.monotonic() + 120
+    while not (path.exists() and text in path.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def same_run(a: Path, b: Path) -> None:
+    """The same bits of everything but times."""
+    states = [checkpoint.load_latest(out) for out in (a, b)]
+    for name in ("model", "negatives"):
+        for key, value in states[0][name].items():
+            assert torch.equal(value, states[1][name][key]), (name, key)
+    assert torch.equal(states[0]["accepted"], states[1]["accepted"])
+    lines = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (a, b)]
+    for one, other in zip(*lines, strict=True):
+        assert {k: v for k, v in one.items() if "second" not in k} == {
+            k: v for k, v in other.items() if "second" not in k
+        }
+
+
+@pytest.fixture(scope="module")
+def whole(digit_folder, tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = command("train", "--data", digit_folder, "--out", out, *LONG)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
+def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
+    number, workers, whole, digit_folder, tmp_path
+):
+    out = tmp_path / "run"
+    process = start("--data", digit_folder, "--out", out, *LONG, "--workers", workers, start_new_session=True)
+    wait_for(out / "metrics.jsonl", process, '"epoch": 4')
+    os.killpg(process.pid, number)  # as a terminal does, the loading processes too
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, told
+    path = checkpoint.list_checkpoints(out)[-1]
+    assert told == (
+        f"error: stopped by {number.name}; the last checkpoint is {path}; "
+        "to go on, add --resume to the same command\n"
+    )
+    assert checkpoint.load(path)["epoch"] >= 4
+    done = command("train", "--resume", "--out", out)
+    assert done.returncode == 0, done.stderr
+    same_run(whole, out)
+
+
+def test_a_second_ctrl_c_ends_it_at_once(digit_folder, tmp_path):
+    out = tmp_path / "run"
+    slow = "import ifnd_fast.train as t, time\nstep = t.Trainer._train_step\n"
+    slow += "def sleepy(*args):\n    time.sleep(30)\n    return step(*args)\nt.Trainer._train_step = sleepy"
+    process = start("--data", digit_folder, "--out", out, *LONG, prelude=slow)
+    wait_for(out / "config.yaml", process)
+    time.sleep(8)  # in its first step
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=10)
+    assert process.returncode == 130 and "interrupted: add --resume" in told and "Traceback" not in told
+
+
+def test_a_second_run_on_one_folder_is_refused_and_a_killed_one_frees_it(digit_folder, tmp_path):
+    out = tmp_path / "run"
+    process = start("--data", digit_folder, "--out", out, *LONG, "--checkpoint-every", 1, "--epochs", 500)
+    wait_for(out / "metrics.jsonl", process, '"epoch": 2')
+    second = command("train", "--resume", "--out", out)
+    assert second.returncode == 2 and f"another process trains in --out {out}" in second.stderr
+    process.kill()
+    process.communicate()
+    left = out / "checkpoints" / ".step-000000099.pt.tmp"
+    left.write_bytes(b"half a checkpoint")
+    third = start("--resume", "--out", out)
+    try:
+        deadline = time.monotonic() + 60
+        while left.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left.exists() and third.poll() is None
+    finally:
+        third.kill()
+        third.communicate()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written(digit_folder, tmp_path):
+    tmp_path.chmod(0o500)
+    done = command("train", "--data", digit_folder, "--out", tmp_path / "run", *TINY)
+    assert done.returncode == 1 and "can't be written" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_how_much_was_needed(digit_folder, tmp_path):
+    out = tmp_path / "run"
+    trainer = new(out, digit_folder, "--epochs", 3)
+    trainer.save()  # before the first step
+    kept = checkpoint.list_checkpoints(out)
+    size = kept[0].stat().st_size
+
+    def limit():  # bytes of each file written: the nearest thing to a full disk that needs no mount
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    process = start("--resume", "--out", out, preexec_fn=limit)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in told, told
+    assert re.search(r"could not write .*step-.*\.pt: .*needs about [\d.]+ MB, [\d,.]+ MB are free", told), told
+    assert checkpoint.list_checkpoints(out) == kept and checkpoint.load(kept[0])["step"] == 0
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_a_loading_process_that_dies_is_named(digit_folder, tmp_path):
+    out = tmp_path / "run"
+    process = start("--data", digit_folder, "--out", out, *LONG, "--workers", 1, "--checkpoint-every", 1)
+    wait_for(out / "metrics.jsonl", process, '"epoch": 3')
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in told, told
+    assert "error: a loading process died" in told and "step-" in told and "--resume" in told
+
+
+def test_an_image_that_vanishes_while_training_is_skipped(digit_folder, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    for file in digit_folder.rglob("*.png"):
+        (data / file.parent.name).mkdir(parents=True, exist_ok=True)
+        (data / file.parent.name / file.name).write_bytes(file.read_bytes())
+    process = start("--data", data, "--out", out, *LONG)
+    wait_for(out / "metrics.jsonl", process, '"epoch": 2')
+    (data / "digit-1" / "003.png").unlink()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0 and told.count("003.png") == 1 and "unreadable image skipped" in told, told
+
+
+def test_odd_names_locale_and_clock(digit_folder, tmp_path):
+    """Paths that the locale can't say, and a clock that goes backwards."""
+    data = tmp_path / "sch\u00f6ne Bilder \u2603"
+    data.symlink_to(digit_folder)
+    backwards = "import time, itertools; ticks = itertools.count(); time.time = lambda: 1e9 - next(ticks)"
+    odd = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
+    args = ["--data", data, "--out", tmp_path / "Lauf \u00fc", *TINY]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{backwards}\n{TRAIN}", *map(str, args)], capture_output=True, env={**os.environ, **odd}
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "Lauf \u00fc" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(line["seconds"] > 0 for line in lines)
+
+
+# ---- several ranks ----
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """Their process numbers, in rank order."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return sorted(map(int, children), key=lambda pid: re.findall(
+        rb"\0RANK=(\d+)", b"\0" + Path(f"/proc/{pid}/environ").read_bytes()))  # fmt: skip
+
+
+def start_ranks(script: Path, *args: object) -> subprocess.Popen[str]:
+    script.write_text(TRAIN)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script,
+         *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_ranks_stop_together_and_go_on_to_the_same_bits(digit_folder, tmp_path):
+    """A signal to one of two ranks stops both at one step; resumed, they end as two undisturbed ones."""
+    script, options = tmp_path / "train.py", ["--data", digit_folder, *LONG, "--epochs", 12, "--bn-groups", 2]
+    script.write_text(TRAIN)
+    done = torchrun(2, script, *options, "--out", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "stopped"
+    launcher = start_ranks(script, *options, "--out", out)
+    wait_for(out / "metrics.jsonl", launcher, '"epoch": 4')
+    os.kill(ranks_of(launcher)[1], signal.SIGTERM)
+    _, told = launcher.communicate(timeout=120)
+    assert launcher.returncode != 0 and told.count("error: stopped by SIGTERM; the last checkpoint is") == 1, told
+    assert checkpoint.load_latest(out)["epoch"] >= 4
+    done = torchrun(2, script, "--resume", "--out", out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_run(tmp_path / "whole", out)
+
+
+def test_the_rank_that_dies_is_named(digit_folder, tmp_path):
+    out = tmp_path / "run"
+    launcher = start_ranks(tmp_path / "train.py", "--data", digit_folder, "--out", out, *LONG)
+    wait_for(out / "metrics.jsonl", launcher, '"epoch": 2')
+    started = time.monotonic()
+    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+    _, told = launcher.communicate(timeout=120)
+    assert time.monotonic() - started < 60 and launcher.returncode != 0
+    assert re.search(r"error: rank 0 lost contact with the others: no word from rank 1; .*--resume", told), told
+
+
+def test_two_ranks_are_refused_a_folder_with_a_run(whole, digit_folder, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    done = torchrun(2, script, "--data", digit_folder, "--out", whole, *TINY)
+    assert done.returncode != 0 and done.stderr.count(f"error: --out {whole} already holds a run") == 1, done.stderr
