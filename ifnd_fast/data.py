@@ -274,6 +274,7 @@ def pair_loader(images: Images, config: DataConfig, seed: int, batches: EpochBat
     return DataLoader(
         PairDataset(images, config, seed), batch_sampler=batches, num_workers=config.workers,
         persistent_workers=config.workers > 0, pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals,
+        generator=torch.Generator(),  # of seeds that no item uses: the global one would move with every resume
     )  # fmt: skip
 
 
@@ -282,4 +283,5 @@ def centre_loader(images: Images, config: DataConfig, batch_size: int, indices: 
     return DataLoader(
         CentreDataset(images, config), batch_size=batch_size, sampler=indices, num_workers=config.workers,
         pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals,
+        generator=torch.Generator(),  # of seeds that no item uses: the global one would move with every resume
     )  # fmt: skip
