@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import sklearn.cluster
@@ -252,6 +254,20 @@ def test_data_far_from_the_origin():
     far = KMeans(3).fit(x + 1e4, init=near.cluster_centers_ + 1e4)  # x.c: 4e8, in steps of 32
     assert (far.labels_ == near.labels_).all()
     assert (far.predict(x + 1e4) == near.labels_).all()
+
+
+def test_auto_is_faiss_only_where_assignment_has_no_kernel(monkeypatch):
+    x = blobs(300, 8, 10)
+    assert kmeans.pick_engine(x) == "fused"
+    fused = KMeans(10).fit(x).cluster_centers_
+    monkeypatch.setattr(kmeans.backends, "choose", lambda *_: "reference")
+    assert kmeans.pick_engine(x) == "faiss" and kmeans.pick_engine(x, tol=0.1) == "fused"
+    called, faiss_lloyd = [], kmeans.faiss_lloyd
+    monkeypatch.setattr(kmeans, "faiss_lloyd", lambda *given: called.append(1) or faiss_lloyd(*given))
+    torch.testing.assert_close(KMeans(10).fit(x).cluster_centers_, fused, atol=1e-3, rtol=1e-3)
+    assert called
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert kmeans.pick_engine(x) == "fused"
 
 
 def test_inertia_never_rises_and_the_callback_counts():
