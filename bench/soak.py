@@ -79,7 +79,7 @@ class Run:
     def __init__(self, out: Path, data: Path, options: Options):
         self.out, self.phase_file = out, out.with_suffix(".phase")
         self.phase_file.write_text("starting")
-        resume = bool(checkpoint.list_checkpoints(out))
+        resume = (out / "config.yaml").exists()
         settings = [
             "--data", data, "--out", out, "--epochs", options.epochs, "--batch-size", 32, "--queue-size", 64,
             "--levels", 3, 6, "--image-size", 16, "--width", 8, "--dim", 16, "--workers", 0, "--recluster-every", 1,

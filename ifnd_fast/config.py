@@ -302,8 +302,8 @@ def from_dict(values: dict[str, Any]) -> Config:
     return build(Config, values)
 
 
-def save(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def load(path: Path) -> Config:

@@ -48,11 +48,8 @@ def create(settings: Config) -> None:
     """
     out = settings.run.out
     refuse_a_run(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        config.save(settings, out / "config.yaml")
-    except OSError as error:
-        raise CommandError(f"--out {out} can't be written: {error}") from error
+    text = config.to_yaml(settings)
+    checkpoint.write_atomically(out / "config.yaml", lambda file: file.write(text.encode()))
 
 
 def refuse_a_run(out: Path) -> None:

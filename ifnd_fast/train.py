@@ -318,12 +318,17 @@ class Trainer:
         distributed.barrier()
 
     def resume(self) -> None:
-        """Go on from the run's newest readable checkpoint.
+        """Go on from the run's newest readable checkpoint; from the beginning where none was written yet.
 
         Raises:
-            CommandError: there is none, or it is of another model or data set.
+            CommandError: none can be read, or it is of another model or data set.
             UsageError: it was written with other options than the run's config.yaml has.
         """
+        if not checkpoint.list_checkpoints(self.out):
+            say(f"{self.out} has no checkpoint yet: beginning anew")
+            if distributed.rank() == 0:
+                run_folder.truncate_metrics(self.out, 0)
+            return
         state = checkpoint.load_latest(self.out)
         if differences := differences_between(from_dict(state["config"]), self.config):
             raise UsageError("the checkpoint was written with other options:\n  " + "\n  ".join(differences))

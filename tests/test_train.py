@@ -203,6 +203,17 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(digit_folder, tmp_path
         other.load_state_dict(checkpoint.load_latest(tmp_path / "a"))
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(digit_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    new(out, digit_folder)
+    (out / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1}\n')
+    resumed = Trainer(parse_train(["--resume", "--out", str(out)]))
+    resumed.resume()
+    resumed.fit()
+    assert "no checkpoint yet: beginning anew" in capsys.readouterr().out
+    assert [line["epoch"] for line in metrics(out)] == [1, 2, 3] and metrics(out)[0]["loss"] != 1
+
+
 def test_a_checkpoint_of_other_options_than_the_config_is_refused(digit_folder, tmp_path):
     out = tmp_path / "run"
     new(out, digit_folder).save()
