@@ -90,6 +90,8 @@ class ContrastConfig:
     bn_groups: int = 4
     """groups that a batch of keys is shuffled into for batch norm (shuffle-BN), over all ranks; 1: off on one
     rank, several ranks shuffle among each other"""
+    sync_bn: bool = False
+    """batch norm over the whole batch of all ranks in place of shuffled groups; GPUs only"""
     false_negatives: Literal["eliminate", "attract", "keep", "oracle"] = "eliminate"
     """take detected false negatives out of the loss (IFND), attract them, keep them (plain MoCo or SimCLR, no
     clustering), or take out by true labels (for experiments)"""

@@ -94,8 +94,12 @@ class Trainer:
     def _build_model(self) -> tuple[MoCo | InBatch, NegativeQueue | None]:
         contrast = self.config.contrast
         self.layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
+        if contrast.sync_bn:
+            if self.device.type == "cpu":
+                raise UsageError("--sync-bn: torch has it for GPUs only")
+            self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)
         if contrast.negatives == "queue":
-            groups = max(1, contrast.bn_groups // distributed.world_size())
+            groups = 1 if contrast.sync_bn else max(1, contrast.bn_groups // distributed.world_size())
             model: MoCo | InBatch = MoCo(self.encoder, contrast.momentum, groups)
             levels = len(self.labeller.levels)
             queue: NegativeQueue | None = NegativeQueue(

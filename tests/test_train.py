@@ -249,6 +249,11 @@ def test_a_batch_larger_than_the_data_is_refused(digit_folder, tmp_path):
         new(tmp_path / "run", digit_folder, "--batch-size", 500)
 
 
+def test_synchronised_batch_norm_is_refused_on_a_cpu(digit_folder, tmp_path):
+    with pytest.raises(UsageError, match="--sync-bn.*GPUs"):
+        new(tmp_path / "run", digit_folder, "--sync-bn")
+
+
 def test_identical_images_say_why_they_cannot_be_clustered(digit_folder, tmp_path):
     folder = tmp_path / "same"
     folder.mkdir()
