@@ -41,7 +41,7 @@ SPEEDS = {"V100": Speeds(1200, 3382, 130e9, 12e9), "H100": Speeds(4050, 11400, 4
 ASSUMPTIONS = """
 - ResNet-50 on a V100, mixed precision: 1,200 images/s of training and 3,382 of inference (NVIDIA's
   DeepLearningExamples, ResNet-50 v1.5 for PyTorch, 21.03). The H100's are those times 3.4: from the A100's 2,470 there,
-  times the two cards' memory bandwidths, as training ResNet-50 is bound by that. Taken to be the same for small batches.
+  times the two cards' memory bandwidths, as training it is bound by that. Taken to be the same for small batches.
 - A step: the query encoder's training, the key encoder's inference, and the loss, at the middle of the roofline's
   range; at least 9 ms, which the host takes to launch its kernels.
 - Gradients (float32) are summed by a ring, beside the backward pass: a step takes at least as long as that. An
@@ -113,14 +113,14 @@ def main() -> None:
         "# ImageNet on many cards, on paper",
         "",
         f"`python bench/scaling.py`, {datetime.date.today()}. Preset imagenet: ResNet-50, batch {BATCH} in all, queue "
-        f"65,536, levels {', '.join(f'{level:,}' for level in LEVELS)}. No GPU was used. Measured: {1e3 * loading:.1f} ms "
-        f"to load an image and make its two views on one core ({machine()['CPU']}).",
+        f"65,536, levels {', '.join(f'{level:,}' for level in LEVELS)}. No GPU was used. Measured: "
+        f"{1e3 * loading:.1f} ms to load an image and make its two views on one core ({machine()['CPU']}).",
         "",
         *table(header, rows),
         "",
-        "What saturates first: loading, on all of them, where there are fewer cores than the last column says; then, with "
-        "64 cards, the links between machines or the launches, as a batch of 256 leaves 4 images to each: more cards "
-        "want a larger batch.",
+        "What saturates first: loading, on all of them, where there are fewer cores than the last column says; then, "
+        "with 64 cards, the links between machines or the launches, as a batch of 256 leaves 4 images to each: more "
+        "cards want a larger batch.",
         "",
         "Assumptions:",
         ASSUMPTIONS.rstrip(),
