@@ -80,7 +80,8 @@ def test_ranks_share_a_batch_without_changing_the_losses(negatives, ranks, digit
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines])
         assert [line["step"] for line in lines] == [3, 6, 9]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=2e-4)
+    assert losses[1][2] == pytest.approx(losses[0][2], rel=1e-2)  # by now rounding may have tipped an image's label
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
