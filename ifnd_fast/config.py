@@ -22,6 +22,9 @@ class DataConfig:
     without any classes. Labels only ever measure (and feed --false-negatives oracle)."""
     data_root: Path = Path("data")
     """folder for downloaded data sets"""
+    hold_out: float = 0.0
+    """share of the training images, of each class alike, that is kept from training and stands in for the test images:
+    to choose options by, with the test images untouched"""
     image_size: int = 28
     """side of a training view, pixels"""
     crop_min: float = 0.2
@@ -107,6 +110,11 @@ class ClusterConfig:
     """share of the training after which every label is accepted (it rises linearly from none)"""
     features: Literal["fresh", "bank"] = "fresh"
     """cluster features of an evaluation pass over the images, or the keys that the last epoch computed anyway"""
+    cluster_space: Literal["head", "backbone"] = "head"
+    """cluster what the projection head gives (the features that the loss compares), or the backbone's features, which
+    keep more of what the images show; these need --features fresh"""
+    whiten: float = 0.0
+    """above 0, up to 1: whiten the features by this power before they are clustered (1: PCA whitening)"""
     kmeans_iterations: int = 20
     """most Lloyd iterations per level"""
     kmeans_restarts: int = 1
@@ -255,6 +263,12 @@ def validate(config: Config) -> None:
         low_open = name in ("crop-min", "acceptance-end")
         if not (0 < value <= 1 if low_open else 0 <= value <= 1):
             raise UsageError(f"--{name} must be from 0{' (excluded)' if low_open else ''} to 1, got {value}")
+    if not 0 <= config.data.hold_out < 1:
+        raise UsageError(f"--hold-out must be from 0 to below 1, got {config.data.hold_out}")
+    if not 0 <= config.cluster.whiten <= 1:
+        raise UsageError(f"--whiten must be from 0 (off) to 1, got {config.cluster.whiten}")
+    if config.cluster.cluster_space == "backbone" and config.cluster.features == "bank":
+        raise UsageError("--features bank holds keys, which the head made: --cluster-space backbone needs --features fresh")
     for name, value in (("weight-decay", config.optim.weight_decay), ("rotation", config.data.rotation),
                         ("sgd-momentum", config.optim.sgd_momentum),
                         ("warmup-epochs", config.optim.warmup_epochs)):  # fmt: skip

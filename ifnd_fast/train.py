@@ -17,7 +17,7 @@ from ifnd_fast import checkpoint, distributed, features, run_folder
 from ifnd_fast.config import Config, OptimConfig, from_dict, to_dict
 from ifnd_fast.config import differences as differences_between
 from ifnd_fast.console import progress, say
-from ifnd_fast.data import EpochBatches, Images, Unreadable, open_images, pair_loader, to_input
+from ifnd_fast.data import EpochBatches, Images, Unreadable, open_for_run, pair_loader, to_input
 from ifnd_fast.device import pick_amp, pick_contrast_dtype, pick_device
 from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
 from ifnd_fast.evaluate.false_negatives import detection_statistics
@@ -81,13 +81,12 @@ class Trainer:
 
     def _open_images(self) -> tuple[Images, features.KnnProbe | None]:
         data, batch = self.config.data, self.config.optim.batch_size
-        images = open_images(data.data, "train", data.data_root)
+        images, tests = open_for_run(data)
         if images is None or batch > len(images):
             n = 0 if images is None else len(images)
             raise UsageError(f"--batch-size {batch} is larger than the data set ({n} images): lower it")
         if batch % distributed.world_size():
             raise UsageError(f"--batch-size {batch} must divide by the {distributed.world_size()} ranks")
-        tests = open_images(data.data, "test", data.data_root)
         measurable = images.labels is not None and (tests is None or tests.labels is not None)
         return images, features.KnnProbe(images, tests) if measurable else None
 
