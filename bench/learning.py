@@ -111,12 +111,12 @@ def main(options: Options) -> None:
         f"{torch.__version__}, {platform.machine()} with {os.cpu_count()} cores.",
         "",
         f"Weighted kNN (k = 20) top-1 in percent on the test images (or those held out), {len(options.seeds)} paired "
-        f"seeds ({', '.join(map(str, options.seeds))}). Raw pixels: {first['knn_top1_raw_pixels']:.2f}; untrained encoders: "
+        f"seeds ({', '.join(map(str, options.seeds))}). Raw pixels: {first['knn_top1_raw_pixels']:.2f}; untrained: "
         + " ".join(f"{result['knn_top1_untrained']:.2f}" for result in results[options.strategies[0]])
         + ". Precision and recall of the detection by level, last epoch of the first seed. Label seconds: what "
         "features and clustering took of a run's time, mean.",
         "",
-        f"| strategy | mean (sd) | by seed | gain over {options.strategies[0]} | mean gain | p | share of the oracle's gain "
+        f"| strategy | mean (sd) | by seed | gain over {options.strategies[0]} | mean gain | p | share of the oracle's "
         "| precision | recall | label seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -268,7 +268,7 @@ def validate(config: Config) -> None:
     if not 0 <= config.cluster.whiten <= 1:
         raise UsageError(f"--whiten must be from 0 (off) to 1, got {config.cluster.whiten}")
     if config.cluster.cluster_space == "backbone" and config.cluster.features == "bank":
-        raise UsageError("--features bank holds keys, which the head made: --cluster-space backbone needs --features fresh")
+        raise UsageError("--features bank holds the head's keys: --cluster-space backbone needs --features fresh")
     for name, value in (("weight-decay", config.optim.weight_decay), ("rotation", config.data.rotation),
                         ("sgd-momentum", config.optim.sgd_momentum),
                         ("warmup-epochs", config.optim.warmup_epochs)):  # fmt: skip

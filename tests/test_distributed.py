@@ -16,6 +16,7 @@ COLLECTIVES = """
 import torch, torch.distributed as dist
 from ifnd_fast import distributed as d
 from ifnd_fast.model import MoCo
+from ifnd_fast.whitening import whiten
 d.start(torch.device("cpu"))
 r, w = d.rank(), d.world_size()
 x = torch.arange(4.0).view(2, 2) + 10 * r
@@ -41,6 +42,11 @@ keys = d.all_gather(MoCo(Normalise(), bn_groups=1).keys(d.own_share(batch), shuf
 order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
 for group in order.chunk(w):
     torch.testing.assert_close(keys[group], batch[group] - batch[group].mean(0))
+
+rows = torch.randn(10 * w, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 1.0, 0.2])
+own = d.own_share(rows)
+mine = whiten(own, 0.5, d.Shards(len(own), torch.device("cpu")))
+torch.testing.assert_close(mine @ mine.T, d.own_share(whiten(rows, 0.5)) @ d.own_share(whiten(rows, 0.5)).T)
 d.stop()
 """
 
