@@ -10,7 +10,7 @@ from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
 
 
-def knn(options: tyro.conf.OmitArgPrefixes[Options], k: int = 20, temperature: float = 0.07) -> None:
+def knn(common: tyro.conf.OmitArgPrefixes[Options], k: int = 20, temperature: float = 0.07) -> None:
     """Weighted k-nearest-neighbour accuracy of a backbone's features.
 
     Args:
@@ -21,7 +21,7 @@ def knn(options: tyro.conf.OmitArgPrefixes[Options], k: int = 20, temperature: f
         raise UsageError(f"--k must be 1 or more, got {k}")
     if not temperature > 0:
         raise UsageError(f"--temperature must be above 0, got {temperature}")
-    subject = Subject(options)
+    subject = Subject(common)
     probe = features.KnnProbe(*open_labelled(subject.data))
     accuracy = probe.accuracy(lambda images: subject.features(images)[0], k=k, temperature=temperature)
     subject.tell(

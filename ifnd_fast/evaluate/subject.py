@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -15,9 +16,9 @@ from torch import Tensor
 from ifnd_fast import checkpoint as checkpoints
 from ifnd_fast import features
 from ifnd_fast.console import table
-from ifnd_fast.data import Images
+from ifnd_fast.data import Images, Unreadable
 from ifnd_fast.device import leave_cores_to_workers, pick_amp, pick_device
-from ifnd_fast.errors import UsageError
+from ifnd_fast.errors import CommandError, UsageError
 from ifnd_fast.evaluate.backbone import load_backbone
 
 
@@ -68,7 +69,8 @@ class Subject:
         self.device = pick_device(options.device)
         self.amp = pick_amp(options.amp or config.run.amp, self.device)
         leave_cores_to_workers(self.device, self.data.workers)
-        self.network.to(self.device)
+        self.layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
+        self.network.to(self.device).to(memory_format=self.layout)
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -76,6 +78,24 @@ class Subject:
     def features(self, images: Images, description: str = "features") -> tuple[Tensor, Tensor]:
         """The backbone's features (N, n_features) float32 of the centre views, and which were readable, (N,) bool."""
         return features.extract(self.network, images, self.data, self.device, self.autocast, description)
+
+    def readable_features(self, images: Images, description: str) -> tuple[np.ndarray, np.ndarray]:
+        """`features` (M, n_features) of the readable images, and their indices (M,); the others are warned of."""
+        vectors, readable = self.features(images, description)
+        return vectors[readable].cpu().numpy(), self.note_readable(images, readable)
+
+    def note_readable(self, images: Images, readable: Tensor) -> np.ndarray:
+        """Indices of the readable images, given which are, (N,) bool; the others are warned of.
+
+        Raises:
+            CommandError: there are none, or the run is --strict and one is not.
+        """
+        unreadable = Unreadable(images, self.data.strict)
+        for index in (~readable).nonzero().flatten().tolist():
+            unreadable.add(index)
+        if not readable.any():
+            raise CommandError(f"none of {len(images)} images can be read: {images.name(0)}, ...")
+        return readable.nonzero().flatten().cpu().numpy()
 
     def tell(self, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]) -> None:
         """Print a table, and write the figures with what they are of to --json-file.

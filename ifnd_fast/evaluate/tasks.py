@@ -5,5 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ifnd_fast.evaluate.knn import knn
+from ifnd_fast.evaluate.linear import linear
+from ifnd_fast.evaluate.semi import semi
+from ifnd_fast.evaluate.transfer import transfer
 
-TASKS: dict[str, Callable[..., None]] = {"knn": knn}
+TASKS: dict[str, Callable[..., None]] = {"knn": knn, "linear": linear, "semi": semi, "transfer": transfer}
