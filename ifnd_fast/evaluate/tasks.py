@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ifnd_fast.evaluate.knn import knn
 from ifnd_fast.evaluate.linear import linear
 from ifnd_fast.evaluate.semi import semi
+from ifnd_fast.evaluate.svm import svm
 from ifnd_fast.evaluate.transfer import transfer
 
-TASKS: dict[str, Callable[..., None]] = {"knn": knn, "linear": linear, "semi": semi, "transfer": transfer}
+TASKS: dict[str, Callable[..., None]] = {"knn": knn, "linear": linear, "semi": semi, "svm": svm, "transfer": transfer}
