@@ -113,9 +113,7 @@ def save_picture(path: Path, paint: Paint, *data: Any) -> None:
         CommandError: the file can't be written.
     """
     with _styled(path.name):
-        figure, texts = _painted(paint, *data)
-        if texts is not None:
-            figure.suptitle(texts[0], x=0.01, ha="left", fontsize=10)
+        figure, _ = _painted(paint, *data)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=200)
     write_atomically(path, lambda file: file.write(buffer.getvalue()))

@@ -1,19 +1,101 @@
-"""The paper's diagnostic of a clustering: precision and recall of the detection at every acceptance rate."""
+"""ifnd-fast-eval false-negatives: precision and recall of the detection at every acceptance rate.
+
+The diagnostic of Chen et al., Incremental False Negative Detection for Contrastive Learning, ICLR 2022.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ifnd_fast import config as configs
+from ifnd_fast.checkpoint import list_checkpoints, load_latest
+from ifnd_fast.config import DataConfig
+from ifnd_fast.console import say
+from ifnd_fast.errors import UsageError
+from ifnd_fast.evaluate.clustering import ClusterOptions, cluster_images, labelled_training_images
 from ifnd_fast.evaluate.false_negatives import DetectionByRate, detection_by_rate
-from ifnd_fast.labelling import Clustering
-from ifnd_fast.plots import INK, Texts, percent_axis, plot_line
+from ifnd_fast.evaluate.subject import Options, Subject, tell
+from ifnd_fast.labelling import Clustering, clustering_in
+from ifnd_fast.plots import INK, Texts, check_file_kind, percent_axis, plot_line, save_picture
 
-RATES = [rate / 50 for rate in range(51)]
+RATES = [rate / 100 for rate in range(101)]
+
+
+def false_negatives(
+    options: tyro.conf.OmitArgPrefixes[Options],
+    clustering: tyro.conf.OmitArgPrefixes[ClusterOptions],
+    plot: Path | None = None,
+) -> None:
+    """Precision and recall of false negative detection against true classes, at every acceptance rate and level.
+
+    Of a run's folder its own last pseudo labels, where it has any and neither --data nor an option of the clustering
+    asks for another one; else the training images' features are clustered. All pairs of two different training images
+    count.
+
+    Args:
+        plot: write the curves to this file (.png, .svg or .pdf)
+    """
+    if plot is not None:
+        check_file_kind("--plot", plot)
+    found, data, source = _own_clustering(options) if clustering == ClusterOptions() else (None, None, "")
+    if found is None or data is None:
+        subject = Subject(options)
+        data = subject.data
+        images, truth = labelled_training_images(data)
+        found, kind = cluster_images(subject, subject.config, images, clustering)
+        source = f"clusters of {kind} features"
+    else:
+        _, truth = labelled_training_images(data)
+        if len(truth) != len(found.labels):
+            raise UsageError(
+                f"--data {data.data} has {len(truth):,} training images, but the run's labels are of "
+                f"{len(found.labels):,}: give --levels to cluster these images"
+            )
+    detected = detection_of(found, truth)
+    tell(
+        options, data, f"Detection by {source}, {data.data}",
+        ["accepted", *(f"{what} {n:,}" for n in found.levels for what in ("prec.", "recall"))],
+        _rows(detected, every=5),
+        {
+            "source": source, "levels": list(found.levels), "acceptance_rate": detected.rates,
+            "false_negatives_per_query": detected.per_query, "false_negative_precision": detected.precision,
+            "false_negative_recall": detected.recall,
+        },
+    )  # fmt: skip
+    if plot is not None:
+        save_picture(plot, draw_detection_by_rate, detected, [f"{n:,} clusters" for n in found.levels])
+        say(f"plot: {plot}")
+
+
+def _own_clustering(options: Options) -> tuple[Clustering | None, DataConfig | None, str]:
+    """The last clustering of the run that CHECKPOINT is the folder of, its data and what to call it; or None."""
+    out = options.checkpoint
+    if not out.is_dir() or not list_checkpoints(out):
+        return None, None, ""
+    data = configs.load(out / "config.yaml").data
+    if options.data not in (None, data.data):
+        return None, None, ""
+    data.data_root = options.data_root or data.data_root
+    state = load_latest(out)
+    return clustering_in(state), data, f"the run's own labels of epoch {state['epoch']}"
+
+
+def _rows(detected: DetectionByRate, every: int) -> list[list[str]]:
+    """Of every so many rates: the rate, and precision and recall of each level."""
+    rows = []
+    for at in range(0, len(detected.rates), every):
+        shares = [
+            levels[at] for of_level in zip(detected.precision, detected.recall, strict=True) for levels in of_level
+        ]
+        rows.append([f"{detected.rates[at]:.0%}", *("-" if s is None else f"{s:.3f}" for s in shares)])
+    return rows
 
 
 def detection_of(clustering: Clustering, true_labels: np.ndarray) -> DetectionByRate:

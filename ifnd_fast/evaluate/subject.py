@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ifnd_fast import checkpoint as checkpoints
 from ifnd_fast import features
+from ifnd_fast.config import DataConfig
 from ifnd_fast.console import table
 from ifnd_fast.data import Images
 from ifnd_fast.device import leave_cores_to_workers, pick_amp, pick_device
@@ -56,8 +57,8 @@ class Subject:
 
     def __init__(self, options: Options):
         self.options = options
-        config, self.network, self.n_features = load_backbone(options.checkpoint, options.arch)
-        self.data = config.data
+        self.config, network, self.n_features = load_backbone(options.checkpoint, options.arch)
+        self.data, self.network = self.config.data, network
         for name, least in (("image_size", 1), ("workers", 0)):
             value = getattr(options, name)
             if value is not None and value < least:
@@ -66,7 +67,7 @@ class Subject:
             if getattr(options, name) is not None:
                 setattr(self.data, name, getattr(options, name))
         self.device = pick_device(options.device)
-        self.amp = pick_amp(options.amp or config.run.amp, self.device)
+        self.amp = pick_amp(options.amp or self.config.run.amp, self.device)
         leave_cores_to_workers(self.device, self.data.workers)
         self.network.to(self.device)
 
@@ -78,13 +79,20 @@ class Subject:
         return features.extract(self.network, images, self.data, self.device, self.autocast, description)
 
     def tell(self, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]) -> None:
-        """Print a table, and write the figures with what they are of to --json-file.
+        """See `tell`."""
+        tell(self.options, self.data, title, columns, rows, figures)
 
-        Raises:
-            CommandError: the file can't be written.
-        """
-        table(title, columns, rows)
-        if self.options.json_file is not None:
-            figures = {"checkpoint": str(self.options.checkpoint), "data": self.data.data, **figures}
-            text = json.dumps(figures, indent=1) + "\n"
-            checkpoints.write_atomically(self.options.json_file, lambda file: file.write(text.encode()))
+
+def tell(
+    options: Options, data: DataConfig, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]
+) -> None:
+    """Print a table, and write the figures with what they are of to --json-file.
+
+    Raises:
+        CommandError: the file can't be written.
+    """
+    table(title, columns, rows)
+    if options.json_file is not None:
+        figures = {"checkpoint": str(options.checkpoint), "data": data.data, **figures}
+        text = json.dumps(figures, indent=1) + "\n"
+        checkpoints.write_atomically(options.json_file, lambda file: file.write(text.encode()))
