@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -39,15 +39,22 @@ def evaluate() -> None:
 
 
 def report() -> None:
-    """ifnd-fast-report OUT"""
+    """ifnd-fast-report RUN [RUN ...] [--out FILE]"""
 
-    def write(out: tyro.conf.Positional[Path]) -> None:
-        """Write OUT/report.html: a run's curves and the false negatives it detected.
+    def write(
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")],
+        out: Path | None = None,
+    ) -> None:
+        """Write the page of a run: its curves, the false negatives it detected, its clusters; or compare several runs.
 
         Args:
-            out: the run's folder
+            runs: folder of a run, or of several runs to compare; those that differ in nothing but the seed are shown
+                as mean and standard deviation
+            out: file to write; default: RUN/report.html of one run, comparison.html here of several
         """
-        _write_report(out)
+        if not runs:
+            raise UsageError("give the folder of a run, or of several to compare")
+        _write_report(runs, out)
 
     _run(lambda: tyro.cli(write, prog="ifnd-fast-report"))
 
@@ -127,7 +134,7 @@ def _train(settings: Config) -> None:
         _take(trainer, held)
         result = trainer.fit()
         if distributed.rank() == 0:
-            _write_report(settings.run.out)
+            _write_report((settings.run.out,))
     _print_result(result, time.perf_counter() - started, settings.run.out)
 
 
@@ -165,13 +172,17 @@ def _explained(trainer: Trainer) -> Iterator[None]:
         raise CommandError(f"{reason}; {checkpoint.where(out)}; {how}") from error
 
 
-def _write_report(out: Path) -> None:
+def _write_report(runs: tuple[Path, ...], path: Path | None = None) -> None:
     from ifnd_fast.report import write_report
+    from ifnd_fast.report_comparison import write_comparison
 
     try:
-        say(f"report: {write_report(out)}")
+        if len(runs) == 1:
+            say(f"report: {write_report(runs[0], path)}")
+        else:
+            say(f"comparison: {write_comparison(runs, path or Path('comparison.html'))}")
     except (OSError, ValueError) as error:
-        raise CommandError(f"no report of {out}: {error}") from error
+        raise CommandError(f"no report of {', '.join(map(str, runs))}: {error}") from error
 
 
 def _print_result(result: dict[str, float], seconds: float, out: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
@@ -280,3 +280,29 @@ def quality(labels: Tensor, before: Tensor, levels: tuple[int, ...]) -> dict[str
             agreement.append(float(adjusted_mutual_info_score(then[both].cpu(), now[both].cpu())))
     found = {"cluster_largest": largest, "cluster_empty": empty}
     return found | ({"cluster_agreement": agreement} if agreement else {})
+
+
+class Clustering(NamedTuple):
+    """The last clustering in a checkpoint, of N images at L levels."""
+
+    levels: tuple[int, ...]  # clusters at each
+    labels: Tensor  # (N, L) int32, accepted or not; -1 for images that had no features
+    confidence: Tensor  # (N, L) float32; 0 for those
+
+    def gave(self, accepted: Tensor) -> bool:
+        """Whether the accepted labels (N, L) are of this clustering: with --cluster-async the ones in use can be older.
+        """
+        return bool((accepted == self.labels)[accepted >= 0].all())
+
+
+def clustering_in(state: Mapping[str, Any]) -> Clustering | None:
+    """The clustering that a checkpoint (see `Labeller.state_dict`) holds; None before the first and where there is
+    none (keep, oracle)."""
+    found = state.get("pseudo_labels", {})
+    usable = state.get("cluster_waiting", {}).get("usable")
+    if "labels" not in found or usable is None or int(usable.sum()) != len(found["labels"]):
+        return None
+    labels = torch.full((len(usable), len(found["levels"])), -1, dtype=torch.int32)
+    confidence = torch.zeros(labels.shape)
+    labels[usable], confidence[usable] = found["labels"], found["confidence"]
+    return Clustering(tuple(found["levels"].tolist()), labels, confidence)

@@ -2,64 +2,38 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 from markupsafe import Markup
 
-from ifnd_fast.checkpoint import load_latest, write_atomically
-from ifnd_fast.data import Images, open_images
+from ifnd_fast.checkpoint import write_atomically
+from ifnd_fast.config import DataConfig
+from ifnd_fast.data import Images, open_for_run
 from ifnd_fast.errors import CommandError
-from ifnd_fast.report_figures import SECONDS, draw_figures, number
-from ifnd_fast.report_sheets import Sheet, contact_sheets
+from ifnd_fast.evaluate.detection_by_rate import detection_of, draw_detection_by_rate
+from ifnd_fast.labelling import Clustering, clustering_in
+from ifnd_fast.plots import Picture, draw_picture
+from ifnd_fast.report_clusters import cluster_sheets
+from ifnd_fast.report_embedding import draw_embedding, stored_features
+from ifnd_fast.report_figures import draw_figures
+from ifnd_fast.report_run import Run, duration, number, read_run
+from ifnd_fast.report_sheets import detection_sheets
+from ifnd_fast.report_thumbnails import Sheet, name_of_class
 
-IN_BATCH_SAMPLE = 4096
-
-
-@dataclass
-class Run:
-    """What a run folder tells. A broken file leaves its field empty and a line in `notes`."""
-
-    name: str
-    epochs: list[dict[str, Any]]  # the lines of metrics.jsonl by "epoch"; never empty
-    config: dict[str, Any] = field(default_factory=dict)
-    result: dict[str, Any] = field(default_factory=dict)  # empty: the run did not end (yet)
-    state: dict[str, Any] = field(default_factory=dict)  # the latest checkpoint
-    notes: list[str] = field(default_factory=list)
-
-    def option(self, section: str, name: str, default: Any = None) -> Any:
-        values = self.config.get(section)
-        return values.get(name, default) if isinstance(values, dict) else default
-
-    @property
-    def accuracies(self) -> dict[str, Any]:
-        """The kNN accuracies known: before training from the checkpoint, and all from the result."""
-        return {**self.state.get("result", {}), **self.result}
-
-    @property
-    def detection(self) -> str:
-        """What the run does with false negatives: "eliminate", "attract", "keep" or "oracle"."""
-        return str(self.option("contrast", "false_negatives", "eliminate"))
-
-    @property
-    def levels(self) -> list[str]:
-        """Names of the levels at which false negatives are detected; none for "keep"."""
-        if self.detection == "keep":
-            return []
-        if self.detection == "oracle":
-            return ["true classes"]
-        clusters = self.state.get("pseudo_labels", {}).get("levels", self.option("cluster", "levels", []))
-        return [f"{int(count):,} clusters" for count in clusters]
+Sheets = tuple[list[Sheet], str]
+"""Contact sheets and what they show; or none, and why."""
 
 
-def write_report(out: Path) -> Path:
-    """Write OUT/report.html, one self-contained file, and return its path. Works during a run and after it.
+def write_report(out: Path, path: Path | None = None) -> Path:
+    """Write a run's page, one self-contained file, and return its path. Works during a run and after it.
+
+    Args:
+        out: The run's folder.
+        path: The file; default: OUT/report.html.
 
     Raises:
         FileNotFoundError: OUT or its metrics.jsonl is not there.
@@ -68,158 +42,119 @@ def write_report(out: Path) -> Path:
     """
     out = Path(out)
     run = read_run(out)
-    page = render(run, *make_sheets(run))
-    path = out / "report.html"
+    return write_page(out / "report.html" if path is None else path, render(run))
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Raises CommandError: it can't be written."""
     write_atomically(path, lambda file: file.write(page.encode(errors="replace")))  # a path that isn't text
     return path
 
 
-def read_run(out: Path) -> Run:
-    """metrics.jsonl, config.yaml, result.json and the latest checkpoint. Raises as `write_report` does."""
-    if not out.is_dir():
-        raise FileNotFoundError(f"{out} is not a folder: give the --out folder of a run")
-    metrics = out / "metrics.jsonl"
-    if not metrics.is_file():
-        raise FileNotFoundError(f"{metrics} is missing: {out} holds no run that has finished an epoch")
-    epochs, broken = _read_metrics(metrics)
-    if not epochs:
-        raise ValueError(f"{metrics} has no complete epoch yet: try again when the first one is done")
-    run = Run(out.resolve().name, epochs)
-    if broken:
-        run.notes.append(f"metrics.jsonl: {broken} incomplete line{'s' if broken > 1 else ''} left out.")
-    run.config = _read_mapping(out / "config.yaml", yaml.safe_load, run.notes)
-    if not run.config:
-        run.notes.append("There is no readable config.yaml, so the page shows no settings.")
-    run.result = _read_mapping(out / "result.json", json.loads, run.notes)
-    try:
-        run.state = load_latest(out)
-    except CommandError as error:
-        run.notes.append(f"Checkpoint: {error}.")
-    return run
-
-
-def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Lines by epoch, and how many could not be read: a killed run leaves part of a line.
-
-    A resumed run can repeat an epoch: the later line counts.
-    """
-    lines: dict[int, dict[str, Any]] = {}
-    broken = 0
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            epoch = int(line["epoch"])
-            lines[epoch] = {**line, "epoch": epoch}
-        except (ValueError, TypeError, KeyError, OverflowError):
-            broken += 1
-    return [lines[epoch] for epoch in sorted(lines)], broken
-
-
-def _read_mapping(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:
-    """The mapping in a file; empty, with a note, if the file is broken, and empty if there is none."""
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        notes.append(f"{path.name} can't be read ({type(error).__name__}).")
-        return {}
-    if not isinstance(values, dict):
-        notes.append(f"{path.name} should hold a mapping, but holds {type(values).__name__}.")
-        return {}
-    return values
-
-
-def make_sheets(run: Run) -> tuple[list[Sheet], str]:
-    """The contact sheets and an explanation of what they show, or none and the reason why."""
-    if not run.levels:
-        return [], "This run keeps false negatives: it detects none."
-    if "accepted" not in run.state:
-        return [], "No contact sheets: there is no readable checkpoint with accepted labels."
-    epoch, labels = run.state["epoch"], run.state["accepted"].numpy()
-    if labels.max(initial=-1) < 0:
-        return [], f"No contact sheets: no pseudo label was accepted by epoch {epoch}."
-    try:
-        images = _open_images(run)
-    except (CommandError, OSError, ImportError, ValueError) as error:
-        return [], f"No contact sheets, because the images can't be read now. {error}"
-    if len(images) != len(labels):
-        then = f"{len(labels):,} when the run was made"
-        return [], f"No contact sheets: the data set has {len(images):,} images now, {then}."
-    confidence = run.state["pseudo_labels"].get("confidence")
-    if confidence is not None:  # it is of the images that were clustered: none for those that can't be read
-        confidence = confidence.numpy() if confidence.shape == labels.shape else None
-    candidates, source = _candidates(run.state.get("negatives"), len(images))
-    groups = "clusters" if images.labels is None else "classes"
-    order = "in order" if confidence is None else "from the most to the least confident"
-    explanation = (
-        f"Each row starts with an anchor. Beside it are images {source} that carry the anchor's accepted "
-        f"label at epoch {epoch}: up to 10, at even steps {order}. Anchors are drawn at random (always the "
-        f"same ones), spread over the {groups}; images with detections at more levels come first."
-    )
-    return contact_sheets(images, labels, confidence, candidates, run.levels), explanation
-
-
-def _open_images(run: Run) -> Images:
-    """The training images that the run's config names."""
-    data = run.option("data", "data")
-    if not data:
-        raise ValueError("config.yaml does not name them.")
-    images = open_images(str(data), "train", Path(run.option("data", "data_root", "data")))
-    if images is None:
-        raise ValueError(f"{data} has no training images.")
-    return images
-
-
-def _candidates(negatives: Mapping[str, Any] | None, n: int) -> tuple[np.ndarray, str]:
-    """Distinct indices that may be detected, and where they come from."""
-    if negatives is not None:
-        indices = np.unique(np.asarray(negatives["indices"], dtype=np.int64))
-        indices = indices[(indices >= 0) & (indices < n)]
-        return indices, f"among the {len(indices):,} in the queue"
-    if n <= IN_BATCH_SAMPLE:
-        return np.arange(n), f"among all {n:,} (in-batch negatives: there is no queue)"
-    sample = np.sort(np.random.default_rng(0).choice(n, IN_BATCH_SAMPLE, replace=False))
-    return sample, f"in a fixed random sample of {IN_BATCH_SAMPLE:,} (in-batch negatives: there is no queue)"
-
-
-def render(run: Run, sheets: Sequence[Sheet], explanation: str) -> str:
-    """The page as HTML."""
+def render_template(name: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ifnd_fast"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    pictures = draw_figures(run.epochs, run.accuracies, run.levels)
-    return environment.get_template("report.html").render(
+    return environment.get_template(name).render(**values)
+
+
+def render(run: Run) -> str:
+    """The page as HTML."""
+    images, missing = images_of(run)
+    clustering = clustering_in(run.state)
+    detections, explanation = _detections(run, images, missing, clustering)
+    clusters, clusters_explanation = _clusters(run, images, missing, clustering)
+    return render_template(
+        "report.html",
         run=run,
         subtitle=_subtitle(run),
         headline=headline(run),
-        pictures=[(picture, Markup(picture.svg)) for picture in pictures],
-        sheets=sheets,
+        pictures=inline(draw_figures(run.epochs, run.accuracies, run.levels)),
+        states=inline([_detection_picture(run, images, clustering), _embedding(run, images, clustering)]),
+        sheets=detections,
         explanation=explanation,
-        wrong=any(thumbnail.wrong for sheet in sheets for row in sheet.rows for thumbnail in row.shown),
+        clusters=clusters,
+        clusters_explanation=clusters_explanation,
         settings=flatten(run.config),
     )
+
+
+def inline(pictures: Sequence[Picture | None]) -> list[tuple[Picture, Markup]]:
+    """Those that there are, each with its SVG as markup."""
+    return [(picture, Markup(picture.svg)) for picture in pictures if picture]
+
+
+def images_of(run: Run) -> tuple[Images | None, str]:
+    """The images that the run's checkpoint is of, if they can be read and are as many; or None and the reason."""
+    if "accepted" not in run.state:
+        return None, "there is no readable checkpoint with accepted labels."
+    then = len(run.state["accepted"])
+    try:
+        data = run.option("data", "data")
+        if not data:
+            raise ValueError("config.yaml does not name them.")
+        root, held_out = Path(run.option("data", "data_root", "data")), float(run.option("data", "hold_out", 0.0))
+        images, _ = open_for_run(DataConfig(data=str(data), data_root=root, hold_out=held_out))
+        if images is None:
+            raise ValueError(f"{data} has no training images.")
+    except (CommandError, OSError, ImportError, ValueError) as error:
+        return None, f"the images can't be read now: {error}"
+    if len(images) != then:
+        return None, f"the data set has {len(images):,} images now, {then:,} when the run was made."
+    return images, ""
+
+
+def _detections(run: Run, images: Images | None, missing: str, clustering: Clustering | None) -> Sheets:
+    if not run.levels:
+        return [], "This run keeps false negatives: it detects none."
+    if images is None:
+        return [], f"No contact sheets: {missing}"
+    return detection_sheets(images, run.state, clustering, run.levels)
+
+
+def _clusters(run: Run, images: Images | None, missing: str, clustering: Clustering | None) -> Sheets:
+    if run.detection in ("keep", "oracle"):
+        return [], "This run clusters nothing."
+    if images is None:
+        return [], f"No contact sheets: {missing}"
+    if clustering is None:
+        return [], f"No contact sheets: nothing was clustered by epoch {run.state['epoch']}."
+    return cluster_sheets(images, clustering, run.levels)
+
+
+def _detection_picture(run: Run, images: Images | None, clustering: Clustering | None) -> Picture | None:
+    if images is None or images.labels is None or clustering is None:
+        return None
+    found = detection_of(clustering, images.labels)
+    return draw_picture("by-rate", draw_detection_by_rate, found, run.levels, run.state["acceptance_rate"])
+
+
+def _embedding(run: Run, images: Images | None, clustering: Clustering | None) -> Picture | None:
+    stored = stored_features(run.state)
+    if stored is None:
+        return None
+    groups, names, what = None, [], "nothing"
+    if images is not None and images.labels is not None:
+        groups, what = images.labels[stored.indices], "true class"
+        names = [name_of_class(images, label) for label in range(int(images.labels.max()) + 1)]
+    elif clustering is not None:
+        level = int(np.argmin(clustering.levels))
+        groups, what = clustering.labels[:, level].numpy()[stored.indices], f"cluster of {run.levels[level]}"
+        names = [f"cluster {cluster}" for cluster in range(clustering.levels[level])]
+    return draw_picture("embedding", draw_embedding, stored, groups, names, what)
 
 
 def headline(run: Run) -> list[tuple[str, str, str]]:
     """(what, value, remark) of the numbers on top: the result's, or the last epoch's while there is none."""
     last = run.epochs[-1]
-    trained, untrained, raw = (
-        number(run.accuracies.get(key)) for key in ("knn_top1", "knn_top1_untrained", "knn_top1_raw_pixels")
-    )
-    when: list[str] = []
-    if trained is None:
-        for line in run.epochs:
-            if number(line.get("knn_top1")) is not None:
-                trained, when = line["knn_top1"], [f"epoch {line['epoch']}"]
+    untrained, raw = (number(run.accuracies.get(key)) for key in ("knn_top1_untrained", "knn_top1_raw_pixels"))
+    trained, epoch = run.trained
     cards = []
     if trained is not None:
         others = [("untrained", untrained), ("raw pixels", raw)]
         gains = [f"{trained - other:+.1f} on {name}" for name, other in others if other is not None]
-        remark = ", ".join(when + gains).replace("-", "\N{MINUS SIGN}")
+        remark = ", ".join([f"epoch {epoch}"] * (epoch is not None) + gains).replace("-", "\N{MINUS SIGN}")
         cards.append(("kNN top-1, trained", f"{trained:.1f}%", remark))
     if untrained is not None:
         cards.append(("kNN top-1, untrained", f"{untrained:.1f}%", "same encoder, random weights"))
@@ -230,33 +165,19 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
         cards.append(("Accepted labels", f"{rate:.0%}", f"epoch {last['epoch']}"))
     if loss is not None:
         cards.append(("Loss", f"{loss:.3f}", f"epoch {last['epoch']}"))
-    seconds = number(run.result.get("seconds")) or sum(
-        number(line.get(key)) or 0.0 for line in run.epochs for key in SECONDS.values()
-    )
-    if seconds:
+    if run.seconds:
         remark = f"{speed:,.0f} images/s in epoch {last['epoch']}" if speed else ""
-        cards.append(("Time" if run.result else "Time so far", duration(seconds), remark))
+        cards.append(("Time" if run.result else "Time so far", duration(run.seconds), remark))
     return cards
 
 
 def _subtitle(run: Run) -> str:
-    epoch, planned = run.epochs[-1]["epoch"], run.option("optim", "epochs")
     parts = [f"preset {run.config['preset']}"] if "preset" in run.config else []
     if run.config:
         parts.append(f"{run.detection} false negatives")
     parts += [", ".join(run.levels).replace(" clusters,", ",")] if run.levels else []
-    parts.append(f"{epoch} epochs" if run.result else f"epoch {epoch}{f' of {planned}' if planned else ''}")
+    parts.append(run.progress)
     return " · ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """ "48 s", "2 min 5 s", "3 h 20 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

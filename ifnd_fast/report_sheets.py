@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from ifnd_fast.data import Images
+from ifnd_fast.labelling import Clustering
+from ifnd_fast.report_thumbnails import Row, Sheet, Thumbnail, class_name, describe, spread, thumbnail, thumbnails
 
-SIDE = 64  # largest thumbnail, pixels
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    source: str | None  # a data URI; None: the image can't be read
-    text: str
-    wrong: bool = False
+IN_BATCH_SAMPLE = 4096
 
 
-@dataclass(frozen=True)
-class Row:
-    anchor: Thumbnail
-    name: str
-    note: str
-    shown: list[Thumbnail]
+def detection_sheets(
+    images: Images, state: Mapping[str, Any], clustering: Clustering | None, levels: Sequence[str]
+) -> tuple[list[Sheet], str]:
+    """The contact sheets of a checkpoint and an explanation of what they show, or none and the reason why.
 
-
-@dataclass(frozen=True)
-class Sheet:
-    title: str
-    note: str
-    rows: list[Row]
+    Args:
+        images: The N images that it was trained on.
+        state: The checkpoint; with (N, L) accepted labels.
+        clustering: The checkpoint's, where there is one.
+        levels: Names of the L levels.
+    """
+    epoch, labels = state["epoch"], state["accepted"].numpy()
+    if labels.max(initial=-1) < 0:
+        return [], f"No contact sheets: no pseudo label was accepted by epoch {epoch}."
+    confidence = None
+    if clustering is not None and clustering.gave(state["accepted"]):
+        confidence = clustering.confidence.numpy()
+    candidates, source = _candidates(state.get("negatives"), len(images))
+    groups = "clusters" if images.labels is None else "classes"
+    order = "in order" if confidence is None else "from the most to the least confident"
+    explanation = (
+        f"Each row starts with an anchor. Beside it are images {source} that carry the anchor's accepted "
+        f"label at epoch {epoch}: up to 10, at even steps {order}. Anchors are drawn at random (always the "
+        f"same ones), spread over the {groups}; images with detections at more levels come first."
+    )
+    return contact_sheets(images, labels, confidence, candidates, levels), explanation
 
 
 def contact_sheets(
@@ -102,14 +107,6 @@ def detected(labels: np.ndarray, candidates: np.ndarray, anchor: int) -> np.ndar
     return candidates[(labels[candidates] == labels[anchor]) & (candidates != anchor)]
 
 
-def spread(found: np.ndarray, confidence: np.ndarray | None, count: int) -> np.ndarray:
-    """At most `count` of `found`: the middle one of each of `count` equal parts by falling confidence."""
-    ordered = np.sort(found) if confidence is None else found[np.lexsort((found, -confidence[found]))]
-    if len(ordered) <= count:
-        return ordered
-    return ordered[((np.arange(count) + 0.5) * len(ordered) / count).astype(np.int64)]
-
-
 def _row(
     images: Images,
     anchor: int,
@@ -126,41 +123,19 @@ def _row(
         note = f"{len(found):,} detected"
         if truth is not None and len(found):
             note += f", {(truth[found] == truth[anchor]).mean():.0%} right"
-    shown = []
-    for index in spread(found, confidence, columns).tolist():
-        wrong = truth is not None and bool(truth[index] != truth[anchor])
-        text = _describe(images, index)
-        text += "" if confidence is None else f", confidence {confidence[index]:.2f}"
-        text += ", wrong" if wrong else ""
-        shown.append(Thumbnail(_thumbnail(images, index), text, wrong))
-    first = Thumbnail(_thumbnail(images, anchor), f"anchor: {_describe(images, anchor)}")
-    return Row(first, _class_name(images, anchor) or f"image {anchor}", note, shown)
+    right = None if truth is None else int(truth[anchor])
+    shown = thumbnails(images, spread(found, confidence, columns), right, confidence)
+    first = Thumbnail(thumbnail(images, anchor), f"anchor: {describe(images, anchor)}")
+    return Row(first, class_name(images, anchor) or f"image {anchor}", note, shown)
 
 
-def _describe(images: Images, index: int) -> str:
-    name = _class_name(images, index)
-    return f"{name}, image {index}" if name else f"image {index}"
-
-
-def _class_name(images: Images, index: int) -> str | None:
-    if images.labels is None:
-        return None
-    label = int(images.labels[index])
-    return images.class_names[label] if images.class_names else f"class {label}"
-
-
-def _thumbnail(images: Images, index: int) -> str | None:
-    """A square thumbnail, in the smaller of PNG and JPEG; None when the image can't be read."""
-    try:
-        image = images.image(index).convert("RGB")
-    except OSError:
-        return None
-    side = min(SIDE, *image.size)
-    image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-    encoded = []
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        encoded.append((len(buffer.getvalue()), kind, buffer.getvalue()))
-    _, kind, data = min(encoded)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _candidates(negatives: Mapping[str, Any] | None, n: int) -> tuple[np.ndarray, str]:
+    """Distinct indices that may be detected, and where they come from."""
+    if negatives is not None:
+        indices = np.unique(np.asarray(negatives["indices"], dtype=np.int64))
+        indices = indices[(indices >= 0) & (indices < n)]
+        return indices, f"among the {len(indices):,} in the queue"
+    if n <= IN_BATCH_SAMPLE:
+        return np.arange(n), f"among all {n:,} (in-batch negatives: there is no queue)"
+    sample = np.sort(np.random.default_rng(0).choice(n, IN_BATCH_SAMPLE, replace=False))
+    return sample, f"in a fixed random sample of {IN_BATCH_SAMPLE:,} (in-batch negatives: there is no queue)"

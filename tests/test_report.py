@@ -18,9 +18,11 @@ from PIL import Image
 
 from ifnd_fast import checkpoint, run_folder
 from ifnd_fast.config import Config
-from ifnd_fast.report import duration, flatten, headline, read_run, write_report
+from ifnd_fast.report import flatten, headline, write_report
 from ifnd_fast.report_figures import _bins, draw_figures
-from ifnd_fast.report_sheets import choose_anchors, contact_sheets, detected, spread
+from ifnd_fast.report_run import duration, read_run
+from ifnd_fast.report_sheets import choose_anchors, contact_sheets, detected
+from ifnd_fast.report_thumbnails import spread
 from ifnd_fast.train import Trainer
 
 FIGURES = [
@@ -323,7 +325,7 @@ def test_names_are_escaped(make_run):
 def test_in_batch_mode_says_what_is_shown(make_run, monkeypatch):
     out = make_run(queue=False)
     assert "images among all 60 (in-batch negatives" in write_report(out).read_text()
-    monkeypatch.setattr("ifnd_fast.report.IN_BATCH_SAMPLE", 40)
+    monkeypatch.setattr("ifnd_fast.report_sheets.IN_BATCH_SAMPLE", 40)
     page = write_report(out).read_text()
     assert "images in a fixed random sample of 40 (in-batch" in page
     assert write_report(out).read_text() == page

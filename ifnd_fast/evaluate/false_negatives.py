@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from ifnd_fast.labels import accepted_count
 from ifnd_fast.ops import checks
 
 
@@ -57,6 +62,65 @@ def detection_statistics(
         statistics["false_negative_precision"].append(hits / flagged if flagged else None)
         statistics["false_negative_recall"].append(hits / true_pairs if true_pairs else None)
     return statistics
+
+
+@dataclass(frozen=True)
+class DetectionByRate:
+    """What the detection finds at each of R acceptance rates, at each of L levels."""
+
+    rates: list[float]  # R, 0..1
+    per_query: list[list[float]]  # L x R, flagged images for each image
+    precision: list[list[float | None]]  # L x R, 0..1; None: none flagged
+    recall: list[list[float | None]]  # L x R, 0..1; None: there is no true pair
+
+
+def detection_by_rate(
+    labels: Tensor, confidence: Tensor, true_labels: Tensor | np.ndarray, rates: Sequence[float]
+) -> DetectionByRate:
+    """Precision and recall of the detection if the ceil(r N) most confident labels were accepted, for each rate r:
+    the diagnostic of Chen et al., ICLR 2022.
+
+    Counted as `detection_statistics` does, over all ordered pairs of two different images. Every image in order of
+    falling confidence adds as many pairs as there are images of its label before it, so that one sort of the N
+    images gives all rates.
+
+    Args:
+        labels: (N, L) int32 labels of every image, accepted or not; -1 for none.
+        confidence: (N, L) floating point; equal ones are accepted in order of their index, as training does.
+        true_labels: (N,) integers; below 0 where unknown.
+        rates: R acceptance rates, 0..1, of the images.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
+    """
+    everyone = torch.arange(len(labels), device=labels.device)
+    truth = cast(Tensor, _check(labels, labels, everyone, true_labels))
+    if confidence.shape != labels.shape:
+        raise ValueError(f"confidence must have shape {tuple(labels.shape)} as labels, got {tuple(confidence.shape)}")
+    first = torch.tensor([accepted_count(rate, len(labels)) for rate in rates], device=labels.device)
+    true_pairs = int(_pairs_among_first(truth)[-1])
+    found = DetectionByRate(list(rates), [], [], [])
+    for level in range(labels.shape[1]):
+        order = confidence[:, level].argsort(descending=True, stable=True)
+        y, t = labels[order, level], truth[order]
+        known_y = torch.where(t >= 0, y, -1)
+        flagged, known_flagged, hits = (
+            _pairs_among_first(codes)[first].tolist() for codes in (y, known_y, _joint(known_y, t))
+        )
+        found.per_query.append([pairs / len(labels) for pairs in flagged])
+        found.precision.append([hit / pairs if pairs else None for hit, pairs in zip(hits, known_flagged, strict=True)])
+        found.recall.append([hit / true_pairs if true_pairs else None for hit in hits])
+    return found
+
+
+def _pairs_among_first(codes: Tensor) -> Tensor:
+    """(N + 1,) int64: entry m is the number of ordered pairs of two of the first m codes that are equal and >= 0."""
+    ordered, position = codes.sort(stable=True)
+    _, group, sizes = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    rank = torch.arange(len(codes), device=codes.device) - (sizes.cumsum(0) - sizes)[group]
+    earlier = torch.zeros(len(codes) + 1, dtype=torch.int64, device=codes.device)
+    earlier[position + 1] = torch.where(ordered >= 0, rank, 0)
+    return 2 * earlier.cumsum(0)
 
 
 def _count_pairs(codes: Tensor, key_codes: Tensor, key_indices: Tensor) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ifnd_fast.config import DataConfig
 from ifnd_fast.console import warn
-from ifnd_fast.data import Images, Subset, open_images, rank_in_class
+from ifnd_fast.data import Images, Subset, open_for_run, rank_in_class
 from ifnd_fast.errors import UsageError
 
 
@@ -21,8 +21,7 @@ def open_labelled(data: DataConfig) -> tuple[Images, Images]:
         CommandError: a download failed.
     """
     name = f"--data {data.data}"
-    train = open_images(data.data, "train", data.data_root)
-    test = open_images(data.data, "test", data.data_root)
+    train, test = open_for_run(data)
     assert train is not None
     if train.labels is None or (test is not None and test.labels is None):
         raise UsageError(f"{name}: an evaluation needs labels, that is images in one folder per class")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ifnd_fast import checkpoint as checkpoints
 from ifnd_fast import features
+from ifnd_fast.config import DataConfig
 from ifnd_fast.console import table
 from ifnd_fast.data import Images, Unreadable
 from ifnd_fast.device import leave_cores_to_workers, pick_amp, pick_device
@@ -57,8 +58,8 @@ class Subject:
 
     def __init__(self, options: Options):
         self.options = options
-        config, self.network, self.n_features = load_backbone(options.checkpoint, options.arch)
-        self.data = config.data
+        self.config, network, self.n_features = load_backbone(options.checkpoint, options.arch)
+        self.data, self.network = self.config.data, network
         for name, least in (("image_size", 1), ("workers", 0)):
             value = getattr(options, name)
             if value is not None and value < least:
@@ -66,10 +67,12 @@ class Subject:
         for name in ("data", "data_root", "image_size", "workers"):
             if getattr(options, name) is not None:
                 setattr(self.data, name, getattr(options, name))
+        if options.data is not None:
+            self.data.hold_out = 0.0  # what the run held out was of its own images
         self.device = pick_device(options.device)
-        self.amp = pick_amp(options.amp or config.run.amp, self.device)
+        self.amp = pick_amp(options.amp or self.config.run.amp, self.device)
         leave_cores_to_workers(self.device, self.data.workers)
-        self.layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
+        self.layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
         self.network.to(self.device).to(memory_format=self.layout)
 
     def autocast(self) -> AbstractContextManager:
@@ -98,13 +101,20 @@ class Subject:
         return readable.nonzero().flatten().cpu().numpy()
 
     def tell(self, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]) -> None:
-        """Print a table, and write the figures with what they are of to --json-file.
+        """See `tell`."""
+        tell(self.options, self.data, title, columns, rows, figures)
 
-        Raises:
-            CommandError: the file can't be written.
-        """
-        table(title, columns, rows)
-        if self.options.json_file is not None:
-            figures = {"checkpoint": str(self.options.checkpoint), "data": self.data.data, **figures}
-            text = json.dumps(figures, indent=1) + "\n"
-            checkpoints.write_atomically(self.options.json_file, lambda file: file.write(text.encode()))
+
+def tell(
+    options: Options, data: DataConfig, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]
+) -> None:
+    """Print a table, and write the figures with what they are of to --json-file.
+
+    Raises:
+        CommandError: the file can't be written.
+    """
+    table(title, columns, rows)
+    if options.json_file is not None:
+        figures = {"checkpoint": str(options.checkpoint), "data": data.data, **figures}
+        text = json.dumps(figures, indent=1) + "\n"
+        checkpoints.write_atomically(options.json_file, lambda file: file.write(text.encode()))

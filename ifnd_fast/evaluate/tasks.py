@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ifnd_fast.evaluate.clusters import clusters
+from ifnd_fast.evaluate.detection_by_rate import false_negatives
 from ifnd_fast.evaluate.knn import knn
 from ifnd_fast.evaluate.linear import linear
 from ifnd_fast.evaluate.semi import semi
 from ifnd_fast.evaluate.svm import svm
 from ifnd_fast.evaluate.transfer import transfer
 
-TASKS: dict[str, Callable[..., None]] = {"knn": knn, "linear": linear, "semi": semi, "svm": svm, "transfer": transfer}
+TASKS: dict[str, Callable[..., None]] = {
+    "knn": knn,
+    "linear": linear,
+    "semi": semi,
+    "svm": svm,
+    "transfer": transfer,
+    "clusters": clusters,
+    "false-negatives": false_negatives,
+}
+"""Names and functions; a function's parameters are its options."""

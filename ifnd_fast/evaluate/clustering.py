@@ -1,0 +1,125 @@
+"""A clustering to evaluate: of the features that training would cluster, or of a backbone's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ifnd_fast.checkpoint import list_checkpoints, load_latest
+from ifnd_fast.config import Config, DataConfig
+from ifnd_fast.console import progress, warn
+from ifnd_fast.data import Images, open_for_run
+from ifnd_fast.errors import CommandError, UsageError
+from ifnd_fast.evaluate.subject import Subject
+from ifnd_fast.labelling import Clustering
+from ifnd_fast.levels import cluster_levels, scale_levels
+from ifnd_fast.model import build
+
+
+@dataclass
+class ClusterOptions:
+    """How the training images are clustered."""
+
+    levels: tuple[int, ...] | None = None
+    """clusters at each level; default: the run's (of bare weights the imagenet preset's), scaled down to the images"""
+    features: Literal["encoder", "backbone"] | None = None
+    """features of the run's momentum encoder, which training clusters, or of the backbone; default: the encoder's of
+    a run's folder, else the backbone's"""
+    kmeans_iterations: int = 20
+    """most Lloyd iterations per level"""
+    confidence_temperature: float | None = None
+    """of the labels' confidence; default: the run's"""
+    seed: int = 0
+    """of the initial centroids"""
+
+
+def labelled_training_images(data: DataConfig) -> tuple[Images, np.ndarray]:
+    """The images and their true labels (N,).
+
+    Raises:
+        UsageError: no such data, or no labels.
+    """
+    images = open_for_run(data)[0]
+    if images is None or images.labels is None:
+        raise UsageError(f"--data {data.data}: needs true labels, that is images in one folder per class")
+    return images, images.labels
+
+
+def cluster_images(subject: Subject, config: Config, images: Images, options: ClusterOptions) -> tuple[Clustering, str]:
+    """Cluster the images' unit features at every level; and what kind of features, "encoder" or "backbone".
+
+    Raises:
+        UsageError: an option is out of range, or there are fewer images than clusters were asked for.
+        CommandError: the run has no checkpoint to take the encoder from, or the features can't be clustered.
+    """
+    if options.levels is not None and not (options.levels and all(level >= 1 for level in options.levels)):
+        raise UsageError(f"--levels must be one or more numbers of 1 or more, got {options.levels}")
+    if options.kmeans_iterations < 1:
+        raise UsageError(f"--kmeans-iterations must be 1 or more, got {options.kmeans_iterations}")
+    temperature = options.confidence_temperature
+    temperature = config.contrast.temperature if temperature is None else temperature
+    if not 0 < temperature < float("inf"):
+        raise UsageError(f"--confidence-temperature must be a finite number above 0, got {temperature}")
+    out = subject.options.checkpoint
+    kind = options.features or ("encoder" if out.is_dir() and list_checkpoints(out) else "backbone")
+    if kind == "encoder":
+        subject.network = load_encoder(out, config).to(subject.device)
+    vectors, usable = subject.features(images)
+    vectors = F.normalize(vectors)
+    usable = usable & vectors.isfinite().all(dim=1) & vectors.any(dim=1)
+    if not bool(usable.all()):
+        warn(f"{int((~usable).sum()):,} images without features (unreadable, or all zero) are left out")
+    n = int(usable.sum())
+    levels = options.levels or config.cluster.levels
+    if options.levels is None and n and max(levels) > n:
+        levels = scale_levels(levels, n)
+        warn(f"only {n} images: the run's levels {config.cluster.levels} scaled down to {levels}")
+    if max(levels) > n:
+        raise UsageError(f"--levels {' '.join(map(str, levels))}: more clusters than the {n} images")
+    labels = torch.full((len(images), len(levels)), -1, dtype=torch.int32)
+    confidence = torch.zeros(labels.shape)
+    labels[usable.cpu()], confidence[usable.cpu()] = _cluster(vectors[usable], levels, temperature, options)
+    return Clustering(tuple(levels), labels, confidence), kind
+
+
+def _cluster(
+    vectors: Tensor, levels: tuple[int, ...], temperature: float, options: ClusterOptions
+) -> tuple[Tensor, Tensor]:
+    """Labels and confidence (n, L) of unit vectors (n, D), on the CPU."""
+    with progress("clustering", len(levels) * options.kmeans_iterations) as advance:
+        try:
+            found = cluster_levels(
+                vectors, levels, temperature=temperature, max_iter=options.kmeans_iterations, seed=options.seed,
+                progress=lambda *_: advance(),
+            )  # fmt: skip
+        except ValueError as error:  # too few different features, say
+            raise CommandError(f"the features can't be clustered: {error}") from error
+    labels = torch.stack([level.labels for level in found], dim=1)
+    confidence = torch.stack([level.confidence for level in found], dim=1)
+    return labels.cpu(), confidence.cpu()
+
+
+def load_encoder(out: Path, config: Config) -> nn.Module:
+    """The momentum encoder of a run's newest checkpoint, on the CPU; of an in-batch run its only encoder.
+
+    Raises:
+        CommandError: `out` is no run's folder, or has no readable checkpoint, or it does not fit the config.
+    """
+    if not out.is_dir():
+        raise UsageError(f"--features encoder: {out} is not the folder of a run; --features backbone works on it")
+    weights = load_latest(out)["model"]
+    prefix = "key_encoder." if any(name.startswith("key_encoder.") for name in weights) else "query_encoder."
+    encoder = build(config.model)()
+    try:
+        encoder.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        )
+    except RuntimeError as error:
+        raise CommandError(f"the newest checkpoint in {out} does not fit its config.yaml: {error}") from error
+    return encoder

@@ -1,0 +1,106 @@
+"""The features of some of a run's images in the plane."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+
+from ifnd_fast.plots import GRID, SERIES, Texts
+
+POINTS = 1000  # t-SNE takes some seconds for them
+FEWEST_FOR_TSNE = 50
+MARKERS = "o^"
+MOST_GROUPS = len(SERIES) * len(MARKERS)
+
+
+class StoredFeatures(NamedTuple):
+    """Unit features of n different images that a checkpoint holds."""
+
+    features: np.ndarray  # (n, D) float32
+    indices: np.ndarray  # (n,) int64, of the images
+    source: str
+
+
+def stored_features(state: Mapping[str, Any], most: int = POINTS, seed: int = 0) -> StoredFeatures | None:
+    """Of at most `most` images, always the same ones: their newest keys in the queue, else what the bank holds of them;
+    None where the checkpoint has neither."""
+    queue, bank = state.get("negatives"), state.get("bank")
+    if queue is not None and "features" in queue:
+        features, indices = queue["features"], queue["indices"].numpy()
+        pointer = int(queue["_extra_state"][0]) if "_extra_state" in queue else 0
+        newest_first = (pointer - 1 - np.arange(len(indices))) % len(indices)
+        newest_first = newest_first[indices[newest_first] >= 0]
+        distinct, at = np.unique(indices[newest_first], return_index=True)
+        rows, source = newest_first[at], "newest key in the queue"
+    elif bank is not None:
+        features, source = bank, "newest key in the bank"
+        distinct = rows = bank.any(dim=1).nonzero().flatten().numpy()
+    else:
+        return None
+    kept = np.sort(np.random.default_rng(seed).permutation(len(rows))[:most])
+    found = features[torch.from_numpy(rows[kept])].float().numpy()
+    finite = np.isfinite(found).all(axis=1)
+    return StoredFeatures(found[finite], distinct[kept][finite], source)
+
+
+def embed(features: np.ndarray) -> tuple[np.ndarray, str]:
+    """Points (n, 2) for features (n, D), the same bits for the same features, and the method's name."""
+    if len(features) < FEWEST_FOR_TSNE:
+        points = np.zeros((len(features), 2))
+        n_components = min(2, *features.shape)
+        points[:, :n_components] = PCA(n_components, svd_solver="full").fit_transform(features)
+        return points, "PCA"
+    with threadpool_limits(1):  # several threads add up in an order of their own
+        tsne = TSNE(init="pca", perplexity=min(30, len(features) // 5), max_iter=500, random_state=0)
+        return tsne.fit_transform(features), "t-SNE"
+
+
+def draw_embedding(
+    figure: Figure, stored: StoredFeatures, groups: np.ndarray | None, name_of: Sequence[str], what: str
+) -> Texts | None:
+    """A point for each image, coloured by its group.
+
+    Args:
+        stored: n features.
+        groups: (n,) int, -1 for none; None: all points alike.
+        name_of: Names of the groups.
+        what: What a group is, such as "true class".
+    """
+    if len(stored.features) < 3:
+        return None
+    points, method = embed(stored.features)
+    groups = np.full(len(points), -1) if groups is None else groups
+    found, sizes = np.unique(groups[groups >= 0], return_counts=True)
+    shown = np.sort(found[np.argsort(-sizes, kind="stable")][:MOST_GROUPS])
+    figure.set_size_inches(5.6, 5.0)
+    axes = figure.subplots()
+    others = points[~np.isin(groups, shown)]
+    if len(others):
+        colour, label = (GRID, "others") if len(shown) else (SERIES[0], None)
+        axes.scatter(others[:, 0], others[:, 1], s=7, color=colour, linewidths=0, label=label)
+    for i, group in enumerate(shown.tolist()):
+        own = points[groups == group]
+        axes.scatter(
+            own[:, 0], own[:, 1], s=9, color=SERIES[i % len(SERIES)], marker=MARKERS[i // len(SERIES)],
+            linewidths=0, label=_short(name_of[group]),
+        )  # fmt: skip
+    axes.set(xticks=[], yticks=[], aspect="equal")
+    axes.spines[:].set_visible(False)
+    if len(shown):
+        figure.legend(loc="outside upper left", ncols=6, markerscale=2, handletextpad=0.2, columnspacing=1.0)
+    caption = f"{len(points):,} images by their {stored.source}: near in the plane means near in feature space, mostly."
+    if len(shown):
+        caption += f" Coloured by {what}{f', the {MOST_GROUPS} commonest' if len(shown) < len(found) else ''}."
+    alt = f"Scatter plot of {len(points):,} images, {len(found)} groups by {what}."
+    return f"Features in the plane ({method})", caption, alt
+
+
+def _short(name: str, most: int = 14) -> str:
+    return name if len(name) <= most else name[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"

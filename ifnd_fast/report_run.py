@@ -1,0 +1,153 @@
+"""What a run's folder tells a report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ifnd_fast.checkpoint import load_latest
+from ifnd_fast.errors import CommandError
+
+Epochs = list[dict[str, Any]]
+"""The lines of metrics.jsonl, in order of "epoch"."""
+SECONDS = {"training": "seconds", "features": "feature_seconds", "clustering": "cluster_seconds"}
+
+
+@dataclass
+class Run:
+    """What a run folder tells. A broken file leaves its field empty and a line in `notes`."""
+
+    name: str
+    folder: Path
+    epochs: Epochs  # never empty
+    config: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)  # empty: the run did not end (yet)
+    state: dict[str, Any] = field(default_factory=dict)  # the latest checkpoint
+    notes: list[str] = field(default_factory=list)
+
+    def option(self, section: str, name: str, default: Any = None) -> Any:
+        values = self.config.get(section)
+        return values.get(name, default) if isinstance(values, dict) else default
+
+    @property
+    def accuracies(self) -> dict[str, Any]:
+        """The kNN accuracies known: before training from the checkpoint, and all from the result."""
+        return {**self.state.get("result", {}), **self.result}
+
+    @property
+    def trained(self) -> tuple[float | None, int | None]:
+        """kNN top-1 of the trained encoder, percent: the result's, or the last one measured and its epoch."""
+        if (final := number(self.accuracies.get("knn_top1"))) is not None:
+            return final, None
+        for line in reversed(self.epochs):
+            if (measured := number(line.get("knn_top1"))) is not None:
+                return measured, line["epoch"]
+        return None, None
+
+    @property
+    def seconds(self) -> float:
+        """That it took, so far."""
+        return number(self.result.get("seconds")) or sum(
+            number(line.get(key)) or 0.0 for line in self.epochs for key in SECONDS.values()
+        )
+
+    @property
+    def progress(self) -> str:
+        """ "12 epochs" of a finished run, "epoch 3 of 12"."""
+        epoch, planned = self.epochs[-1]["epoch"], self.option("optim", "epochs")
+        return f"{epoch} epochs" if self.result else f"epoch {epoch}{f' of {planned}' if planned else ''}"
+
+    @property
+    def detection(self) -> str:
+        """What the run does with false negatives: "eliminate", "attract", "keep" or "oracle"."""
+        return str(self.option("contrast", "false_negatives", "eliminate"))
+
+    @property
+    def levels(self) -> list[str]:
+        """Names of the levels at which false negatives are detected; none for "keep"."""
+        if self.detection == "keep":
+            return []
+        if self.detection == "oracle":
+            return ["true classes"]
+        clusters = self.state.get("pseudo_labels", {}).get("levels", self.option("cluster", "levels", []))
+        return [f"{int(count):,} clusters" for count in clusters]
+
+
+def read_run(out: Path) -> Run:
+    """metrics.jsonl, config.yaml, result.json and the latest checkpoint. Raises as `write_report` does."""
+    if not out.is_dir():
+        raise FileNotFoundError(f"{out} is not a folder: give the --out folder of a run")
+    metrics = out / "metrics.jsonl"
+    if not metrics.is_file():
+        raise FileNotFoundError(f"{metrics} is missing: {out} holds no run that has finished an epoch")
+    epochs, broken = _read_metrics(metrics)
+    if not epochs:
+        raise ValueError(f"{metrics} has no complete epoch yet: try again when the first one is done")
+    run = Run(out.resolve().name, out, epochs)
+    if broken:
+        run.notes.append(f"metrics.jsonl: {broken} incomplete line{'s' if broken > 1 else ''} left out.")
+    run.config = _read_mapping(out / "config.yaml", yaml.safe_load, run.notes)
+    if not run.config:
+        run.notes.append("There is no readable config.yaml, so the page shows no settings.")
+    run.result = _read_mapping(out / "result.json", json.loads, run.notes)
+    try:
+        run.state = load_latest(out)
+    except CommandError as error:
+        run.notes.append(f"Checkpoint: {error}.")
+    return run
+
+
+def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Lines by epoch, and how many could not be read: a killed run leaves part of a line.
+
+    A resumed run can repeat an epoch: the later line counts.
+    """
+    lines: dict[int, dict[str, Any]] = {}
+    broken = 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            epoch = int(line["epoch"])
+            lines[epoch] = {**line, "epoch": epoch}
+        except (ValueError, TypeError, KeyError, OverflowError):
+            broken += 1
+    return [lines[epoch] for epoch in sorted(lines)], broken
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:
+    """The mapping in a file; empty, with a note, if the file is broken, and empty if there is none."""
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        notes.append(f"{path.name} can't be read ({type(error).__name__}).")
+        return {}
+    if not isinstance(values, dict):
+        notes.append(f"{path.name} should hold a mapping, but holds {type(values).__name__}.")
+        return {}
+    return values
+
+
+def number(value: Any) -> float | None:
+    """A finite number as float; None for anything else."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def duration(seconds: float) -> str:
+    """ "48 s", "2 min 5 s", "3 h 20 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
