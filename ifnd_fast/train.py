@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -121,6 +122,12 @@ class Trainer:
     def fit(self) -> dict[str, float]:
         """Train to the end from wherever the run is; the result's figures."""
         self._measure_before_training()
+        for _ in self.epochs():
+            pass
+        return self._finish()
+
+    def epochs(self) -> Iterator[None]:
+        """Train the rest of the run, an epoch at a time."""
         loader = pair_loader(self.images, self.config.data, self.config.run.seed, self.batches)
         model: nn.Module = self.model
         if distributed.world_size() > 1:
@@ -134,7 +141,7 @@ class Trainer:
             with self.stop.deferred():
                 indices = self._train_epoch(loader, model)
             self._end_epoch(indices)
-        return self._finish()
+            yield
 
     def _train_epoch(self, loader: DataLoader, model: nn.Module) -> Tensor:
         """The epoch's remaining steps; the indices of the last one's images."""
