@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from ifnd_fast.augment import NUMBERS, blur_kernel
 from ifnd_fast.config import DataConfig
 from ifnd_fast.console import warn
 from ifnd_fast.errors import CommandError, UsageError
@@ -224,11 +228,19 @@ def random_view(config: DataConfig) -> Callable[[Image.Image], Tensor]:
     if config.grayscale:
         steps.append(v2.RandomGrayscale(config.grayscale))
     if config.blur:
-        kernel = 2 * (size // 20) + 1  # a tenth of the side, odd
-        steps.append(v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], p=config.blur))
+        steps.append(v2.RandomApply([v2.GaussianBlur(blur_kernel(size), (0.1, 2.0))], p=config.blur))
     if config.flip:
         steps.append(v2.RandomHorizontalFlip())
     return v2.Compose([*steps, v2.ToImage()])
+
+
+def whole_image(config: DataConfig, images: Images) -> Callable[[Image.Image], Tensor]:
+    """What `augment.BatchViews` makes views of, uint8: images in memory as they are, (3, H, W), for they are all of one
+    size; of files the middle square, resized to half as much again as a view's side."""
+    if isinstance(images, ArrayImages):
+        return v2.ToImage()
+    side = round(1.5 * config.image_size)
+    return v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.ToImage()])
 
 
 def centre_view(config: DataConfig) -> Callable[[Image.Image], Tensor]:
@@ -239,12 +251,17 @@ def centre_view(config: DataConfig) -> Callable[[Image.Image], Tensor]:
 
 
 def to_input(views: Tensor, config: DataConfig, device: torch.device) -> Tensor:
-    """Views (B, 3, S, S) uint8 as an encoder's input on the device: float32, less the mean, by the deviation.
+    """Views (B, 3, S, S), 0 to 255, as an encoder's input on the device: float32, less the mean, by the deviation.
 
     Here and not in the loading processes: a quarter of the bytes travel, and the device does the arithmetic.
     """
-    mean, std = (255 * torch.tensor(c, device=device)[:, None, None] for c in (config.pixel_mean, config.pixel_std))
+    mean, std = (_by_channel(values, device) for values in (config.pixel_mean, config.pixel_std))
     return (views.to(device, non_blocking=True) - mean) / std
+
+
+@cache
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return 255 * torch.tensor(values, device=device)[:, None, None]
 
 
 class ViewDataset(Dataset):
@@ -265,7 +282,10 @@ class ViewDataset(Dataset):
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also look for GPUs, which takes longer than the augmentation
             torch.default_generator.manual_seed(int.from_bytes(key, "little") >> 1)
-            return *(self.view(image) for _ in range(self.n_views)), index, wanted
+            return *self.views(image), index, wanted
+
+    def views(self, image: Image.Image) -> tuple[Tensor, ...]:
+        return tuple(self.view(image) for _ in range(self.n_views))
 
     def _readable(self, wanted: int) -> tuple[Image.Image, int]:
         for offset in range(min(len(self.images), 100)):
@@ -278,10 +298,16 @@ class ViewDataset(Dataset):
 
 
 class PairDataset(ViewDataset):
-    """Item (epoch, index): two random views of an image, as `random_view` makes them."""
+    """Item (epoch, index): two random views of an image, as `random_view` makes them; with --augment device the image
+    itself, and the random numbers (2, NUMBERS) of its views."""
 
     def __init__(self, images: Images, config: DataConfig, seed: int):
-        super().__init__(images, random_view(config), seed, n_views=2)
+        self.on_device = config.augment == "device"
+        view = whole_image(config, images) if self.on_device else random_view(config)
+        super().__init__(images, view, seed, n_views=2)
+
+    def views(self, image: Image.Image) -> tuple[Tensor, ...]:
+        return (self.view(image), torch.rand(2, NUMBERS)) if self.on_device else super().views(image)
 
 
 class CentreDataset(Dataset):
@@ -333,39 +359,57 @@ class Unreadable:
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, index): a permutation fixed by seed and epoch, this rank's part of every batch.
 
-    The last, smaller batch is dropped. `start(epoch, step)` says where the next iteration begins.
+    The last, smaller batch of an epoch is dropped. `start(epoch, step, end)` says where the next iteration begins, and
+    the epoch before which it ends: by default it is the rest of one epoch.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.share = rank, batch_size // world_size
-        self.epoch = self.first_step = 0
+        self.start(0, 0)
 
-    def start(self, epoch: int, step: int) -> None:
-        self.epoch, self.first_step = epoch, step
+    def start(self, epoch: int, step: int, end: int | None = None) -> None:
+        self.epochs, self.first_step = range(epoch, epoch + 1 if end is None else end), step
 
     def __len__(self) -> int:
+        """Batches of an epoch."""
         return self.n // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        for step in range(self.first_step, len(self)):
-            begin = step * self.batch_size + self.rank * self.share
-            yield [(self.epoch, int(index)) for index in order[begin : begin + self.share]]
+        first = self.first_step
+        for epoch in self.epochs:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            for step in range(first, len(self)):
+                begin = step * self.batch_size + self.rank * self.share
+                yield [(epoch, int(index)) for index in order[begin : begin + self.share]]
+            first = 0
 
 
 def view_loader(dataset: ViewDataset, config: DataConfig, batches: EpochBatches) -> DataLoader:
     """Batches of (views (B, 3, S, S), as many as the dataset makes, indices (B,), wanted indices (B,))."""
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=config.workers,
-        persistent_workers=config.workers > 0, pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # of seeds that no item uses: the global one would move with every resume
     )  # fmt: skip
 
 
 def pair_loader(images: Images, config: DataConfig, seed: int, batches: EpochBatches) -> DataLoader:
-    """Batches of (view (B, 3, S, S), other view, indices (B,), wanted indices (B,))."""
+    """Batches of (view (B, 3, S, S), other view, indices (B,), wanted indices (B,)), or with --augment device of
+    (images (B, 3, H, W), random numbers (B, 2, NUMBERS), indices, wanted indices)."""
     return view_loader(PairDataset(images, config, seed), config, batches)
+
+
+@contextmanager
+def running(loader: DataLoader) -> Iterator[Iterator[Any]]:
+    """The loader's batches; its processes end with the context, also when an error's traceback holds the iterator:
+    they wait for it, and Python's exit for them."""
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, _MultiProcessingDataLoaderIter):
+            batches._shutdown_workers()
 
 
 def centre_loader(images: Images, config: DataConfig, batch_size: int, indices: range) -> DataLoader:

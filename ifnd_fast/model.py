@@ -120,7 +120,7 @@ class MoCo(nn.Module):
             return self.key_encoder(images)
         everyones = distributed.all_gather(images)
         generator = torch.Generator().manual_seed(shuffle_seed)
-        order = torch.randperm(len(everyones), generator=generator).to(images.device)
+        order = torch.randperm(len(everyones), generator=generator).to(images.device, non_blocking=True)
         mine = distributed.own_share(everyones[order])
         keys = torch.cat([self.key_encoder(group) for group in _groups(mine, self.bn_groups)])
         shuffled_keys = distributed.all_gather(keys)

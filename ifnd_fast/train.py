@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from ifnd_fast import checkpoint, distributed, features, run_folder
+from ifnd_fast.augment import BatchViews
 from ifnd_fast.config import Config, OptimConfig, from_dict, to_dict
 from ifnd_fast.config import differences as differences_between
 from ifnd_fast.console import progress, say
-from ifnd_fast.data import EpochBatches, Images, Unreadable, open_for_run, pair_loader, to_input
+from ifnd_fast.data import EpochBatches, Images, Unreadable, open_for_run, pair_loader, running, to_input
 from ifnd_fast.device import pick_amp, pick_contrast_dtype, pick_device
 from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
 from ifnd_fast.evaluate.false_negatives import detection_statistics
@@ -57,6 +59,7 @@ class Trainer:
         self.images, self.probe = self._open_images()
         self.unreadable = Unreadable(self.images, config.data.strict)
         self.labeller = Labeller(config, self.images, self.device, self.contrast_dtype)
+        self.draw = BatchViews(config.data) if config.data.augment == "device" else None
         self.batches = EpochBatches(
             len(self.images), config.optim.batch_size, config.run.seed, distributed.rank(), distributed.world_size()
         )
@@ -120,33 +123,43 @@ class Trainer:
     def fit(self) -> dict[str, float]:
         """Train to the end from wherever the run is; the result's figures."""
         self._measure_before_training()
-        loader = pair_loader(self.images, self.config.data, self.config.run.seed, self.batches)
+        for _ in self.epochs():
+            pass
+        return self._finish()
+
+    def epochs(self) -> Iterator[None]:
+        """Train the rest of the run, an epoch at a time."""
         model: nn.Module = self.model
         if distributed.world_size() > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        while self.epoch < self.config.optim.epochs:
-            if self.step_in_epoch == 0:
-                encoder = self.model.feature_encoder
-                renewed = self.labeller.start_epoch(self.epoch, encoder, self.autocast, self.unreadable)
-                if renewed and self.queue is not None:
-                    self.queue.relabel(self.labeller.accepted)
-            with self.stop.deferred():
-                indices = self._train_epoch(loader, model)
-            self._end_epoch(indices)
-        return self._finish()
+        # One iteration for all epochs: the first batches of the next are loaded during the end of this one.
+        self.batches.start(self.epoch, self.step_in_epoch, self.config.optim.epochs)
+        loader = pair_loader(self.images, self.config.data, self.config.run.seed, self.batches)
+        with running(loader) as batches:
+            while self.epoch < self.config.optim.epochs:
+                with self.stop.deferred():  # else one rank would stop between the epochs, and the others not
+                    self._renew_labels()
+                    self._end_epoch(self._train_epoch(batches, model))
+                yield
 
-    def _train_epoch(self, loader: DataLoader, model: nn.Module) -> Tensor:
+    def _renew_labels(self) -> None:
+        if self.step_in_epoch == 0:
+            encoder = self.model.feature_encoder
+            renewed = self.labeller.start_epoch(self.epoch, encoder, self.autocast, self.unreadable)
+            if renewed and self.queue is not None:
+                self.queue.relabel(self.labeller.accepted)
+
+    def _train_epoch(self, batches: Iterator[list[Tensor]], model: nn.Module) -> Tensor:
         """The epoch's remaining steps; the indices of the last one's images."""
         n_steps = len(self.batches)
-        self.batches.start(self.epoch, self.step_in_epoch)
         self.model.train()
         loss_sum = torch.tensor(self.totals["loss"], dtype=torch.float64, device=self.device)
         first = torch.full((len(WATCHED) + 1,), torch.iinfo(torch.int64).max, device=self.device)  # step of each
         started = time.perf_counter()
         with progress(f"epoch {self.epoch + 1}/{self.config.optim.epochs}", n_steps, self.step_in_epoch) as advance:
-            for view, other_view, indices, wanted in loader:
+            for *loaded, indices, wanted in islice(batches, n_steps - self.step_in_epoch):
                 self.unreadable.note(indices, wanted)
-                loss, happened, indices = self._train_step(model, view, other_view, indices)
+                loss, happened, indices = self._train_step(model, loaded, indices)
                 self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
                 loss_sum += loss
                 first = torch.where(happened, first.clamp(max=self.step), first)
@@ -164,20 +177,25 @@ class Trainer:
                     started = time.perf_counter()
         return indices
 
-    def _train_step(
-        self, model: nn.Module, view: Tensor, other_view: Tensor, indices: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _views(self, loaded: list[Tensor]) -> tuple[Tensor, ...]:
+        """The two views as the encoders take them, (B, 3, S, S), of what `pair_loader` gives."""
+        if self.draw is not None:
+            images, numbers = loaded
+            images = images.to(self.device, non_blocking=True)
+            loaded = [self.draw(images, numbers[:, view]) for view in range(2)]
+        return tuple(
+            to_input(view, self.config.data, self.device).contiguous(memory_format=self.layout) for view in loaded
+        )
+
+    def _train_step(self, model: nn.Module, loaded: list[Tensor], indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One update of the encoders and the queue; the loss, which of WATCHED are not finite and whether a rank was
         asked to stop, and the indices of every rank's images."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, len(self.batches), self.config.optim)
-        view, other_view = (
-            to_input(v, self.config.data, self.device).contiguous(memory_format=self.layout)
-            for v in (view, other_view)
-        )
         indices = indices.to(self.device, non_blocking=True)
+        views = self._views(loaded)
         with self.autocast():
-            query, key = (out.to(self.contrast_dtype) for out in model(view, other_view, shuffle_seed=self.step))
+            query, key = (out.to(self.contrast_dtype) for out in model(*views, shuffle_seed=self.step))
         loss = self._loss(query, key, indices)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -190,9 +208,10 @@ class Trainer:
         if self.queue is not None:
             self.queue.enqueue(keys, self.labeller.accepted[indices], indices)
         self.labeller.observe(keys, indices)
-        happened = [(~watched.detach().isfinite()).any().float() for watched in (query, key, loss)]
-        happened.append(torch.tensor(float(self.stop.number is not None), device=self.device))
-        sums = distributed.sum_over_ranks(torch.stack([loss.detach(), *happened]))
+        # a sum is not finite where one of its terms is not
+        watched = torch.stack([part.detach().sum(dtype=torch.float32) for part in (query, key, loss)])
+        asked = torch.full((1,), self.stop.number is not None, device=self.device)
+        sums = distributed.sum_over_ranks(torch.cat([watched[-1:], ~watched.isfinite(), asked]))
         return sums[0] / distributed.world_size(), sums[1:] > 0, indices
 
     def _count_update(self, *_: object) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ifnd_fast.augment import NUMBERS
 from ifnd_fast.config import PRESETS, DataConfig
 from ifnd_fast.data import EpochBatches, PairDataset, centre_loader, open_for_run, open_images, pair_loader, to_input
 from ifnd_fast.errors import UsageError
@@ -85,18 +86,34 @@ def test_views_depend_on_seed_epoch_and_index_alone(flat_folder):
     assert not torch.equal(view, PairDataset(images, SMALL, seed=2)[3, 7][0])
 
 
-def test_any_number_of_workers_gives_the_same_batches(flat_folder):
+@pytest.mark.parametrize("augment", ["loader", "device"])
+def test_any_number_of_workers_gives_the_same_batches(augment, flat_folder):
     images = open_images(str(flat_folder))
 
-    def batches(workers: int) -> list[torch.Tensor]:
-        config = DataConfig(image_size=16, workers=workers)
+    def batches(workers: int, start: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        config = DataConfig(image_size=16, workers=workers, augment=augment)
         order = EpochBatches(len(images), 50, seed=0)
-        order.start(epoch=2, step=0)
-        return [view for view, *_ in pair_loader(images, config, 0, order)]
+        order.start(epoch=start, step=0, end=3)
+        return [(first, second) for first, second, *_ in pair_loader(images, config, 0, order)]
 
-    alone, helped = batches(0), batches(2)
-    assert len(alone) == len(helped) == 2
-    assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+    alone, helped, later = batches(0), batches(2), batches(0, start=2)
+    assert len(alone) == len(helped) == 4 and len(later) == 2
+    for some in (alone, alone[:2] + later):
+        for a, b in zip(some, helped, strict=True):
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_images_for_views_on_the_device(flat_folder):
+    files, digits = open_images(str(flat_folder)), open_images("demo")
+    config = DataConfig(image_size=16, augment="device")
+    image, numbers, index, wanted = PairDataset(files, config, seed=1)[3, 7]
+    again = PairDataset(files, config, seed=1)[3, 7]
+    assert image.shape == (3, 24, 24) and image.dtype == torch.uint8 and (index, wanted) == (7, 7)
+    assert numbers.shape == (2, NUMBERS) and torch.equal(numbers, again[1])
+    assert not torch.equal(numbers[0], numbers[1])
+    for item, seed in (((4, 7), 1), ((3, 8), 1), ((3, 7), 2)):
+        assert not torch.equal(numbers, PairDataset(files, config, seed)[item][1])
+    assert torch.equal(PairDataset(digits, config, 0)[0, 5][0][0], torch.from_numpy(digits.pixels[5]))
 
 
 def test_order_resumes_within_an_epoch_and_ranks_share_batches():
@@ -114,7 +131,10 @@ def test_order_resumes_within_an_epoch_and_ranks_share_batches():
     for batch, *parts in zip(batches, *ranks, strict=True):
         assert batch == [item for part in parts for item in part]
     whole.start(5, 0)
-    assert list(whole) != batches
+    next_batches = list(whole)
+    assert next_batches != batches
+    whole.start(4, 3, end=6)
+    assert list(whole) == batches[3:] + next_batches
 
 
 def test_unreadable_images_are_replaced_and_named(flat_folder, tmp_path):

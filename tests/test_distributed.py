@@ -73,15 +73,17 @@ train()
 """
 
 
-@pytest.mark.parametrize("negatives, ranks", [("queue", 4), ("in-batch", 2)])
-def test_ranks_share_a_batch_without_changing_the_losses(negatives, ranks, digit_folder, tmp_path):
+@pytest.mark.parametrize(
+    "negatives, ranks, more", [("queue", 4, []), ("in-batch", 2, ["--augment", "device", "--color-jitter", 0.4])]
+)
+def test_ranks_share_a_batch_without_changing_the_losses(negatives, ranks, more, digit_folder, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(LOSSES)
     losses = []
     for number in (1, ranks):
         out = tmp_path / f"run-{number}"
         done = torchrun(number, script, "--data", digit_folder, "--out", out, *TINY, "--batch-size", 40,
-                        "--negatives", negatives)  # fmt: skip
+                        "--negatives", negatives, *more)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from tests.conftest import TINY, command
 from tests.test_distributed import torchrun
 from tests.test_train import new
 
+PR_CAPBSET_DROP = 24  # <linux/prctl.h>
 TRAIN = "from ifnd_fast.cli import train; train()"
 LONG = [*TINY, "--epochs", "24", "--recluster-every", "3", "--knn-every", "0", "--checkpoint-every", "1000"]
 
@@ -118,11 +120,22 @@ def test_a_second_run_on_one_folder_is_refused_and_a_killed_one_frees_it(digit_f
         third.communicate()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_folder_that_cannot_be_written(digit_folder, tmp_path):
-    tmp_path.chmod(0o500)
-    done = command("train", "--data", digit_folder, "--out", tmp_path / "run", *TINY)
-    assert done.returncode == 1 and "can't be written" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("why", ["read-only folder", "below a file"])
+def test_a_folder_that_cannot_be_written(why, digit_folder, tmp_path):
+    out = tmp_path / "there" / "run"
+    if why == "read-only folder":
+        out.parent.mkdir(mode=0o500)
+    else:
+        out.parent.touch()
+
+    def mere_owner():  # root writes anywhere, by these two capabilities: the new program does without
+        for dac_override_and_read_search in (1, 2):
+            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, dac_override_and_read_search)
+
+    process = start("--data", digit_folder, "--out", out, *TINY, preexec_fn=mere_owner)
+    _, told = process.communicate(timeout=90)
+    assert process.returncode == 1 and told.startswith(f"error: --out {out} can't be written"), told
+    assert len(told.splitlines()) == 1
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_how_much_was_needed(digit_folder, tmp_path):
@@ -153,6 +166,14 @@ def test_a_loading_process_that_dies_is_named(digit_folder, tmp_path):
     assert process.returncode == 1 and "fit()" not in told, told  # torch may grumble where its handler ran
     last = told.strip().splitlines()[-1]
     assert last.startswith("error: a loading process died") and "step-" in last and "--resume" in last
+
+
+def test_an_error_that_nobody_expects_ends_the_run_with_its_loading_processes(digit_folder, tmp_path):
+    broken = "import ifnd_fast.train as t\ndef fail(*args):\n    raise ZeroDivisionError('odd')\n"
+    broken += "t.Trainer._loss = fail"
+    process = start("--data", digit_folder, "--out", tmp_path / "run", *LONG, "--workers", 2, prelude=broken)
+    _, told = process.communicate(timeout=90)  # they ignore what asks them to stop: Python's exit once waited for them
+    assert process.returncode == 1 and told.strip().endswith("ZeroDivisionError: odd")
 
 
 def test_an_image_that_vanishes_while_training_is_skipped(digit_folder, tmp_path):

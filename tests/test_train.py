@@ -150,6 +150,7 @@ def test_backbone_is_torchvisions(digit_folder, tmp_path):
     [
         [], ["--features", "bank"], ["--negatives", "in-batch"], ["--false-negatives", "attract", "--workers", 1],
         ["--cluster-async", "--epochs", 4],
+        ["--augment", "device", "--color-jitter", 0.4, "--flip", "--workers", 1],
     ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(options, digit_folder, tmp_path):
@@ -331,21 +332,28 @@ def test_contrast_in_half_precision(options, digit_folder, tmp_path, monkeypatch
 
 
 class CountWaits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: a number read from a tensor, a shape that depends on values."""
+    """Counts what would make the host wait for a GPU: a number read from a tensor, a shape that depends on values, and
+    a tensor of numbers of the host's, which torch.tensor(..., device=...) copies there and waits for."""
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
+        names = (
+            "_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default", "lift_fresh",
+        )  # fmt: skip
         if any(name in str(function) for name in names):
             self.found.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--negatives", "in-batch"], ["--false-negatives", "attract", "--features", "bank"]]
+    "options",
+    [
+        [], ["--negatives", "in-batch"], ["--false-negatives", "attract", "--features", "bank"],
+        ["--augment", "device", "--color-jitter", 0.4, "--grayscale", 0.2, "--blur", 0.5, "--image-size", 20],
+    ],
 )
 def test_a_step_never_waits_for_the_device(options, digit_folder, tmp_path):
     trainer = new(tmp_path / "run", digit_folder, *options)
@@ -353,7 +361,7 @@ def test_a_step_never_waits_for_the_device(options, digit_folder, tmp_path):
 
     def watched(*args):
         with waits:
-            assert torch.ones(1).item() and len(waits.found) == 1  # or it would see nothing
+            assert torch.tensor(1).item() and len(waits.found) == 2  # or it would see nothing
             waits.found.clear()
             return train_step(*args)
 
