@@ -17,6 +17,7 @@ from ifnd_fast.config import Config
 from ifnd_fast.console import table
 from ifnd_fast.data import Images, open_images
 from ifnd_fast.errors import CommandError, UsageError
+from ifnd_fast.evaluate.detection import detection
 from ifnd_fast.model import resnet
 
 
@@ -82,4 +83,4 @@ def load_backbone(checkpoint: Path) -> tuple[Config, torch.nn.Module]:
     return config, backbone.eval()
 
 
-TASKS: dict[str, Callable[..., None]] = {"knn": knn}
+TASKS: dict[str, Callable[..., None]] = {"knn": knn, "detection": detection}
