@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from ifnd_fast import distributed, run_folder
 from ifnd_fast import config as configs
+from ifnd_fast import distributed, run_folder
 from ifnd_fast.config import PRESETS, Config
 from ifnd_fast.console import errors, say, table, warn
 from ifnd_fast.errors import CommandError, PeerError, Stopped, UsageError

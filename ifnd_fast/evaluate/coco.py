@@ -228,7 +228,7 @@ def _checked(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """The annotations that have a shape, numbered from 1: to pycocotools a match with number 0 is none."""
     sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
-    kept = []
+    kept: list[dict[str, Any]] = []
     for number, one in enumerate(content["annotations"]):
         where = f"annotations {path}: annotations[{number}]"
         if one["image_id"] not in sizes:

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-"""COCO's: mean over IoU .50 to .95, at IoU .50, at .75; of small (area below 32^2 pixels), medium, large (96^2) objects"""
+"""COCO's: mean over IoU .50 to .95, at .50, at .75; of small (area below 32^2 pixels), medium, large (above 96^2)"""
 
 
 def to_results(image_id: int, output: dict[str, Tensor], category_ids: list[int]) -> list[dict[str, Any]]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import datetime
-import json
 import math
 import signal
 import time
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,109 +24,25 @@ from ifnd_fast.console import progress, say, table, track
 from ifnd_fast.data import EpochBatches
 from ifnd_fast.device import leave_cores_to_workers, pick_amp, pick_device
 from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
-from ifnd_fast.evaluate import coco, coco_metrics, detectron2
+from ifnd_fast.evaluate import coco, detectron2
 from ifnd_fast.evaluate.backbone import Backbone, load_backbone
+from ifnd_fast.evaluate.coco_metrics import NAMES, average_precision, to_results
+from ifnd_fast.evaluate.detection_options import DetectionOptions, decisive, learning_rate, resolve
 from ifnd_fast.evaluate.mask_rcnn import mask_rcnn
 from ifnd_fast.stop import StopSignals, explained, ignore_stop_signals
 
-ITERATIONS = {"1x": 90_000, "2x": 180_000}
-REFERENCE_BATCH, REFERENCE_LR, REFERENCE_WARMUP = 16, 0.02, 1000
-SMALLEST_NORMALISED_BATCH = 8
-"""images, of all ranks, from which on --batch-norm auto trains batch norm"""
 
-
-@dataclass
-class DetectionOptions:
-    data: Path | None = None
-    """folder of COCO data: annotations/instances_train2017.json and instances_val2017.json (or any name for 2017), and
-    their images in train2017/ and val2017/, there or in images/"""
-    train_images: Path | None = None
-    """folder of the images to train on, where --data has another layout"""
-    train_annotations: Path | None = None
-    """their annotations, COCO's instances JSON"""
-    val_images: Path | None = None
-    """folder of the images to measure on"""
-    val_annotations: Path | None = None
-    """their annotations"""
-    out: Path | None = None
-    """folder for checkpoints/, metrics.jsonl, model.pt, detections.json and result.json; default: detection/ in the
-    run's folder, or beside the file of weights"""
-    resume: bool = False
-    """go on in --out from the last checkpoint"""
-    export_detectron2: Path | None = None
-    """write the backbone to this file, NAME.pkl, for detectron2, and print the configuration that goes with it (INPUT.FORMAT
-    RGB, MODEL.PIXEL_MEAN and PIXEL_STD in 0 to 255, RESNETS.STRIDE_IN_1X1 False, ...); without --data that is all"""
-    arch: str | None = None
-    """architecture of a file of weights; default: by their shapes"""
-    schedule: Literal["1x", "2x"] = "1x"
-    """Detectron's, which MoCo's paper (He et al., 2020, section 4.2) takes: 90,000 iterations (2x: 180,000) of 16 images,
-    lr 0.02, linear warm-up from a thousandth of it over 1,000 iterations. Another --batch-size B changes lr by B/16, and
-    iterations and warm-up by 16/B"""
-    batch_size: int = 16
-    """images per iteration, over all ranks"""
-    iterations: int | None = None
-    """iterations, instead of the schedule's"""
-    lr: float | None = None
-    """learning rate after warm-up, instead of the schedule's"""
-    warmup: int | None = None
-    """iterations of warm-up, instead of the schedule's (at most a tenth of all)"""
-    drops: tuple[float, ...] = (2 / 3, 8 / 9)
-    """shares of the iterations after which lr is divided by 10"""
-    sgd_momentum: float = 0.9
-    """momentum of SGD"""
-    weight_decay: float = 1e-4
-    """L2 penalty on all parameters but batch norm's"""
-    batch_norm: Literal["auto", "sync", "frozen"] = "auto"
-    """sync: trained, over the images of all ranks, also in the feature pyramid (MoCo's choice); frozen: keeps the backbone's
-    statistics and weights; auto: sync on GPUs from 8 images per iteration on, else frozen"""
-    min_size: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
-    """shorter side of a training image, pixels, one at random; measured at the last"""
-    max_size: int = 1333
-    """longest longer side, pixels"""
-    device: str = "auto"
-    """"auto" (CUDA when there, else CPU), "cpu", "cuda", "cuda:1", ..."""
-    amp: Literal["auto", "fp16", "bf16", "off"] = "off"
-    """mixed precision (off as in the paper); auto: bf16 on GPUs since Ampere and CPUs that have it, fp16 on older GPUs"""
-    workers: int = 4
-    """processes per rank that load images; 0: in the training process"""
-    seed: int = 0
-    """of new layers' weights, order, flips, sizes and sampled proposals"""
-    log_every: int = 20
-    """iterations between lines of the losses"""
-    checkpoint_every: int = 1000
-    """iterations between checkpoints"""
-    rank_timeout: float = 30.0
-    """minutes after which a rank that does not answer ends the run, with several ranks"""
-    json_file: Path | None = None
-    """write the figures to this file too"""
-
-
-FOLLOWS_COMPUTATION = (
-    "schedule", "batch_size", "iterations", "lr", "warmup", "drops", "sgd_momentum", "weight_decay", "batch_norm",
-    "min_size", "max_size", "amp", "seed",
-)  # fmt: skip
-"""Options that a resumed run must share: with others it would compute something else."""
-
-
-def detection(
-    checkpoint: tyro.conf.Positional[Path],
-    options: Annotated[DetectionOptions, tyro.conf.OmitArgPrefixes] = DetectionOptions(),  # noqa: B008
-) -> None:
-    """COCO detection and instance segmentation: fine-tune Mask R-CNN with a feature pyramid, all layers, from the backbone.
+def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
+    """COCO detection and instance segmentation: Mask R-CNN with a feature pyramid, fine-tuned from a backbone.
 
     The model is torchvision's, so its figures are to be compared among backbones; for detectron2's own take
-    --export-detectron2. Several GPUs: torchrun --nproc-per-node 8 $(which ifnd-fast-eval) detection ...
-
-    Args:
-        checkpoint: a run's folder, its backbone.pt, or a file of weights with the names of torchvision's ResNets
+    --export-detectron2. On several GPUs: torchrun --nproc-per-node 8 $(which ifnd-fast-eval) detection ...
     """
-    backbone = load_backbone(checkpoint, options.arch)
+    backbone = load_backbone(options.checkpoint, options.arch)
     if options.export_detectron2 is not None:
-        _export(backbone, options)
+        _export(backbone, options.export_detectron2)
         if options.data is None and options.train_annotations is None:
             return
-    options = copy.deepcopy(options)
-    options.out = options.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "detection"
     device = pick_device(options.device)
     leave_cores_to_workers(device, options.workers)
     distributed.start(device, options.rank_timeout)
@@ -138,58 +50,23 @@ def detection(
     with tuning.stop, explained(tuning.out, tuning.stop), ExitStack() as held:
         tuning.take(held)
         figures = tuning.fit()
-    rows = [[kind, *(_percent(figures[f"{kind}_{name}"]) for name in coco_metrics.NAMES)] for kind in ("box", "mask")]
-    table(f"COCO average precision on {tuning.val.path.name}, percent", ["", *coco_metrics.NAMES], rows)
-    if options.json_file is not None and distributed.rank() == 0:
-        run_folder.write_json(options.json_file, figures)
+    if distributed.rank() == 0:
+        _tell(figures, options.json_file)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _tell(figures: dict[str, Any], json_file: Path | None) -> None:
+    rows = [
+        [kind, *("-" if (value := figures[f"{kind}_{name}"]) is None else f"{value:.2f}" for name in NAMES)]
+        for kind in ("box", "mask")
+    ]
+    table(f"COCO average precision on {figures['data']}, percent", ["", *NAMES], rows)
+    if json_file is not None:
+        run_folder.write_json(json_file, figures)
 
 
-def _export(backbone: Backbone, options: DetectionOptions) -> None:
-    assert options.export_detectron2 is not None
-    settings = detectron2.export(backbone, options.export_detectron2)
-    say(f"{options.export_detectron2} goes with a configuration of detectron2 (Base-RCNN-FPN.yaml, say) that has\n{settings}")
-
-
-def resolve(options: DetectionOptions, device: torch.device) -> None:
-    """Set what was left to the schedule.
-
-    Raises:
-        UsageError: a value out of range, named with the range.
-    """
-    for name in ("batch_size", "iterations", "max_size", "log_every", "checkpoint_every"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    for name in ("lr", "sgd_momentum", "weight_decay", "warmup", "workers"):
-        value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise UsageError(f"--{name.replace('_', '-')} must be a finite number of 0 or more, got {value}")
-    if not options.min_size or min(options.min_size) < 1:
-        raise UsageError(f"--min-size must be one or more sides of 1 or more pixels, got {options.min_size}")
-    if any(not 0 < share <= 1 for share in options.drops):
-        raise UsageError(f"--drops must be shares of the iterations above 0 and up to 1, got {options.drops}")
-    scale = options.batch_size / REFERENCE_BATCH
-    if options.iterations is None:
-        options.iterations = round(ITERATIONS[options.schedule] / scale)
-    if options.lr is None:
-        options.lr = REFERENCE_LR * scale
-    if options.warmup is None:
-        options.warmup = min(round(REFERENCE_WARMUP / scale), options.iterations // 10)
-    if options.batch_norm == "auto":
-        enough = options.batch_size >= SMALLEST_NORMALISED_BATCH
-        options.batch_norm = "sync" if device.type == "cuda" and enough else "frozen"
-
-
-def learning_rate(step: int, options: DetectionOptions) -> float:
-    """At a step (from 0) of resolved options: linear warm-up from lr / 1000, then a tenth after each drop."""
-    assert options.iterations is not None and options.lr is not None and options.warmup is not None
-    done = step / options.warmup if step < options.warmup else 1.0
-    passed = sum(step >= round(share * options.iterations) for share in options.drops)
-    return options.lr * (0.001 * (1 - done) + done) * 0.1**passed
+def _export(backbone: Backbone, path: Path) -> None:
+    settings = detectron2.export(backbone, path)
+    say(f"{path}: in detectron2's configuration (of Base-RCNN-FPN.yaml, say) it needs\n{settings}")
 
 
 class FineTuning:
@@ -197,7 +74,7 @@ class FineTuning:
 
     Args:
         backbone: what it starts from.
-        options: with the folder `out`.
+        options: what to train on, and how.
         device: to train on.
 
     Raises:
@@ -205,9 +82,9 @@ class FineTuning:
     """
 
     def __init__(self, backbone: Backbone, options: DetectionOptions, device: torch.device):
-        assert options.out is not None
-        self.options, self.out, self.device = options, options.out, device
-        resolve(options, device)
+        self.options, self.device = resolve(options, device), device
+        start = options.checkpoint
+        self.out = options.out or (start if start.is_dir() else start.parent) / "detection"
         self.train = coco.CocoImages(
             *coco.find("train", options.data, options.train_images, options.train_annotations)
         )
@@ -243,9 +120,8 @@ class FineTuning:
         names = [{number: one["name"] for number, one in part.coco.cats.items()} for part in (self.train, self.val)]
         for number, name in names[1].items():
             if names[0].get(number) != name:
-                raise UsageError(
-                    f"category {number} is {name!r} in {self.val.path}, but {names[0].get(number)!r} in {self.train.path}"
-                )
+                other = f"{names[0].get(number)!r} in {self.train.path}"
+                raise UsageError(f"category {number} is {name!r} in {self.val.path}, but {other}")
 
     def _deal(self) -> EpochBatches:
         batch, n, ranks = self.options.batch_size, len(self.examples), distributed.world_size()
@@ -272,11 +148,12 @@ class FineTuning:
         model: nn.Module = self.model
         if distributed.world_size() > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        left_out = len(self.train) - len(self.examples)
         say(
-            f"{len(self.examples)} images to train on ({len(self.train) - len(self.examples)} without an object left out), "
-            f"{len(self.val)} to measure on, {len(self.train.category_ids)} categories; "
-            f"{self.options.iterations} iterations of {self.options.batch_size}, lr {self.options.lr:g}, "
-            f"batch norm {'trained' if self.options.batch_norm == 'sync' else 'frozen'}"
+            f"{len(self.examples)} images to train on ({left_out} without an object left out), {len(self.val)} to "
+            f"measure on, {len(self.train.category_ids)} categories; {self.options.iterations} iterations of "
+            f"{self.options.batch_size}, lr {self.options.lr:g}, batch norm "
+            f"{'trained' if self.options.batch_norm == 'sync' else 'frozen'}"
         )
         with self.stop.deferred():
             self._train(model)
@@ -376,7 +253,7 @@ class FineTuning:
         rate = self.seconds / self.step
         left = datetime.timedelta(seconds=round(rate * (self.options.iterations - self.step)))
         lr, speed = self.optimizer.param_groups[0]["lr"], self.options.batch_size / rate
-        parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in means.items() if name != "loss")
+        parts = ", ".join(f"{name[5:]} {value:.3f}" for name, value in means.items() if name.startswith("loss_"))
         say(
             f"iteration {self.step}/{self.options.iterations}  loss {means['loss']:.3f} ({parts})  lr {lr:.2g}  "
             f"{speed:.1f} images/s  {left} left"
@@ -402,12 +279,12 @@ class FineTuning:
                     raise CommandError(f"val image {image}")
                 with self.autocast():
                     (output,) = self.model([image.to(self.device).float() / 255])
-                results += coco_metrics.to_results(image_id, output, self.train.category_ids)
+                results += to_results(image_id, output, self.train.category_ids)
         everyones = [result for part in distributed.all_gather_objects(results) for result in part]
         if distributed.rank() != 0:
             return {}
         run_folder.write_json(self.out / "detections.json", everyones, indent=None)
-        return coco_metrics.average_precision(self.val.coco, everyones)
+        return average_precision(self.val.coco, everyones)
 
     def _finish(self, figures: dict[str, float | None]) -> dict[str, Any]:
         """Write the model and the result; the figures, with what they are of."""
@@ -415,24 +292,17 @@ class FineTuning:
             return {}
         weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
         checkpoints.write_atomically(self.out / "model.pt", lambda file: torch.save(weights, file))
-        settings = {name: value for name, value in self._settings().items() if name in ("iterations", "batch_size", "lr", "batch_norm")}
-        result = {"data": str(self.val.path), **settings, **figures, "seconds": self.seconds}
+        settings = {"checkpoint": str(self.options.checkpoint), "data": str(self.val.path), **decisive(self.options)}
+        result = {**settings, **figures, "seconds": self.seconds}
         run_folder.write_json(self.out / "result.json", result)
         return result
 
     # ---- checkpoints ----
 
-    def _settings(self) -> dict[str, Any]:
-        """The options that the weights depend on."""
-        values = dataclasses.asdict(self.options)
-        return {
-            name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in FOLLOWS_COMPUTATION
-        }
-
     def save(self) -> None:
         """Write a checkpoint, from rank 0."""
         state = {
-            "settings": self._settings(), "step": self.step, "seconds": self.seconds, "sums": self.sums,
+            "settings": decisive(self.options), "step": self.step, "seconds": self.seconds, "sums": self.sums,
             "categories": self.train.category_ids, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
         }  # fmt: skip
@@ -457,7 +327,7 @@ class FineTuning:
 
     def _load(self, state: dict[str, Any]) -> None:
         try:
-            saved, wanted = state["settings"], self._settings()
+            saved, wanted = state["settings"], decisive(self.options)
             differences = [
                 f"--{name.replace('_', '-')}: the run has {saved[name]}, asked for {wanted[name]}"
                 for name in wanted if saved[name] != wanted[name]

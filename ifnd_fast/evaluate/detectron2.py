@@ -5,11 +5,11 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import yaml
-from torch import Tensor
+from torchvision.models import ResNet
 
 from ifnd_fast import checkpoint
 from ifnd_fast.errors import UsageError
@@ -51,17 +51,15 @@ def export(backbone: Backbone, path: Path) -> str:
 
 
 def _settings(backbone: Backbone, path: Path) -> dict[str, Any]:
-    config, network = backbone.config, backbone.network
+    config, network = backbone.config, cast(ResNet, backbone.network)
     digits = re.search(r"\d+", config.model.arch)
     depth = int(digits[0]) if digits else 0
     if depth not in DEPTHS or config.model.stem != "imagenet":
         raise UsageError(
-            f"--export-detectron2: detectron2 builds ResNets of {', '.join(map(str, DEPTHS))} layers with the 7x7 stem, "
-            f"not {config.model.arch} with the stem {config.model.stem!r}"
+            f"--export-detectron2: detectron2 builds ResNets of {', '.join(map(str, DEPTHS))} layers with the 7x7 stem,"
+            f" not {config.model.arch} with the stem {config.model.stem!r}"
         )
-    stem: Tensor = network.conv1.weight
-    first: Any = network.layer1
-    groups = int(network.groups)
+    groups, first = network.groups, network.layer1
     last = first[-1].conv3 if hasattr(first[-1], "conv3") else first[-1].conv2
     return {
         "MODEL": {
@@ -75,7 +73,7 @@ def _settings(backbone: Backbone, path: Path) -> dict[str, Any]:
                 "NORM": "SyncBN",
                 "NUM_GROUPS": groups,
                 "WIDTH_PER_GROUP": first[0].conv1.out_channels // groups,
-                "STEM_OUT_CHANNELS": len(stem),
+                "STEM_OUT_CHANNELS": network.conv1.out_channels,
                 "RES2_OUT_CHANNELS": last.out_channels,
             },
             "FPN": {"NORM": "SyncBN"},
