@@ -88,21 +88,36 @@ def _bytes_of(value: Any) -> int:
     return value.nbytes if isinstance(value, Tensor) else 8
 
 
+def read(path: Path) -> Any:
+    """What torch.save wrote to a file, on the CPU; only tensors and plain values, never code.
+
+    Raises:
+        CommandError: the file is missing, truncated, damaged, not torch's, or would run code.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch.load doesn't look at the checksums that torch.save wrote
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise CommandError(f"{path} can't be read: {damaged} in it is damaged: its checksum is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CommandError(f"{path} can't be read: {error}") from error
+    except CommandError:
+        raise
+    except Exception as error:  # torch.load raises many kinds, one for each way a file can be broken
+        reason = "it is truncated or damaged, or not a file of torch.save"
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+            reason = "it holds Python objects, which could run code; save tensors alone (a state_dict)"
+        raise CommandError(f"{path} can't be read: {reason}") from error
+
+
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint on the CPU.
+    """Read a checkpoint of a run on the CPU.
 
     Raises:
         CommandError: the file is missing, truncated, damaged, not a checkpoint of this program, or would run code.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load doesn't look at the checksums that torch.save wrote
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it is damaged: its checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds, one for each way a file can be broken
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CommandError(f"{path} can't be read as a checkpoint: {reason}") from error
+    state = read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CommandError(f"{path} is not a checkpoint that this version wrote ({FORMAT!r})")
     return state

@@ -58,6 +58,26 @@ class ArrayImages:
         return f"image {index}"
 
 
+class Subset:
+    """Some of the images, by their numbers."""
+
+    labels: np.ndarray | None
+    class_names: list[str] | None
+
+    def __init__(self, images: Images, indices: np.ndarray):
+        self.images, self.indices, self.class_names = images, indices, images.class_names
+        self.labels = None if images.labels is None else images.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Image.Image:
+        return self.images.image(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.indices[index]))
+
+
 class FolderImages:
     """Image files below a folder: its sub-folders are the classes, or it has none and all lie in it."""
 

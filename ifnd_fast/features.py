@@ -13,7 +13,7 @@ from ifnd_fast import distributed
 from ifnd_fast.config import DataConfig
 from ifnd_fast.console import track
 from ifnd_fast.data import Images, centre_loader, to_input
-from ifnd_fast.evaluate.knn import knn_accuracy
+from ifnd_fast.knn import knn_accuracy
 
 
 @torch.inference_mode()

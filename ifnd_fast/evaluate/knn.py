@@ -1,190 +1,32 @@
-"""Weighted k-nearest-neighbour classification, the usual quick test of self-supervised features."""
+"""ifnd-fast-eval knn: the usual quick test of features."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import tyro
+
+from ifnd_fast import features
+from ifnd_fast.errors import UsageError
+from ifnd_fast.evaluate.labelled import open_labelled
+from ifnd_fast.evaluate.subject import Options, Subject
 
 
-@torch.no_grad()
-def knn_classify(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-    n_classes: int | None = None,
-    chunk: int = 2048,
-) -> Tensor:
-    """Classify each test row by the weighted votes of its ``k`` nearest training rows.
-
-    The rule of Wu et al., *Unsupervised Feature Learning via Non-Parametric Instance Discrimination*
-    (CVPR 2018): with cosine similarity s and N_k the ``k`` most similar training rows, class c gets the vote
-    ``sum over j in N_k with label c of exp(s_j / temperature)``, and the largest vote wins.
-
-    Rows are L2-normalised here; a row of zeros stays zero (similarity 0 to everything). Equally similar
-    training rows count in order of their index, equal votes go to the lower class. Half precision is
-    computed in float32.
+def knn(options: tyro.conf.OmitArgPrefixes[Options], k: int = 20, temperature: float = 0.07) -> None:
+    """Weighted k-nearest-neighbour accuracy of a backbone's features.
 
     Args:
-        train_features: (N, D) floating point, N >= 1.
-        train_labels: (N,) integers from 0 to ``n_classes - 1``.
-        test_features: (M, D) floating point on the same device.
-        k: Number of neighbours; more than N means all N.
-        temperature: Positive; low trusts the nearest rows only, ``inf`` gives every neighbour one vote.
-        n_classes: Number of classes; by default the largest training label plus one.
-        chunk: Rows of either side compared at a time: chunk * chunk similarities in memory, never M * N.
-
-    Returns:
-        (M,) int64 predicted classes.
-
-    Raises:
-        TypeError: For an argument that is not a tensor or not of the right kind of dtype.
-        ValueError: For shapes, devices or values that do not fit, and for features that are not finite.
-
-    Examples:
-        >>> train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-        >>> knn_classify(train, torch.tensor([0, 0, 1]), torch.tensor([[5.0, 1.0], [0.0, 2.0]]), k=1)
-        tensor([0, 1])
+        k: neighbours that vote
+        temperature: of the votes' weights exp(similarity / temperature)
     """
-    _check_features("train_features", train_features)
-    _check_features("test_features", test_features)
-    if len(train_features) == 0:
-        raise ValueError("train_features has no rows: give at least one labelled training row")
-    if train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(
-            f"test_features has {test_features.shape[1]} columns, but train_features has "
-            f"{train_features.shape[1]}: both must come from the same encoder"
-        )
-    if train_features.device != test_features.device:
-        devices = f"test_features is on {test_features.device}, train_features on {train_features.device}"
-        raise ValueError(f"{devices}: move them to one device")
-    _check_labels("train_labels", train_labels, len(train_features))
-    _check_count("k", k)
-    _check_count("chunk", chunk)
+    if k < 1:
+        raise UsageError(f"--k must be 1 or more, got {k}")
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if n_classes is None:
-        n_classes = int(train_labels.max()) + 1
-    elif int(train_labels.max()) >= n_classes:
-        raise ValueError(f"train_labels has label {int(train_labels.max())}, but n_classes is {n_classes}")
-
-    dtype = torch.promote_types(torch.promote_types(train_features.dtype, test_features.dtype), torch.float32)
-    train = _normalize(train_features.to(dtype))
-    labels = train_labels.to(train.device, torch.int64)
-    predictions = []
-    for test in test_features.split(chunk):
-        similarity, index = _nearest(_normalize(test.to(dtype)), train, k, chunk)
-        predictions.append(_vote(similarity, labels[index], temperature, n_classes))
-    return torch.cat(predictions)
-
-
-def knn_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    *,
-    k: int = 20,
-    temperature: float = 0.07,
-    n_classes: int | None = None,
-    chunk: int = 2048,
-) -> float:
-    """Top-1 accuracy of :func:`knn_classify`, in percent.
-
-    Args:
-        test_labels: (M,) integers, M >= 1. A class that training lacks simply counts as an error.
-
-    The other arguments, and what is raised, are those of :func:`knn_classify`.
-    """
-    _check_features("test_features", test_features)
-    if len(test_features) == 0:
-        raise ValueError("test_features has no rows: an accuracy needs at least one")
-    _check_labels("test_labels", test_labels, len(test_features))
-    predictions = knn_classify(
-        train_features,
-        train_labels,
-        test_features,
-        k=k,
-        temperature=temperature,
-        n_classes=n_classes,
-        chunk=chunk,
+        raise UsageError(f"--temperature must be above 0, got {temperature}")
+    subject = Subject(options)
+    probe = features.KnnProbe(*open_labelled(subject.data))
+    accuracy = probe.accuracy(lambda images: subject.features(images)[0], k=k, temperature=temperature)
+    subject.tell(
+        f"kNN on {subject.data.data}",
+        ["k", "temperature", "top-1"],
+        [[str(k), f"{temperature:g}", f"{accuracy:.2f} %"]],
+        {"k": k, "temperature": temperature, "knn_top1": accuracy},
     )
-    correct = int((predictions == test_labels.to(predictions.device)).sum())
-    return 100.0 * correct / len(predictions)
-
-
-def _nearest(test: Tensor, train: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Similarities and indices (m, min(k, N)) of the nearest training rows, nearest first."""
-    similarity = test.new_empty((len(test), 0))
-    index = torch.empty((len(test), 0), dtype=torch.int64, device=test.device)
-    start = 0
-    for block in train.split(chunk):
-        near, where = _top(test @ block.T, k)
-        # Earlier blocks stand to the left, so "first position wins" is "lowest index wins".
-        similarity, order = _top(torch.cat([similarity, near], dim=1), k)
-        index = torch.cat([index, where + start], dim=1).gather(1, order)
-        start += len(block)
-    return similarity, index
-
-
-def _top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``values.topk(k, dim=1)`` with ties in order of position, of which torch.topk promises nothing."""
-    k = min(k, values.shape[1])
-    least, where = values.topk(k, dim=1)
-    ambiguous = (values >= least[:, -1:]).sum(dim=1) > k
-    if ambiguous.any():
-        where[ambiguous] = values[ambiguous].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    where = where.sort(dim=1).values
-    top, order = values.gather(1, where).sort(dim=1, descending=True, stable=True)
-    return top, where.gather(1, order)
-
-
-def _vote(similarity: Tensor, labels: Tensor, temperature: float, n_classes: int) -> Tensor:
-    """Winning classes (m,) of neighbours with similarities and labels (m, k), nearest first."""
-    # Dividing all votes of a row by the largest weight leaves the winner as it is and cannot overflow.
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()
-    votes = weights.new_zeros((len(weights), n_classes))
-    rows = torch.arange(len(weights), device=weights.device)
-    # One neighbour at a time: no two additions meet in one cell, so the sums have one order on every device.
-    for weight, label in zip(weights.T, labels.T, strict=True):
-        votes[rows, label] += weight
-    return votes.argmax(dim=1)
-
-
-def _normalize(features: Tensor) -> Tensor:
-    # The largest entry goes first, so that squares neither overflow nor vanish.
-    largest = features.abs().amax(dim=1, keepdim=True)
-    return F.normalize(features / torch.where(largest > 0, largest, 1.0), dim=1)
-
-
-def _check_features(name: str, features: Tensor) -> None:
-    if not isinstance(features, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-    if not features.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {features.dtype}")
-    if features.ndim != 2 or features.shape[1] == 0:
-        raise ValueError(f"{name} must have shape (rows, D) with D >= 1, got {tuple(features.shape)}")
-    if not features.isfinite().all():
-        rows = int((~features.isfinite()).any(dim=1).sum())
-        raise ValueError(f"{name} holds NaN or infinity in {rows} rows")
-
-
-def _check_labels(name: str, labels: Tensor, rows: int) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must hold integers, got {labels.dtype}")
-    if labels.shape != (rows,):
-        raise ValueError(f"{name} must have shape ({rows},), a label for each row, got {tuple(labels.shape)}")
-    if int(labels.min()) < 0:
-        raise ValueError(f"{name} must be 0 or more, got {int(labels.min())}: leave unlabelled rows out")
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,90 @@
+"""What is common to all evaluations: the options, the network that is measured, and how figures are told."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from ifnd_fast import checkpoint as checkpoints
+from ifnd_fast import features
+from ifnd_fast.console import table
+from ifnd_fast.data import Images
+from ifnd_fast.device import leave_cores_to_workers, pick_amp, pick_device
+from ifnd_fast.errors import UsageError
+from ifnd_fast.evaluate.backbone import load_backbone
+
+
+@dataclass
+class Options:
+    """Options of every task."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """a run's folder, its backbone.pt, or a file of weights with the names of torchvision's ResNets (plain or within
+    {"state_dict": ...}, with any prefix)"""
+    data: str | None = None
+    """demo, cifar10, cifar100, or a folder of images in one sub-folder per class, or with train/ and val/ of such;
+    without a test part every tenth image is held out as one; default: the run's own"""
+    data_root: Path | None = None
+    """folder for downloaded data sets; default: the run's own"""
+    arch: str | None = None
+    """architecture of bare weights, such as resnet50; default: told by their names and shapes"""
+    image_size: int | None = None
+    """side of the views, pixels; default: what the run trained with, 224 for bare weights"""
+    workers: int | None = None
+    """processes that load images; 0: none; default: the run's own"""
+    device: str = "auto"
+    """"auto" (CUDA when there, else CPU), "cpu", "cuda", "cuda:1", ..."""
+    amp: Literal["auto", "fp16", "bf16", "off"] | None = None
+    """mixed precision, as in training; default: the run's own"""
+    json_file: Path | None = None
+    """write the figures to this file too"""
+
+
+class Subject:
+    """The network that is measured, on its device, and the run's data options with what was asked for instead.
+
+    Raises:
+        CommandError, UsageError: the checkpoint can't be used, or an option is out of range.
+    """
+
+    def __init__(self, options: Options):
+        self.options = options
+        config, self.network, self.n_features = load_backbone(options.checkpoint, options.arch)
+        self.data = config.data
+        for name, least in (("image_size", 1), ("workers", 0)):
+            value = getattr(options, name)
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+        for name in ("data", "data_root", "image_size", "workers"):
+            if getattr(options, name) is not None:
+                setattr(self.data, name, getattr(options, name))
+        self.device = pick_device(options.device)
+        self.amp = pick_amp(options.amp or config.run.amp, self.device)
+        leave_cores_to_workers(self.device, self.data.workers)
+        self.network.to(self.device)
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def features(self, images: Images, description: str = "features") -> tuple[Tensor, Tensor]:
+        """The backbone's features (N, n_features) float32 of the centre views, and which were readable, (N,) bool."""
+        return features.extract(self.network, images, self.data, self.device, self.autocast, description)
+
+    def tell(self, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]) -> None:
+        """Print a table, and write the figures with what they are of to --json-file.
+
+        Raises:
+            CommandError: the file can't be written.
+        """
+        table(title, columns, rows)
+        if self.options.json_file is not None:
+            figures = {"checkpoint": str(self.options.checkpoint), "data": self.data.data, **figures}
+            text = json.dumps(figures, indent=1) + "\n"
+            checkpoints.write_atomically(self.options.json_file, lambda file: file.write(text.encode()))
