@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import scenes
+
 
 @pytest.fixture(scope="session")
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -39,6 +41,14 @@ def flat_folder(digit_folder, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("flat")
     for number, file in enumerate(sorted(digit_folder.rglob("*.png"))):
         (root / f"{number:03d}.png").write_bytes(file.read_bytes())
+    return root
+
+
+@pytest.fixture(scope="session")
+def coco_folder(digits, tmp_path_factory) -> Path:
+    """COCO's layout of folders, with a few digits on photographs (see tests/scenes.py)."""
+    root = tmp_path_factory.mktemp("coco")
+    scenes.write(root, *digits)
     return root
 
 

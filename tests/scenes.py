@@ -17,8 +17,8 @@ DIGITS = {7: 0, 3: 1, 90: 4}
 
 
 def write(root: Path, pixels: np.ndarray, labels: np.ndarray) -> dict[tuple[str, int], np.ndarray]:
-    """Write ROOT/train2017, ROOT/val2017 and ROOT/annotations; the objects' true masks (H, W), by split and number of
-    their annotation. The last image of each split is without objects; in the one before there is a crowd."""
+    """Write ROOT/train2017, ROOT/val2017 and ROOT/annotations; the objects' masks (H, W), by split and number of their
+    annotation. The last image of each split is without objects; in the one before there is a crowd."""
     from sklearn.datasets import load_sample_images
 
     rng, masks = np.random.default_rng(0), {}
@@ -29,7 +29,7 @@ def write(root: Path, pixels: np.ndarray, labels: np.ndarray) -> dict[tuple[str,
         (root / f"{split}2017").mkdir()
         for number in range(n_images):
             photograph = photographs[number % 2]
-            top, left = (int(rng.integers(0, side - own)) for side, own in zip(photograph.shape, (HEIGHT, WIDTH)))
+            top, left = int(rng.integers(photograph.shape[0] - HEIGHT)), int(rng.integers(photograph.shape[1] - WIDTH))
             scene = photograph[top : top + HEIGHT, left : left + WIDTH].copy()
             image = {"id": 1000 - 10 * number, "file_name": f"{number:012d}.png", "height": HEIGHT, "width": WIDTH}
             images.append(image)
@@ -71,8 +71,8 @@ def _segmentation(mask: np.ndarray, form: str) -> Any:
     """A mask as COCO's polygons (one for each run of pixels in a row), or run lengths, as numbers or compressed."""
     if form == "polygons":
         edges = np.diff(np.pad(mask.astype(int), ((0, 0), (1, 1))), axis=1)
-        runs = [(y, *edge) for y, row in enumerate(edges) for edge in zip(*(np.nonzero(row == s)[0] for s in (1, -1)))]
-        return [[float(v) for v in (left, y, right, y, right, y + 1, left, y + 1)] for y, left, right in runs]
+        starts, ends = np.argwhere(edges == 1).tolist(), np.argwhere(edges == -1).tolist()  # of runs, row by row
+        return [[x0, y, x1, y, x1, y + 1, x0, y + 1] for (y, x0), (_, x1) in zip(starts, ends, strict=True)]
     if form == "string":
         encoded = run_lengths.encode(np.asfortranarray(mask))
         return {"size": [HEIGHT, WIDTH], "counts": encoded["counts"].decode()}

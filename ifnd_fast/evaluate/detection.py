@@ -82,7 +82,8 @@ class FineTuning:
     """
 
     def __init__(self, backbone: Backbone, options: DetectionOptions, device: torch.device):
-        self.options, self.device = resolve(options, device), device
+        self.options = options = resolve(options, device)
+        self.device = device
         start = options.checkpoint
         self.out = options.out or (start if start.is_dir() else start.parent) / "detection"
         self.train = coco.CocoImages(
