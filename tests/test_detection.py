@@ -20,8 +20,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ifnd_fast import checkpoint, run_folder
 from ifnd_fast.config import PRESETS
+from ifnd_fast.data import to_input
 from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
-from ifnd_fast.evaluate import mask_rcnn
+from ifnd_fast.evaluate import coco, mask_rcnn
 from ifnd_fast.evaluate.backbone import load_backbone
 from ifnd_fast.evaluate.detection import FineTuning
 from ifnd_fast.evaluate.detection_options import DetectionOptions, learning_rate, resolve
@@ -29,7 +30,6 @@ from ifnd_fast.model import resnet
 from tests.test_faults import wait_for
 
 CPU = torch.device("cpu")
-NORM = ("running_mean", "running_var", "bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias")
 
 
 def few_proposals() -> None:
@@ -51,21 +51,23 @@ def small(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """The folder of a run whose tiny backbone has seen some images, so that its batch norm has statistics."""
+def run(coco_folder, tmp_path_factory) -> Path:
+    """The folder of a run whose tiny backbone has seen the images, so that its batch norm has their statistics."""
     out = tmp_path_factory.mktemp("run")
     config = copy.deepcopy(PRESETS["demo"][1])
     config.model.width, config.model.stem, config.run.out = 8, "imagenet", out
     torch.manual_seed(0)
     network, _ = resnet(config.model)
+    images = coco.CocoImages(*coco.find("train", coco_folder, None, None))
+    views = to_input(torch.stack([images.image(index) for index in range(len(images))]), config.data, CPU)
     for _ in range(20):
-        network(torch.randn(4, 3, 32, 32) + 0.5)
+        network(views)
     run_folder.create(config)
     torch.save(network.state_dict(), out / "backbone.pt")
     return out
 
 
-TINY = {"iterations": 6, "batch_size": 2, "lr": 0.01, "min_size": (64,), "workers": 0, "log_every": 2,
+TINY = {"iterations": 6, "batch_size": 2, "lr": 0.002, "min_size": (64,), "workers": 0, "log_every": 2,
         "checkpoint_every": 3}  # fmt: skip
 FLAGS = [text for name, value in TINY.items() for text in (
     f"--{name.replace('_', '-')}", str(value[0] if isinstance(value, tuple) else value))]  # fmt: skip
@@ -208,7 +210,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(run, coco_folder, tmp_pa
 
 
 def test_what_a_resumed_run_may_not_change(whole, run, coco_folder):
-    with ExitStack() as held, pytest.raises(UsageError, match="--lr: the run has 0.01, asked for 0.02"):
+    with ExitStack() as held, pytest.raises(UsageError, match="--lr: the run has 0.002, asked for 0.02"):
         tuning(run, coco_folder, whole[0], lr=0.02, resume=True).take(held)
     it = tuning(run, coco_folder, whole[0], resume=True, log_every=1)
     it.resume()

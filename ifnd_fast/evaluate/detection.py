@@ -113,7 +113,7 @@ class FineTuning:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         self.step, self.seconds = 0, 0.0
-        self.sums: dict[str, float] = {}  # of each loss since the last line
+        self.sums: dict[str, float] = {}  # of each loss, and the steps, since the last line
         self.stop = StopSignals()
 
     def _check_categories(self) -> None:
@@ -236,7 +236,7 @@ class FineTuning:
     def _after_step(self, losses: dict[str, float], stopping: bool) -> None:
         """The losses' line, and a checkpoint where one is due or the run was asked to stop."""
         last = self.step == self.options.iterations
-        for name, value in losses.items():
+        for name, value in {**losses, "steps": 1}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         if self.step % self.options.log_every == 0 or last:
             self._report()
@@ -248,7 +248,7 @@ class FineTuning:
     def _report(self) -> None:
         """A line for the person and one of metrics.jsonl: mean losses since the last one."""
         assert self.options.iterations is not None
-        steps = (self.step - 1) % self.options.log_every + 1
+        steps = self.sums.pop("steps")
         means = {name: value / steps for name, value in self.sums.items()}
         self.sums = {}
         rate = self.seconds / self.step
