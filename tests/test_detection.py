@@ -27,6 +27,7 @@ from ifnd_fast.evaluate.backbone import load_backbone
 from ifnd_fast.evaluate.detection import FineTuning
 from ifnd_fast.evaluate.detection_options import DetectionOptions, learning_rate, resolve
 from ifnd_fast.model import resnet
+from tests.test_distributed import torchrun
 from tests.test_faults import wait_for
 
 CPU = torch.device("cpu")
@@ -252,6 +253,21 @@ def test_a_perfect_detector_measures_100(run, coco_folder, tmp_path):
     it.model = Oracle(it.val)
     figures = it.measure()
     assert figures["box_AP"] == figures["mask_AP"] == figures["box_AP75"] == 100.0
+
+
+def test_two_ranks_write_one_result_of_all_images(run, coco_folder, tmp_path):
+    script, out = tmp_path / "detect.py", tmp_path / "out"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r}){COMMAND}")
+    options = [*FLAGS, "--iterations", 2, "--batch-size", 4, "--log-every", 1]
+    done = torchrun(2, script, "detection", run, "--data", coco_folder, "--out", out, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line["step"] for line in lines_of(out)] == [1, 2] and done.stdout.count("AP75") == 1
+    alone = begun(run, coco_folder, tmp_path / "alone")
+    alone.model.load_state_dict(torch.load(out / "model.pt", weights_only=True))
+    figures, result = alone.measure(), json.loads((out / "result.json").read_text())
+    assert {name: result[name] for name in figures} == figures
+    detections = [json.loads((folder / "detections.json").read_text()) for folder in (out, alone.out)]
+    assert detections[0] == detections[1] and len({one["image_id"] for one in detections[0]}) == 4
 
 
 # ---- options ----
