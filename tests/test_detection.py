@@ -28,7 +28,6 @@ from ifnd_fast.evaluate.detection import FineTuning
 from ifnd_fast.evaluate.detection_options import DetectionOptions, learning_rate, resolve
 from ifnd_fast.model import resnet
 from tests.test_distributed import torchrun
-from tests.test_faults import wait_for
 
 CPU = torch.device("cpu")
 
@@ -87,10 +86,23 @@ evaluate()
 """
 
 
-def start(*args: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "detection", *map(str, args)], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1],
+KILLED = """
+import os, signal
+from ifnd_fast.evaluate.detection import FineTuning
+train_step = FineTuning._train_step
+def deadly(self, *args):
+    if self.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(self, *args)
+FineTuning._train_step = deadly
+"""
+
+
+def task(*args: object, before: str = "") -> subprocess.CompletedProcess[str]:
+    """ifnd-fast-eval detection in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", before + COMMAND, "detection", *map(str, args)], text=True, capture_output=True,
+        timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1],
     )  # fmt: skip
 
 
@@ -98,10 +110,9 @@ def start(*args: object) -> subprocess.Popen[str]:
 def whole(run, coco_folder, tmp_path_factory) -> tuple[Path, str]:
     """A fine-tuning that nobody disturbed, and what it said."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    process = start(run, "--data", coco_folder, "--out", out, *FLAGS, "--json-file", out / "figures.json")
-    said, told = process.communicate(timeout=240)
-    assert process.returncode == 0, told
-    return out, said
+    done = task(run, "--data", coco_folder, "--out", out, *FLAGS, "--json-file", out / "figures.json")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
 
 
 def lines_of(out: Path) -> list[dict]:
@@ -168,16 +179,13 @@ def test_the_loss_falls_and_figures_are_written(whole, coco_folder):
 
 def test_a_killed_run_ends_with_the_same_numbers(whole, run, coco_folder, tmp_path):
     out = tmp_path / "out"
-    process = start(run, "--data", coco_folder, "--out", out, *FLAGS)
-    wait_for(out / "metrics.jsonl", process, '"step": 4')
-    process.kill()
-    process.communicate()
+    killed = task(run, "--data", coco_folder, "--out", out, *FLAGS, before=KILLED)
+    assert killed.returncode == -signal.SIGKILL and [line["step"] for line in lines_of(out)] == [2, 4]
     assert [path.name for path in checkpoint.list_checkpoints(out)] == ["step-000000003.pt"]
     with ExitStack() as held, pytest.raises(UsageError, match="already holds a run: add --resume"):
         tuning(run, coco_folder, out).take(held)
-    resumed = start(run, "--data", coco_folder, "--out", out, *FLAGS, "--resume")
-    said, told = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0 and "after iteration 3" in said, told
+    resumed = task(run, "--data", coco_folder, "--out", out, *FLAGS, "--resume")
+    assert resumed.returncode == 0 and "after iteration 3" in resumed.stdout, resumed.stderr
     assert lines_of(out) == lines_of(whole[0])
     models = [torch.load(folder / "model.pt", weights_only=True) for folder in (out, whole[0])]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())

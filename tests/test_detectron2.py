@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import pickletools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from ifnd_fast.config import PRESETS
 from ifnd_fast.errors import UsageError
 from ifnd_fast.evaluate import detectron2
 from ifnd_fast.evaluate.backbone import Backbone
+from ifnd_fast.evaluate.detection import detection
+from ifnd_fast.evaluate.detection_options import DetectionOptions
 from ifnd_fast.model import resnet
-from tests.conftest import command
 
 PUBLISHED = {
     "resnet50": {  # of BottleneckBlock: three convolutions, a shortcut in each stage's first block
@@ -116,11 +118,11 @@ def test_any_numpy_can_read_it(tmp_path):
     assert found == {"numpy.ndarray", "builtins.bytearray"}
 
 
-def test_groups_and_widths_become_settings(tmp_path):
+def test_depth_groups_and_widths_become_settings():
     def resnets(arch, **model):
-        settings = yaml.safe_load(detectron2.export(backbone_of(arch, **model), tmp_path / "backbone.pkl"))
-        return [settings["MODEL"]["RESNETS"][name] for name in
-                ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP", "STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS")]  # fmt: skip
+        with torch.device("meta"):
+            found = detectron2.settings(backbone_of(arch, **model), Path("backbone.pkl"))["MODEL"]["RESNETS"]
+        return list(found.values())[:1] + list(found.values())[3:]  # without STRIDE_IN_1X1 and NORM
 
     assert resnets("resnext50_32x4d") == [50, 32, 4, 64, 256]  # as detectron2's configurations of ResNeXt have it
     assert resnets("wide_resnet50_2") == [50, 1, 128, 64, 256]
@@ -135,13 +137,13 @@ def test_what_detectron2_does_not_build_is_refused(tmp_path):
         detectron2.export(backbone_of("resnet18"), tmp_path / "backbone.pth")
 
 
-def test_the_command_needs_no_data_to_export(tmp_path):
+def test_the_task_needs_no_data_to_export(tmp_path, capfd):
     backbone = backbone_of("resnet18", width=8)
     torch.save({"state_dict": {f"module.{name}": v for name, v in backbone.network.state_dict().items()}},
                tmp_path / "weights.pth")  # fmt: skip
-    done = command("evaluate", "detection", tmp_path / "weights.pth", "--export-detectron2", tmp_path / "out.pkl")
-    assert done.returncode == 0, done.stderr
-    assert "STRIDE_IN_1X1: false" in done.stdout and "FORMAT: RGB" in done.stdout and "DEPTH: 18" in done.stdout
+    detection(DetectionOptions(tmp_path / "weights.pth", export_detectron2=tmp_path / "out.pkl"))
+    said = capfd.readouterr().out
+    assert "STRIDE_IN_1X1: false" in said and "FORMAT: RGB" in said and "DEPTH: 18" in said
     model = pickle.loads((tmp_path / "out.pkl").read_bytes())["model"]
     assert np.array_equal(model["res4.1.conv2.weight"], backbone.network.layer3[1].conv2.weight.detach().numpy())
     assert {path.name for path in tmp_path.iterdir()} == {"weights.pth", "out.pkl"}

@@ -43,14 +43,19 @@ def export(backbone: Backbone, path: Path) -> str:
     """
     if path.suffix != ".pkl":
         raise UsageError(f"--export-detectron2 {path}: the name must end in .pkl, by which detectron2 knows the format")
-    settings = _settings(backbone, path)
+    text = yaml.safe_dump(settings(backbone, path), sort_keys=False)
     weights = {detectron2_name(name): value.numpy() for name, value in backbone.network.state_dict().items()}
     content = {"model": weights, "__author__": "ifnd_fast", "matching_heuristics": True}
     checkpoint.write_atomically(path, lambda file: _Pickler(file).dump(content))
-    return yaml.safe_dump(settings, sort_keys=False)
+    return text
 
 
-def _settings(backbone: Backbone, path: Path) -> dict[str, Any]:
+def settings(backbone: Backbone, path: Path) -> dict[str, Any]:
+    """What detectron2's configuration has to say for the weights in `path`.
+
+    Raises:
+        UsageError: detectron2 has no such ResNet.
+    """
     config, network = backbone.config, cast(ResNet, backbone.network)
     digits = re.search(r"\d+", config.model.arch)
     depth = int(digits[0]) if digits else 0
