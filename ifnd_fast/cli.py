@@ -6,18 +6,19 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ifnd_fast import checkpoint, distributed, run_folder
 from ifnd_fast import config as configs
+from ifnd_fast import distributed, run_folder
 from ifnd_fast.config import PRESETS, Config
 from ifnd_fast.console import errors, say, table, warn
 from ifnd_fast.errors import CommandError, PeerError, Stopped, UsageError
+from ifnd_fast.stop import explained
 
 if TYPE_CHECKING:
     from ifnd_fast.train import Trainer
@@ -130,7 +131,7 @@ def _train(settings: Config) -> None:
     leave_cores_to_workers(device, settings.data.workers)
     distributed.start(device, settings.run.rank_timeout)
     trainer = Trainer(settings)
-    with trainer.stop, _explained(trainer), ExitStack() as held:
+    with trainer.stop, explained(trainer.out, trainer.stop), ExitStack() as held:
         _take(trainer, held)
         result = trainer.fit()
         if distributed.rank() == 0:
@@ -151,25 +152,6 @@ def _take(trainer: Trainer, held: ExitStack) -> None:
     if settings.run.resume:
         with distributed.agreed(True):
             trainer.resume()
-
-
-@contextmanager
-def _explained(trainer: Trainer) -> Iterator[None]:
-    """What ends a run from outside becomes a message that says how to go on."""
-    out, how = trainer.out, "to go on, add --resume to the same command"
-    try:
-        yield
-    except Stopped as error:
-        error.args = (f"{error}; {checkpoint.where(out)}; {how}",)
-        raise
-    except RuntimeError as error:
-        with trainer.stop.deferred():  # torchrun tells all ranks to stop once one is gone
-            reason = distributed.lost_contact(error)
-        if "DataLoader worker" in str(error):
-            reason = f"a loading process died, often because memory ran out (fewer --workers?): {str(error).strip()}"
-        if reason is None:
-            raise
-        raise CommandError(f"{reason}; {checkpoint.where(out)}; {how}") from error
 
 
 def _write_report(runs: tuple[Path, ...], path: Path | None = None) -> None:

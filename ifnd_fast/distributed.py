@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ifnd_fast.errors import CommandError, PeerError
 
+T = TypeVar("T")
 _store: dist.Store | None = None  # a board that all ranks read and write
 _of_thread = threading.local()  # .group: the process group that this thread's collectives go over
 
@@ -104,6 +105,15 @@ def same_everywhere(*tensors: Tensor) -> bool:
         digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
     own = torch.tensor([int.from_bytes(digest.digest(), "little", signed=True)], device=tensors[0].device)
     return bool((all_gather(own) == own).all())
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """Every rank's value, in rank order; whatever pickle takes."""
+    if world_size() == 1:
+        return [value]
+    values = [value] * world_size()
+    dist.all_gather_object(values, value, group=_group())
+    return values
 
 
 def all_gather_with_grad(tensor: Tensor) -> Tensor:
@@ -227,8 +237,7 @@ def agreed(together: bool) -> Iterator[None]:
         error = own
     if together and world_size() > 1:
         code = error.exit_code if isinstance(error, CommandError) else None
-        told: list[tuple[str, int | None] | None] = [None] * world_size()
-        dist.all_gather_object(told, None if error is None else (str(error), code), group=_group())
+        told = all_gather_objects(None if error is None else (str(error), code))
         if error is None:
             for number, failed in enumerate(told):
                 if failed is not None:

@@ -60,11 +60,11 @@ def refuse_a_run(out: Path) -> None:
         )
 
 
-def truncate_metrics(out: Path, epochs: int) -> None:
-    """Keep the lines of the first `epochs` epochs: what a killed run wrote after its last checkpoint goes."""
+def truncate_metrics(out: Path, count: str, last: int) -> None:
+    """Keep the lines up to that "epoch" or "step": what a killed run wrote after its last checkpoint goes."""
     path = out / "metrics.jsonl"
     if path.exists():
-        kept = [line for line in _complete_lines(path) if json.loads(line)["epoch"] <= epochs]
+        kept = [line for line in _complete_lines(path) if json.loads(line)[count] <= last]
         text = "".join(f"{line}\n" for line in kept)
         checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -91,14 +91,19 @@ def report_epoch(settings: Config, metrics: dict[str, Any]) -> None:
     )
     if distributed.rank() != 0:
         return
-    path = settings.run.out / "metrics.jsonl"
+    append_metrics(settings.run.out, metrics)
+    if settings.run.tensorboard:
+        _write_scalars(settings.run.out / "tensorboard", metrics)
+
+
+def append_metrics(out: Path, metrics: dict[str, Any]) -> None:
+    """A line of metrics.jsonl. Raises CommandError: the disk is full or not writable."""
+    path = out / "metrics.jsonl"
     try:
         with open(path, "a") as file:
             file.write(json.dumps(metrics) + "\n")
     except OSError as error:
         raise CommandError(f"could not write {path}: {error}") from error
-    if settings.run.tensorboard:
-        _write_scalars(settings.run.out / "tensorboard", metrics)
 
 
 def _write_scalars(folder: Path, metrics: dict[str, Any]) -> None:
@@ -118,6 +123,7 @@ def _write_scalars(folder: Path, metrics: dict[str, Any]) -> None:
                 writer.add_scalar(name, value, metrics["epoch"])
 
 
-def write_result(out: Path, result: dict[str, Any]) -> None:
-    text = json.dumps(result, indent=1) + "\n"
-    checkpoint.write_atomically(out / "result.json", lambda file: file.write(text.encode()))
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """Raises CommandError: the disk is full or not writable."""
+    text = json.dumps(content, indent=indent) + "\n"
+    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))

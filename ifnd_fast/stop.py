@@ -1,13 +1,15 @@
-"""Signals that ask a run to stop: while it trains, it ends its step and writes a checkpoint first."""
+"""What ends a run from outside: signals, after which it ends its step and writes a checkpoint, and lost processes."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
-from ifnd_fast.errors import Stopped
+from ifnd_fast import checkpoint, distributed
+from ifnd_fast.errors import CommandError, Stopped
 
 
 class StopSignals:
@@ -46,6 +48,25 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self._deferring:
             raise Stopped(number)
+
+
+@contextmanager
+def explained(out: Path, stop: StopSignals) -> Iterator[None]:
+    """What ends a run from outside becomes a message that says how to go on with the run in `out`."""
+    how = "to go on, add --resume to the same command"
+    try:
+        yield
+    except Stopped as error:
+        error.args = (f"{error}; {checkpoint.where(out)}; {how}",)
+        raise
+    except RuntimeError as error:
+        with stop.deferred():  # torchrun tells all ranks to stop once one is gone
+            reason = distributed.lost_contact(error)
+        if "DataLoader worker" in str(error):
+            reason = f"a loading process died, often because memory ran out (fewer --workers?): {str(error).strip()}"
+        if reason is None:
+            raise
+        raise CommandError(f"{reason}; {checkpoint.where(out)}; {how}") from error
 
 
 def ignore_stop_signals(_: int = 0) -> None:

@@ -323,7 +323,7 @@ class Trainer:
         if distributed.rank() == 0:
             backbone = {name: value.cpu() for name, value in self.encoder.backbone.state_dict().items()}
             checkpoint.write_atomically(self.out / "backbone.pt", lambda file: torch.save(backbone, file))
-            run_folder.write_result(self.out, self.result)
+            run_folder.write_json(self.out / "result.json", self.result)
         return self.result
 
     # ---- checkpoints ----
@@ -349,14 +349,14 @@ class Trainer:
         if not checkpoint.list_checkpoints(self.out):
             say(f"{self.out} has no checkpoint yet: beginning anew")
             if distributed.rank() == 0:
-                run_folder.truncate_metrics(self.out, 0)
+                run_folder.truncate_metrics(self.out, "epoch", 0)
             return
         state = checkpoint.load_latest(self.out)
         if differences := differences_between(from_dict(state["config"]), self.config):
             raise UsageError("the checkpoint was written with other options:\n  " + "\n  ".join(differences))
         self.load_state_dict(state)
         if distributed.rank() == 0:
-            run_folder.truncate_metrics(self.out, self.epoch)
+            run_folder.truncate_metrics(self.out, "epoch", self.epoch)
         say(f"going on with {self.out} after epoch {self.epoch}, step {self.step}")
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import scenes
+
 
 @pytest.fixture(scope="session")
 def digits() -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +74,14 @@ def class_folders(digits, tmp_path_factory) -> Path:
             folder.mkdir(parents=True)
             for number, image in enumerate(chosen):
                 Image.fromarray(image).resize((16, 16)).save(folder / f"{folder.name}_{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def coco_folder(digits, tmp_path_factory) -> Path:
+    """COCO's layout of folders, with a few digits on photographs (see tests/scenes.py)."""
+    root = tmp_path_factory.mktemp("coco")
+    scenes.write(root, *digits)
     return root
 
 

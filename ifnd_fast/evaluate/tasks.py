@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ifnd_fast.evaluate.clusters import clusters
+from ifnd_fast.evaluate.detection import detection
 from ifnd_fast.evaluate.detection_by_rate import false_negatives
 from ifnd_fast.evaluate.knn import knn
 from ifnd_fast.evaluate.linear import linear
@@ -18,6 +19,7 @@ TASKS: dict[str, Callable[..., None]] = {
     "semi": semi,
     "svm": svm,
     "transfer": transfer,
+    "detection": detection,
     "clusters": clusters,
     "false-negatives": false_negatives,
 }

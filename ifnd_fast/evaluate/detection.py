@@ -1,0 +1,345 @@
+"""COCO detection and instance segmentation: Mask R-CNN fine-tuned from a backbone, as in MoCo's paper."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import signal
+import time
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchvision.ops._utils import split_normalization_params
+
+from ifnd_fast import checkpoint as checkpoints
+from ifnd_fast import distributed, run_folder
+from ifnd_fast.console import progress, say, table, track
+from ifnd_fast.data import EpochBatches
+from ifnd_fast.device import leave_cores_to_workers, pick_amp, pick_device
+from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
+from ifnd_fast.evaluate import coco, detectron2
+from ifnd_fast.evaluate.backbone import Backbone, load_backbone
+from ifnd_fast.evaluate.coco_metrics import NAMES, average_precision, to_results
+from ifnd_fast.evaluate.detection_options import DetectionOptions, decisive, learning_rate, resolve
+from ifnd_fast.evaluate.mask_rcnn import mask_rcnn
+from ifnd_fast.stop import StopSignals, explained, ignore_stop_signals
+
+
+def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
+    """COCO detection and instance segmentation: Mask R-CNN with a feature pyramid, fine-tuned from a backbone.
+
+    The model is torchvision's, so its figures are to be compared among backbones; for detectron2's own take
+    --export-detectron2. On several GPUs: torchrun --nproc-per-node 8 $(which ifnd-fast-eval) detection ...
+    """
+    backbone = load_backbone(options.checkpoint, options.arch)
+    if options.export_detectron2 is not None:
+        _export(backbone, options.export_detectron2)
+        if options.data is None and options.train_annotations is None:
+            return
+    device = pick_device(options.device)
+    leave_cores_to_workers(device, options.workers)
+    distributed.start(device, options.rank_timeout)
+    tuning = FineTuning(backbone, options, device)
+    with tuning.stop, explained(tuning.out, tuning.stop), ExitStack() as held:
+        tuning.take(held)
+        figures = tuning.fit()
+    if distributed.rank() == 0:
+        _tell(figures, options.json_file)
+
+
+def _tell(figures: dict[str, Any], json_file: Path | None) -> None:
+    rows = [
+        [kind, *("-" if (value := figures[f"{kind}_{name}"]) is None else f"{value:.2f}" for name in NAMES)]
+        for kind in ("box", "mask")
+    ]
+    table(f"COCO average precision on {figures['data']}, percent", ["", *NAMES], rows)
+    if json_file is not None:
+        run_folder.write_json(json_file, figures)
+
+
+def _export(backbone: Backbone, path: Path) -> None:
+    settings = detectron2.export(backbone, path)
+    say(f"{path}: in detectron2's configuration (of Base-RCNN-FPN.yaml, say) it needs\n{settings}")
+
+
+class FineTuning:
+    """A fine-tuning in memory.
+
+    Args:
+        backbone: what it starts from.
+        options: what to train on, and how.
+        device: to train on.
+
+    Raises:
+        UsageError: options and data don't go together, or the data are missing or malformed.
+    """
+
+    def __init__(self, backbone: Backbone, options: DetectionOptions, device: torch.device):
+        self.options = options = resolve(options, device)
+        self.device = device
+        start = options.checkpoint
+        self.out = options.out or (start if start.is_dir() else start.parent) / "detection"
+        self.train = coco.CocoImages(
+            *coco.find("train", options.data, options.train_images, options.train_annotations)
+        )
+        self.val = coco.CocoImages(*coco.find("val", options.data, options.val_images, options.val_annotations))
+        self._check_categories()
+        self.examples = coco.TrainingExamples(self.train, options.seed)
+        self.batches = self._deal()
+        self.amp = pick_amp(options.amp, device)
+        torch.manual_seed(options.seed)
+        self.model: nn.Module = mask_rcnn(
+            backbone.network, len(self.train.category_ids), frozen=options.batch_norm == "frozen",
+            min_size=options.min_size, max_size=options.max_size,
+            pixel_mean=backbone.config.data.pixel_mean, pixel_std=backbone.config.data.pixel_std,
+        )  # fmt: skip
+        if options.batch_norm == "sync" and distributed.world_size() > 1:
+            if device.type == "cpu":
+                raise UsageError("--batch-norm sync: torch has it for GPUs only; take frozen on CPUs")
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.model.to(device)
+        norm, other = split_normalization_params(self.model)
+        groups = [{"params": other}, {"params": norm, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(
+            [group for group in groups if group["params"]], options.lr or 0.0,
+            momentum=options.sgd_momentum, weight_decay=options.weight_decay,
+        )  # fmt: skip
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+        self.step, self.seconds = 0, 0.0
+        self.sums: dict[str, float] = {}  # of each loss, and the steps, since the last line
+        self.stop = StopSignals()
+
+    def _check_categories(self) -> None:
+        """Raises UsageError: the two annotation files don't name the same things by the same numbers."""
+        names = [{number: one["name"] for number, one in part.coco.cats.items()} for part in (self.train, self.val)]
+        for number, name in names[1].items():
+            if names[0].get(number) != name:
+                other = f"{names[0].get(number)!r} in {self.train.path}"
+                raise UsageError(f"category {number} is {name!r} in {self.val.path}, but {other}")
+
+    def _deal(self) -> EpochBatches:
+        batch, n, ranks = self.options.batch_size, len(self.examples), distributed.world_size()
+        if batch > n:
+            raise UsageError(f"--batch-size {batch} is larger than the {n} training images with objects: lower it")
+        if batch % ranks:
+            raise UsageError(f"--batch-size {batch} must divide by the {ranks} ranks")
+        return EpochBatches(n, batch, self.options.seed, distributed.rank(), ranks)
+
+    def take(self, held: ExitStack) -> None:
+        """Make OUT, or go on from what is in it; locked against other runs until `held` closes."""
+        with distributed.agreed(True):
+            if distributed.rank() == 0:
+                if not self.options.resume:
+                    run_folder.refuse_a_run(self.out)
+                held.enter_context(run_folder.locked(self.out))
+            if self.options.resume:
+                self.resume()
+
+    # ---- the loop ----
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end from wherever the run is, and measure; the result's figures (of rank 0)."""
+        model: nn.Module = self.model
+        if distributed.world_size() > 1:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        left_out = len(self.train) - len(self.examples)
+        say(
+            f"{len(self.examples)} images to train on ({left_out} without an object left out), {len(self.val)} to "
+            f"measure on, {len(self.train.category_ids)} categories; {self.options.iterations} iterations of "
+            f"{self.options.batch_size}, lr {self.options.lr:g}, batch norm "
+            f"{'trained' if self.options.batch_norm == 'sync' else 'frozen'}"
+        )
+        with self.stop.deferred():
+            self._train(model)
+        return self._finish(self.measure())
+
+    def _train(self, model: nn.Module) -> None:
+        assert self.options.iterations is not None
+        loader = DataLoader(
+            self.examples, batch_sampler=self.batches, collate_fn=list, **self._loading(),
+            persistent_workers=self.options.workers > 0,
+        )  # fmt: skip
+        self.model.train()
+        with progress("iterations", self.options.iterations, self.step) as advance:
+            while self.step < self.options.iterations:
+                self.batches.start(*divmod(self.step, len(self.batches)))
+                started = time.perf_counter()
+                for batch in loader:
+                    losses, stopping = self._train_step(model, batch)
+                    self.seconds += time.perf_counter() - started
+                    started = time.perf_counter()
+                    advance(1, f"loss {losses['loss']:.3f}")
+                    self._after_step(losses, stopping)
+                    if self.step == self.options.iterations:
+                        break
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.options.workers,
+            "pin_memory": self.device.type == "cuda",
+            "worker_init_fn": ignore_stop_signals,
+            "generator": torch.Generator(),  # of seeds that no item uses
+        }
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def _train_step(self, model: nn.Module, batch: list[Any]) -> tuple[dict[str, float], bool]:
+        """One update; the losses, means over the ranks, and whether some rank was asked to stop."""
+        images, targets = self._to_device(batch)
+        # Each step draws from a state of its own, on every rank another: nothing of it need be kept for a resume.
+        draw = np.random.SeedSequence([self.options.seed, self.step, distributed.rank()])
+        torch.manual_seed(int(draw.generate_state(1, np.uint64)[0] >> 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.options)
+        with self.autocast():
+            losses = model(images, targets)
+        loss = sum(losses.values())
+        told = torch.stack([*losses.values(), loss]).detach().double()
+        asked = told.new_tensor([self.stop.number is not None])
+        *values, asked_ranks = distributed.sum_over_ranks(torch.cat([told, asked])).tolist()
+        names = [*losses, "loss"]
+        means = {name: value / distributed.world_size() for name, value in zip(names, values, strict=True)}
+        self._refuse_non_finite(means)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        return means, asked_ranks > 0
+
+    def _to_device(self, batch: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        for item in batch:
+            if isinstance(item, str):
+                raise CommandError(f"training image {item}")
+        images = [image.to(self.device, non_blocking=True).float() / 255 for image, _ in batch]
+        targets = [
+            {name: value.to(self.device, non_blocking=True) for name, value in target.items()} for _, target in batch
+        ]
+        return images, targets
+
+    def _refuse_non_finite(self, losses: dict[str, float]) -> None:
+        bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        if bad:
+            raise NonFiniteError(
+                f"{', '.join(bad)} not finite at iteration {self.step + 1}; {checkpoints.where(self.out)}; "
+                "a lower --lr, a longer --warmup or --amp off may help"
+            )
+
+    def _after_step(self, losses: dict[str, float], stopping: bool) -> None:
+        """The losses' line, and a checkpoint where one is due or the run was asked to stop."""
+        last = self.step == self.options.iterations
+        for name, value in {**losses, "steps": 1}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if self.step % self.options.log_every == 0 or last:
+            self._report()
+        if last or stopping or self.step % self.options.checkpoint_every == 0:
+            self.save()
+        if stopping:
+            raise Stopped(self.stop.number or signal.SIGTERM)  # of another rank
+
+    def _report(self) -> None:
+        """A line for the person and one of metrics.jsonl: mean losses since the last one."""
+        assert self.options.iterations is not None
+        steps = self.sums.pop("steps")
+        means = {name: value / steps for name, value in self.sums.items()}
+        self.sums = {}
+        rate = self.seconds / self.step
+        left = datetime.timedelta(seconds=round(rate * (self.options.iterations - self.step)))
+        lr, speed = self.optimizer.param_groups[0]["lr"], self.options.batch_size / rate
+        parts = ", ".join(f"{name[5:]} {value:.3f}" for name, value in means.items() if name.startswith("loss_"))
+        say(
+            f"iteration {self.step}/{self.options.iterations}  loss {means['loss']:.3f} ({parts})  lr {lr:.2g}  "
+            f"{speed:.1f} images/s  {left} left"
+        )
+        if distributed.rank() == 0:
+            line = {"step": self.step, **means, "lr": lr, "images_per_second": speed}
+            run_folder.append_metrics(self.out, line)
+
+    # ---- what is measured and kept ----
+
+    @torch.inference_mode()
+    def measure(self) -> dict[str, float | None]:
+        """Average precision on the val images, each rank's share of them on that rank; empty but on rank 0."""
+        self.model.eval()
+        share = distributed.share(len(self.val))
+        loader = DataLoader(
+            coco.MeasuredImages(self.val), batch_size=None, sampler=share, **self._loading()
+        )  # fmt: skip
+        results = []
+        with distributed.agreed(True):
+            for image_id, image in track(loader, "measuring", len(share)):
+                if isinstance(image, str):
+                    raise CommandError(f"val image {image}")
+                with self.autocast():
+                    (output,) = self.model([image.to(self.device).float() / 255])
+                results += to_results(image_id, output, self.train.category_ids)
+        everyones = [result for part in distributed.all_gather_objects(results) for result in part]
+        if distributed.rank() != 0:
+            return {}
+        run_folder.write_json(self.out / "detections.json", everyones, indent=None)
+        return average_precision(self.val.coco, everyones)
+
+    def _finish(self, figures: dict[str, float | None]) -> dict[str, Any]:
+        """Write the model and the result; the figures, with what they are of."""
+        if distributed.rank() != 0:
+            return {}
+        weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        checkpoints.write_atomically(self.out / "model.pt", lambda file: torch.save(weights, file))
+        settings = {"checkpoint": str(self.options.checkpoint), "data": str(self.val.path), **decisive(self.options)}
+        result = {**settings, **figures, "seconds": self.seconds}
+        run_folder.write_json(self.out / "result.json", result)
+        return result
+
+    # ---- checkpoints ----
+
+    def save(self) -> None:
+        """Write a checkpoint, from rank 0."""
+        state = {
+            "settings": decisive(self.options), "step": self.step, "seconds": self.seconds, "sums": self.sums,
+            "categories": self.train.category_ids, "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
+        if distributed.rank() == 0:
+            checkpoints.save(self.out, state)
+        distributed.barrier()
+
+    def resume(self) -> None:
+        """Go on from the newest readable checkpoint; from the beginning where none was written yet.
+
+        Raises:
+            CommandError: none can be read, or it is of another model.
+            UsageError: it was written with other options or categories.
+        """
+        if checkpoints.list_checkpoints(self.out):
+            self._load(checkpoints.load_latest(self.out))
+            say(f"going on with {self.out} after iteration {self.step}")
+        else:
+            say(f"{self.out} has no checkpoint yet: beginning anew")
+        if distributed.rank() == 0:
+            run_folder.truncate_metrics(self.out, "step", self.step)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        try:
+            saved, wanted = state["settings"], decisive(self.options)
+            differences = [
+                f"--{name.replace('_', '-')}: the run has {saved[name]}, asked for {wanted[name]}"
+                for name in wanted if saved[name] != wanted[name]
+            ]  # fmt: skip
+            if state["categories"] != self.train.category_ids:
+                differences.append(f"categories of {self.train.path}: the run has others")
+            if differences:
+                raise UsageError(f"--resume: {self.out} was started with other options:\n  " + "\n  ".join(differences))
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.seconds, self.sums = state["step"], state["seconds"], dict(state["sums"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CommandError(f"the checkpoint in {self.out} does not fit this run: {error}") from error
