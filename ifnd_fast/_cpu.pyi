@@ -1,6 +1,7 @@
 """Kernels for the CPU (csrc/cpu). Every array is the address of row-major contiguous memory; 0 = absent.
 
-dtype: 0 float32, 1 bfloat16, 2 float16. strategy: 0 eliminate, 1 attract, 2 keep.
+dtype: 0 float32, 1 bfloat16, 2 float16. strategy: 0 eliminate, 1 attract, 2 keep. L: columns of the labels.
+combination: 0 mean (L losses), 1 any, 2 all (one loss; then log_normalizer and false_negative_counts are (B, 1)).
 metric: 0 inner product, 1 l2.
 """
 
@@ -21,6 +22,7 @@ def info_nce_forward(
     dtype: int,
     temperature: float,
     strategy: int,
+    combination: int,
     loss: int,
     query_grad: int,
     positive_weight: int,
@@ -42,6 +44,7 @@ def info_nce_negatives_grad(
     dtype: int,
     temperature: float,
     strategy: int,
+    combination: int,
     loss_grad: int,
     log_normalizer: int,
     false_negative_counts: int,

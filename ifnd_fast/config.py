@@ -103,6 +103,8 @@ class ContrastConfig:
     false_negatives: Literal["eliminate", "attract", "keep", "oracle"] = "eliminate"
     """take detected false negatives out of the loss (IFND), attract them, keep them (plain MoCo or SimCLR, no
     clustering), or take out by true labels (for experiments)"""
+    level_combination: Literal["mean", "any", "all"] = "mean"
+    """mean of the levels' losses; or one loss, whose false negatives share a label at any level, or at all of them"""
 
 
 @dataclass

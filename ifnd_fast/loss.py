@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ifnd_fast.ops import checks
-from ifnd_fast.ops.info_nce import REDUCTIONS, STRATEGIES, info_nce
+from ifnd_fast.ops.info_nce import COMBINATIONS, REDUCTIONS, STRATEGIES, info_nce
 
 
 class IFNDLoss(nn.Module):
@@ -14,6 +14,7 @@ class IFNDLoss(nn.Module):
     Args:
         temperature: softmax temperature, above 0 (MoCo v2: 0.2).
         false_negatives: "eliminate" (default), "attract" or "keep" (plain InfoNCE).
+        level_combination: "mean" (default), "any" or "all": see `ifnd_fast.info_nce`.
         reduction: "mean", "sum" or "none".
         backend: "auto", or one of "cuda", "triton", "cpu", "reference" by name.
 
@@ -33,14 +34,17 @@ class IFNDLoss(nn.Module):
         temperature: float = 0.2,
         false_negatives: str = "eliminate",
         reduction: str = "mean",
+        level_combination: str = "mean",
         backend: str = "auto",
     ):
         super().__init__()
         checks.choice("false_negatives", false_negatives, STRATEGIES)
         checks.choice("reduction", reduction, REDUCTIONS)
+        checks.choice("level_combination", level_combination, COMBINATIONS)
         self.temperature = checks.temperature(temperature)
         self.false_negatives = false_negatives
         self.reduction = reduction
+        self.level_combination = level_combination
         self.backend = backend
 
     def forward(
@@ -64,6 +68,7 @@ class IFNDLoss(nn.Module):
             query_ids=query_ids,
             negative_ids=negative_ids,
             false_negatives=self.false_negatives,
+            level_combination=self.level_combination,
             reduction=self.reduction,
             backend=self.backend,
         )

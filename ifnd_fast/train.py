@@ -237,6 +237,7 @@ class Trainer:
             query_ids=indices,
             negative_ids=negative_ids,
             false_negatives="eliminate" if strategy == "oracle" else strategy,
+            level_combination=self.config.contrast.level_combination,
         )
 
     def _look_at(self, first: list[int]) -> None:

@@ -81,7 +81,7 @@ class Case:
     def native(self, threads: int = 2, with_grad: bool = True) -> dict[str, Tensor]:
         (B, D), K = self.query.shape, len(self.negatives)
         keys = [self.query_labels, self.negative_labels, self.query_ids, self.negative_ids]
-        sizes = (B, K, D, self.L, DTYPES[self.query.dtype], self.tau, self.strategy)
+        sizes = (B, K, D, self.L, DTYPES[self.query.dtype], self.tau, self.strategy, 0)
         # NaN: what a kernel forgets to write shows.
         loss, weight, query_grad = (torch.full(s, torch.nan) for s in ((B,), (B,), (B, D)))
         normalizer, negatives_grad = torch.full((B, self.L), torch.nan), torch.full((K, D), torch.nan)

@@ -76,7 +76,7 @@ def test_every_mode_trains_and_writes_its_run(strategy, negatives, digit_folder,
         ["--amp", "fp16"],
         ["--kmeans-engine", "faiss", "--spherical"],
         ["--kmeans-restarts", 2, "--acceptance-end", 0.5, "--color-jitter", 0.4, "--blur", 0.5, "--flip"],
-        ["--cluster-space", "backbone", "--whiten", 0.5, "--hold-out", 0.2],
+        ["--cluster-space", "backbone", "--whiten", 0.5, "--hold-out", 0.2, "--level-combination", "any"],
         pytest.param(["--compile"], marks=pytest.mark.slow),
     ],
 )

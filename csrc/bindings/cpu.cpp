@@ -33,11 +33,12 @@ void check_common(int64_t D, int dtype, double temperature, int threads) {
 template <class Problem>
 Problem info_nce_problem(Address query, Address negatives, Address query_labels, Address negative_labels,
                          Address query_ids, Address negative_ids, int64_t B, int64_t K, int64_t D, int64_t L,
-                         int dtype, double temperature, int strategy, int threads) {
+                         int dtype, double temperature, int strategy, int combination, int threads) {
   check_common(D, dtype, temperature, threads);
   check(B >= 1 && K >= 0, "B must be 1 or more and K 0 or more");
   check(L >= 1 && L <= ifnd::kMaxLevels, "L must be 1 to 16");
   check(strategy >= 0 && strategy <= 2, "strategy must be 0 (eliminate), 1 (attract) or 2 (keep)");
+  check(combination >= 0 && combination <= 2, "combination must be 0 (mean), 1 (any) or 2 (all)");
   Problem p{};
   p.query = pointer<const void>(query);
   p.negatives = pointer<const void>(negatives);
@@ -45,20 +46,23 @@ Problem info_nce_problem(Address query, Address negatives, Address query_labels,
   p.negative_labels = pointer<const int32_t>(negative_labels);
   p.query_ids = pointer<const int64_t>(query_ids);
   p.negative_ids = pointer<const int64_t>(negative_ids);
-  p.B = B, p.K = K, p.D = int(D), p.L = int(L);
+  p.B = B, p.K = K, p.D = int(D), p.label_columns = int(L);
   p.dtype = ifnd::DType(dtype);
   p.temperature = temperature;
   p.strategy = ifnd::Strategy(strategy);
+  p.combination = ifnd::Combination(combination);
+  p.L = p.combination == ifnd::Combination::mean ? int(L) : 1;
   return p;
 }
 
 void info_nce_forward(Address query, Address positive, Address negatives, Address query_labels,
                       Address negative_labels, Address query_ids, Address negative_ids, int64_t B, int64_t K,
-                      int64_t D, int64_t L, int dtype, double temperature, int strategy, Address loss,
-                      Address query_grad, Address positive_weight, Address log_normalizer,
+                      int64_t D, int64_t L, int dtype, double temperature, int strategy, int combination,
+                      Address loss, Address query_grad, Address positive_weight, Address log_normalizer,
                       Address false_negative_counts, int threads) {
   auto p = info_nce_problem<ifnd::InfoNceForward>(query, negatives, query_labels, negative_labels, query_ids,
-                                                  negative_ids, B, K, D, L, dtype, temperature, strategy, threads);
+                                                  negative_ids, B, K, D, L, dtype, temperature, strategy, combination,
+                                                  threads);
   p.positive = pointer<const void>(positive);
   p.loss = pointer<float>(loss);
   p.query_grad = pointer<float>(query_grad);
@@ -71,12 +75,12 @@ void info_nce_forward(Address query, Address positive, Address negatives, Addres
 
 void info_nce_negatives_grad(Address query, Address negatives, Address query_labels, Address negative_labels,
                              Address query_ids, Address negative_ids, int64_t B, int64_t K, int64_t D, int64_t L,
-                             int dtype, double temperature, int strategy, Address loss_grad,
-                             Address log_normalizer, Address false_negative_counts, Address negatives_grad,
+                             int dtype, double temperature, int strategy, int combination,
+                             Address loss_grad, Address log_normalizer, Address false_negative_counts, Address negatives_grad,
                              int threads) {
   auto p = info_nce_problem<ifnd::InfoNceNegativesGrad>(query, negatives, query_labels, negative_labels,
                                                         query_ids, negative_ids, B, K, D, L, dtype, temperature,
-                                                        strategy, threads);
+                                                        strategy, combination, threads);
   p.loss_grad = pointer<const float>(loss_grad);
   p.log_normalizer = pointer<const float>(log_normalizer);
   p.false_negative_counts = pointer<const int32_t>(false_negative_counts);
@@ -126,11 +130,11 @@ NB_MODULE(_cpu, m) {
   m.def("features", &features, "What this CPU has.");
   m.def("info_nce_forward", &info_nce_forward, "query"_a, "positive"_a, "negatives"_a, "query_labels"_a,
         "negative_labels"_a, "query_ids"_a, "negative_ids"_a, "B"_a, "K"_a, "D"_a, "L"_a, "dtype"_a,
-        "temperature"_a, "strategy"_a, "loss"_a, "query_grad"_a, "positive_weight"_a, "log_normalizer"_a,
+        "temperature"_a, "strategy"_a, "combination"_a, "loss"_a, "query_grad"_a, "positive_weight"_a, "log_normalizer"_a,
         "false_negative_counts"_a, "threads"_a);
   m.def("info_nce_negatives_grad", &info_nce_negatives_grad, "query"_a, "negatives"_a, "query_labels"_a,
         "negative_labels"_a, "query_ids"_a, "negative_ids"_a, "B"_a, "K"_a, "D"_a, "L"_a, "dtype"_a,
-        "temperature"_a, "strategy"_a, "loss_grad"_a, "log_normalizer"_a, "false_negative_counts"_a,
+        "temperature"_a, "strategy"_a, "combination"_a, "loss_grad"_a, "log_normalizer"_a, "false_negative_counts"_a,
         "negatives_grad"_a, "threads"_a);
   m.def("assign_clusters", &assign_clusters, "features"_a, "centroids"_a, "N"_a, "C"_a, "D"_a, "dtype"_a,
         "metric"_a, "temperature"_a, "labels"_a, "confidence"_a, "threads"_a);

@@ -30,8 +30,8 @@ static inline void pack_labels(const InfoNce& p, int64_t first, int64_t rows, Pa
   for (int lane = 0; lane < LANES; ++lane) {
     const int64_t i = first + lane;
     if (uses_labels(p))
-      for (int l = 0; l < p.L; ++l) {
-        const int32_t y = lane < rows ? p.query_labels[i * p.L + l] : -1;
+      for (int l = 0; l < p.label_columns; ++l) {
+        const int32_t y = lane < rows ? p.query_labels[i * p.label_columns + l] : -1;
         out.label[l][lane] = y < 0 ? -2 : y;
       }
     out.id[lane] = uses_ids(p) && lane < rows ? p.query_ids[i] : 0;
@@ -42,8 +42,8 @@ static inline void pack_labels(const InfoNce& p, int64_t first, int64_t rows, Pa
 static inline void pack_labels(const InfoNce& p, int64_t first, int keys, TileLabels& out) {
   for (int k = 0; k < keys; ++k) {
     if (uses_labels(p))
-      for (int l = 0; l < p.L; ++l) {
-        const int32_t y = p.negative_labels[(first + k) * p.L + l];
+      for (int l = 0; l < p.label_columns; ++l) {
+        const int32_t y = p.negative_labels[(first + k) * p.label_columns + l];
         out.label[l][k] = y < 0 ? -1 : y;
       }
     out.id[k] = uses_ids(p) ? p.negative_ids[first + k] : 0;
@@ -55,7 +55,7 @@ static inline void pack_labels(const InfoNce& p, int64_t first, int keys, TileLa
 struct MarkedKeys {
   int n;
   uint16_t key[kMaxTileRows];
-  uint16_t levels[kMaxTileRows];  // bit l: in F_l; 0: of the query's own image, whatever its labels
+  uint16_t levels[kMaxTileRows];  // bit l: in F_l, of the L losses; 0: of the query's own image, whatever its labels
   float score[kMaxTileRows];
 };
 static_assert(kMaxLevels <= 16, "levels are the bits of an uint16_t");
@@ -63,7 +63,7 @@ static_assert(kMaxLevels <= 16, "levels are the bits of an uint16_t");
 // Fills marked[lane] for the panel's first `lanes` lanes; returns which of them have any (as bits).
 static uint32_t find_marked(const InfoNce& p, const PanelLabels& panel, int64_t lanes, const TileLabels& tile, int keys,
                             const float* scores, MarkedKeys* marked) {
-  const int levels = uses_labels(p) ? p.L : 0;
+  const int levels = uses_labels(p) ? p.label_columns : 0;
   const uint32_t present = lanes >= LANES ? ~uint32_t(0) >> (32 - LANES) : (uint32_t(1) << lanes) - 1;
   const bool ids = uses_ids(p);
   uint32_t found = 0;
@@ -84,7 +84,9 @@ static uint32_t find_marked(const InfoNce& p, const PanelLabels& panel, int64_t 
       const bool same_image = ids && panel.id[lane] == tile.id[k];
       uint32_t mask = 0;
       for (int l = 0; l < levels; ++l) mask |= uint32_t(panel.label[l][lane] == tile.label[l][k]) << l;
-      if (!same_image && mask == 0) continue;  // only the low halves of the ids agreed
+      if (p.combination == Combination::any) mask = mask != 0;
+      if (p.combination == Combination::all) mask = levels > 0 && mask + 1 == uint32_t(1) << levels;
+      if (!same_image && mask == 0) continue;  // only the low halves of the ids, or not all levels, agreed
       MarkedKeys& mine = marked[lane];
       if (!(found >> lane & 1)) mine.n = 0;
       found |= uint32_t(1) << lane;

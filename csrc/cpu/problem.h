@@ -9,6 +9,9 @@ namespace ifnd {
 
 enum class DType : int { float32, bfloat16, float16 };
 enum class Strategy : int { eliminate, attract, keep };
+// What a key has to have in common with a query to be its false negative: the label of level l, in the loss of that
+// level; or of any or of all levels, in one loss.
+enum class Combination : int { mean, any, all };
 enum class Metric : int { inner_product, l2 };
 
 constexpr int kMaxDim = 2048;
@@ -21,15 +24,16 @@ struct Range {
 struct InfoNce {
   const void* query;      // (B, D)
   const void* negatives;  // (K, D)
-  const int32_t* query_labels;     // (B, L), negative: no label
-  const int32_t* negative_labels;  // (K, L)
+  const int32_t* query_labels;     // (B, label_columns), negative: no label
+  const int32_t* negative_labels;  // (K, label_columns)
   const int64_t* query_ids;        // (B,)
   const int64_t* negative_ids;     // (K,)
   int64_t B, K;
-  int D, L;
+  int D, label_columns, L;  // L losses: label_columns, or 1 where the levels are combined
   DType dtype;
   double temperature;
   Strategy strategy;
+  Combination combination;
 };
 
 struct InfoNceForward : InfoNce {

@@ -9,11 +9,16 @@ from ifnd_fast.ops.backends import _cpu
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STRATEGIES = {"eliminate": 0, "attract": 1, "keep": 2}
+_COMBINATIONS = {"mean": 0, "any": 1, "all": 2}
 _METRICS = {"inner_product": 0, "l2": 1}
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _columns(labels: Tensor | None) -> int:
+    return 1 if labels is None else labels.shape[1]
 
 
 def info_nce_forward(
@@ -23,26 +28,29 @@ def info_nce_forward(
     labels_and_ids: tuple[Tensor | None, ...],
     temperature: float,
     false_negatives: str,
+    level_combination: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, L)."""
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, losses)."""
     query, positive, negatives = query.contiguous(), positive.contiguous(), negatives.contiguous()
     extra = [None if t is None else t.contiguous() for t in labels_and_ids]
-    (rows, dim), levels = query.shape, 1 if extra[0] is None else extra[0].shape[1]
+    (rows, dim), columns = query.shape, _columns(extra[0])
+    losses = columns if level_combination == "mean" else 1
     loss = torch.empty(rows)
     query_grad = torch.empty(rows if with_grad else 0, dim)
     positive_weight = torch.empty(rows)
-    log_normalizer = torch.empty(rows, levels)
-    counts = torch.empty(rows, levels, dtype=torch.int32)
+    log_normalizer = torch.empty(rows, losses)
+    counts = torch.empty(rows, losses, dtype=torch.int32)
     _cpu.info_nce_forward(
         *map(_address, (query, positive, negatives, *extra)),  # type: ignore[call-arg]
         rows,
         len(negatives),
         dim,
-        levels,
+        columns,
         _DTYPES[query.dtype],
         temperature,
         _STRATEGIES[false_negatives],
+        _COMBINATIONS[level_combination],
         loss.data_ptr(),
         query_grad.data_ptr() if with_grad else 0,
         positive_weight.data_ptr(),
@@ -62,6 +70,7 @@ def info_nce_negatives_grad(
     counts: Tensor,
     temperature: float,
     false_negatives: str,
+    level_combination: str,
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
     loss_grad, query, negatives = loss_grad.contiguous(), query.contiguous(), negatives.contiguous()
@@ -72,10 +81,11 @@ def info_nce_negatives_grad(
         len(query),
         len(negatives),
         query.shape[1],
-        log_normalizer.shape[1],
+        _columns(extra[0]),
         _DTYPES[query.dtype],
         temperature,
         _STRATEGIES[false_negatives],
+        _COMBINATIONS[level_combination],
         loss_grad.data_ptr(),
         log_normalizer.data_ptr(),
         counts.data_ptr(),

@@ -9,6 +9,7 @@ from ifnd_fast.ops import backends, checks, reference
 
 STRATEGIES = ("eliminate", "attract", "keep")
 REDUCTIONS = ("mean", "sum", "none")
+COMBINATIONS = ("mean", "any", "all")
 MAX_LEVELS = 16
 
 
@@ -23,6 +24,7 @@ def info_nce(
     query_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
     false_negatives: str = "eliminate",
+    level_combination: str = "mean",
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -45,6 +47,8 @@ def info_nce(
         negative_labels: (K, L) int32. Without labels nothing is detected.
         query_ids: (B,) int64 dataset indices. negative_ids: (K,) int64.
         false_negatives: "eliminate", "attract" or "keep".
+        level_combination: "mean" over the levels' losses; or one loss, in which a key is a false negative when it has
+            the query's label at "any" level, or at "all" levels.
         reduction: "mean", "sum" or "none".
         backend: "auto", or one of "cuda", "triton", "cpu", "reference" by name.
 
@@ -70,16 +74,19 @@ def info_nce(
     temperature = checks.temperature(temperature)
     _check(query, positive, negatives, *labels_and_ids)
     checks.choice("false_negatives", false_negatives, STRATEGIES)
+    checks.choice("level_combination", level_combination, COMBINATIONS)
     checks.choice("reduction", reduction, REDUCTIONS)
     backend = backends.choose(backend, "info_nce", query.device, query.dtype)
     if backend == "reference":
         _check_label_range(query_labels, negative_labels)
-        loss = reference.info_nce(query, positive, negatives, temperature, *labels_and_ids, false_negatives)
+        loss = reference.info_nce(query, positive, negatives, temperature, *labels_and_ids, false_negatives,
+                                  level_combination)  # fmt: skip
     else:
         with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, positive, negatives))
         loss = _info_nce(
-            query, positive, negatives, *labels_and_ids, temperature, false_negatives, backend, with_grad
-        )[0]
+            query, positive, negatives, *labels_and_ids, temperature, false_negatives, level_combination, backend,
+            with_grad,
+        )[0]  # fmt: skip
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
@@ -137,33 +144,35 @@ def _info_nce(
     negative_ids: Tensor | None,
     temperature: float,
     false_negatives: str,
+    level_combination: str,
     backend: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (B,), its gradients by row: query_grad (B, D) and positive_weight (B,) = d loss / d s(q, p), and
-    what the negatives' gradient needs: log_normalizer (B, L) and false_negative_counts (B, L)."""
+    what the negatives' gradient needs: log_normalizer and false_negative_counts (B, losses), a loss for each level or
+    one where they are combined."""
     _check_label_range(query_labels, negative_labels)
     labels_and_ids = (query_labels, negative_labels, query_ids, negative_ids)
     module = backends.module_of(backend, "info_nce")
     with torch.cuda.device_of(query):
         return module.info_nce_forward(
-            query, positive, negatives, labels_and_ids, temperature, false_negatives, with_grad
+            query, positive, negatives, labels_and_ids, temperature, false_negatives, level_combination, with_grad
         )
 
 
 @_info_nce.register_fake
 def _(
     query, positive, negatives, query_labels, negative_labels, query_ids, negative_ids,
-    temperature, false_negatives, backend, with_grad,
+    temperature, false_negatives, level_combination, backend, with_grad,
 ):  # fmt: skip
     rows, dim = query.shape
-    levels = 1 if query_labels is None else query_labels.shape[1]
+    losses = 1 if query_labels is None or level_combination != "mean" else query_labels.shape[1]
     return (
         query.new_empty(rows, dtype=torch.float32),
         query.new_empty((rows if with_grad else 0, dim), dtype=torch.float32),
         query.new_empty(rows, dtype=torch.float32),
-        query.new_empty((rows, levels), dtype=torch.float32),
-        query.new_empty((rows, levels), dtype=torch.int32),
+        query.new_empty((rows, losses), dtype=torch.float32),
+        query.new_empty((rows, losses), dtype=torch.int32),
     )
 
 
@@ -180,6 +189,7 @@ def _negatives_grad(
     false_negative_counts: Tensor,
     temperature: float,
     false_negatives: str,
+    level_combination: str,
     backend: str,
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32: a second pass, only where it is asked for."""
@@ -188,30 +198,30 @@ def _negatives_grad(
     with torch.cuda.device_of(query):
         return module.info_nce_negatives_grad(
             loss_grad, query, negatives, labels_and_ids, log_normalizer, false_negative_counts,
-            temperature, false_negatives,
+            temperature, false_negatives, level_combination,
         )  # fmt: skip
 
 
 @_negatives_grad.register_fake
 def _(
     loss_grad, query, negatives, query_labels, negative_labels, query_ids, negative_ids,
-    log_normalizer, false_negative_counts, temperature, false_negatives, backend,
+    log_normalizer, false_negative_counts, temperature, false_negatives, level_combination, backend,
 ):  # fmt: skip
     return negatives.new_empty(negatives.shape, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
-    query, positive, negatives, *labels_and_ids, temperature, false_negatives, backend, _ = inputs
+    query, positive, negatives, *labels_and_ids, temperature, false_negatives, level_combination, backend, _ = inputs
     _, query_grad, positive_weight, log_normalizer, counts = output
     ctx.save_for_backward(
         query, negatives, *labels_and_ids, query_grad, positive_weight, log_normalizer, counts
     )
-    ctx.scalars = (temperature, false_negatives, backend)
+    ctx.scalars = (temperature, false_negatives, level_combination, backend)
 
 
 def _backward(ctx, loss_grad: Tensor, *_):
     """d/dq = g query_grad;  d/dp = g positive_weight q / tau;  d/dn by its own pass. (g: upstream, (B,))"""
-    temperature, false_negatives, backend = ctx.scalars
+    temperature, false_negatives, level_combination, backend = ctx.scalars
     if torch.is_grad_enabled():  # create_graph: the gradients below were computed, not recorded
         raise RuntimeError(
             f"info_nce has no second derivatives on backend={backend!r}, and create_graph=True asks for them: "
@@ -228,9 +238,9 @@ def _backward(ctx, loss_grad: Tensor, *_):
     if ctx.needs_input_grad[2]:
         grads[2] = _negatives_grad(
             loss_grad, query, negatives, *labels_and_ids, log_normalizer, counts,
-            temperature, false_negatives, backend,
+            temperature, false_negatives, level_combination, backend,
         ).to(negatives.dtype)  # fmt: skip
-    return (*grads, *(None,) * 8)
+    return (*grads, *(None,) * 9)
 
 
 _info_nce.register_autograd(_backward, setup_context=_save)

@@ -23,6 +23,7 @@ def info_nce(
     query_ids: Tensor | None,
     negative_ids: Tensor | None,
     false_negatives: str,
+    level_combination: str = "mean",
 ) -> Tensor:
     """Loss of each query, (B,); the arguments are those of `ifnd_fast.info_nce`, already checked.
 
@@ -31,6 +32,8 @@ def info_nce(
     eliminate: mean_l  log(e^{s+} + sum_{k not in F_l} e^{s_ik}) - s+
     attract:   mean_l  log(e^{s+} + sum_k e^{s_ik}) - (s+ + sum_{k in F_l} s_ik) / (1 + |F_l|)
     keep:      eliminate with every F_l empty
+
+    level_combination "any" and "all": one level, whose F is the union or the intersection of these.
     """
     q, p, n = (t if t.dtype == torch.float64 else t.float() for t in (query, positive, negatives))
     s_positive = (q * p).sum(1, keepdim=True) / temperature  # (B, 1)
@@ -44,10 +47,12 @@ def info_nce(
     if query_labels is None or negative_labels is None or false_negatives == "keep":
         return _log_normalizer(s_positive, s) - s_positive[:, 0]
 
+    y = query_labels.T[:, :, None]
+    every_level = (y == negative_labels.T[:, None, :]) & (y >= 0) & ~same_image  # F_l, (L, B, K)
+    if level_combination != "mean":
+        every_level = (every_level.any(0) if level_combination == "any" else every_level.all(0))[None]
     losses = []
-    for level in range(query_labels.shape[1]):
-        y = query_labels[:, level, None]
-        detected = (y == negative_labels[None, :, level]) & (y >= 0) & ~same_image  # F_l, (B, K)
+    for detected in every_level:
         if false_negatives == "eliminate":
             kept = s.masked_fill(detected, -torch.inf)
             losses.append(_log_normalizer(s_positive, kept) - s_positive[:, 0])

@@ -37,7 +37,8 @@ std::vector<char> values(int64_t n, ifnd::DType dtype) {
   return out;
 }
 
-void info_nce(int64_t B, int64_t K, int D, int L, ifnd::DType dtype, ifnd::Strategy strategy, int threads) {
+void info_nce(int64_t B, int64_t K, int D, int L, ifnd::DType dtype, ifnd::Strategy strategy,
+              ifnd::Combination combination, int threads) {
   const auto query = values(B * D, dtype), positive = values(B * D, dtype), negatives = values(K * D, dtype);
   const auto query_labels = integers<int32_t>(size_t(B * L), -1, 3), negative_labels = integers<int32_t>(size_t(K * L), -1, 3);
   const auto query_ids = integers<int64_t>(size_t(B), 0, 20), negative_ids = integers<int64_t>(size_t(K), 0, 20);
@@ -47,7 +48,8 @@ void info_nce(int64_t B, int64_t K, int D, int L, ifnd::DType dtype, ifnd::Strat
   f.query = query.data(), f.positive = positive.data(), f.negatives = negatives.data();
   f.query_labels = query_labels.data(), f.negative_labels = negative_labels.data();
   f.query_ids = query_ids.data(), f.negative_ids = negative_ids.data();
-  f.B = B, f.K = K, f.D = D, f.L = L, f.dtype = dtype, f.temperature = 0.2, f.strategy = strategy;
+  f.B = B, f.K = K, f.D = D, f.label_columns = L, f.dtype = dtype, f.temperature = 0.2, f.strategy = strategy;
+  f.combination = combination, f.L = combination == ifnd::Combination::mean ? L : 1;
   f.loss = loss.data(), f.query_grad = query_grad.data(), f.positive_weight = weight.data();
   f.log_normalizer = normalizer.data(), f.false_negative_counts = counts.data();
   ifnd::info_nce_forward(f, threads);
@@ -100,7 +102,8 @@ int main() {
       for (int strategy = 0; strategy < 3; ++strategy)
         for (const auto [B, K, D, L] : {std::array<int, 4>{1, 1, 1, 1}, {3, 0, 5, 2}, {37, 301, 33, 3}, {2, 700, 17, 16},
                                         {70, 50, 129, 2}, {5, 40, 2048, 2}})
-          info_nce(B, K, D, L, ifnd::DType(dtype), ifnd::Strategy(strategy), threads);
+          for (int combination = 0; combination < 3; ++combination)
+            info_nce(B, K, D, L, ifnd::DType(dtype), ifnd::Strategy(strategy), ifnd::Combination(combination), threads);
       for (const auto [N, C, D] : {std::array<int, 3>{1, 1, 1}, {37, 301, 33}, {300, 7, 129}, {5, 70, 2048}}) {
         cluster_sums(N, C, D, ifnd::DType(dtype), threads);
         for (const auto metric : {ifnd::Metric::inner_product, ifnd::Metric::l2})

@@ -19,6 +19,7 @@ import ifnd_fast
 ROUNDING = 4 * 2.0**-24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STRATEGIES = ("eliminate", "attract", "keep")
+COMBINATIONS = ("mean", "any", "all")
 REDUCTIONS = ("none", "mean", "sum")
 INPUTS = ("query", "positive", "negatives")
 
@@ -35,6 +36,7 @@ class Case:
     upstream: Tensor  # (B,) gradients of the losses: of both signs, some of them 0
     temperature: float = 0.2
     false_negatives: str = "eliminate"
+    level_combination: str = "mean"
 
     def loss(self, *inputs: Tensor, backend: str = "auto", reduction: str = "none") -> Tensor:
         """info_nce of these inputs, or of others in the place of query, positive and negatives."""
@@ -42,7 +44,8 @@ class Case:
         return ifnd_fast.info_nce(
             query, positive, negatives, temperature=self.temperature, query_labels=self.query_labels,
             negative_labels=self.negative_labels, query_ids=self.query_ids, negative_ids=self.negative_ids,
-            false_negatives=self.false_negatives, reduction=reduction, backend=backend,
+            false_negatives=self.false_negatives, level_combination=self.level_combination, reduction=reduction,
+            backend=backend,
         )  # fmt: skip
 
     def results(self, backend: str, reduction: str = "none", dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ifnd_fast
-from tests.ops.cases import DTYPES, INPUTS, REDUCTIONS, STRATEGIES, Case, make_case
+from tests.ops.cases import COMBINATIONS, DTYPES, INPUTS, REDUCTIONS, STRATEGIES, Case, make_case
 
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -31,13 +31,35 @@ def test_values_and_gradients(strategy, dtype, reduction):
     B=st.integers(1, 70), K=st.integers(0, 300), D=st.integers(1, 140), L=st.integers(1, 5), seed=st.integers(0, 99),
     dtype=st.sampled_from(DTYPES), strategy=st.sampled_from(STRATEGIES), clusters=st.sampled_from([0, 1, 2, 10, 1000]),
     labels=st.booleans(), ids=st.booleans(), temperature=st.sampled_from([0.05, 0.2, 2.0]),
-    reduction=st.sampled_from(REDUCTIONS),
+    reduction=st.sampled_from(REDUCTIONS), combination=st.sampled_from(COMBINATIONS),
 )  # fmt: skip
-def test_ragged_shapes(B, K, D, L, seed, dtype, strategy, clusters, labels, ids, temperature, reduction):
+def test_ragged_shapes(B, K, D, L, seed, dtype, strategy, clusters, labels, ids, temperature, reduction, combination):
     make_case(
         B, K, D, L, dtype=dtype, clusters=clusters, labels=labels, ids=ids, seed=seed, temperature=temperature,
-        false_negatives=strategy,
+        false_negatives=strategy, level_combination=combination,
     ).check(reduction=reduction)  # fmt: skip
+
+
+@every_strategy
+@every_dtype
+@pytest.mark.parametrize("combination", ["any", "all"])
+def test_combined_levels(strategy, dtype, combination):
+    case = make_case(37, 531, 65, 3, dtype=dtype, clusters=2, false_negatives=strategy, level_combination=combination)
+    case.check()
+    if strategy != "keep":
+        apart = replace(case, level_combination="mean").results("cpu")["loss"]
+        assert not torch.allclose(case.results("cpu")["loss"], apart, rtol=1e-3)
+
+
+@every_strategy
+def test_combined_levels_are_those_of_one_label(strategy):
+    """Labels that are alike at every level: their union and their intersection are each of them."""
+    case = make_case(37, 531, 65, 1, false_negatives=strategy)
+    alike = [labels.expand(-1, 3).contiguous() for labels in (case.query_labels, case.negative_labels)]
+    for combination in ("any", "all"):
+        combined = replace(case, query_labels=alike[0], negative_labels=alike[1], level_combination=combination)
+        for name, value in combined.results("cpu").items():
+            assert torch.equal(value, case.results("cpu")[name]), name
 
 
 @every_strategy
@@ -191,18 +213,20 @@ def test_module_refuses_wrong_settings():
 
 @pytest.mark.parametrize("extras", [True, False], ids=["labels and ids", "plain"])
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_opcheck(extras, requires_grad):
+@pytest.mark.parametrize("combination", ["mean", "any"])
+def test_opcheck(combination, extras, requires_grad):
     case = make_case(6, 10, 8, 2, labels=extras, ids=extras)
     matrices = [getattr(case, name).requires_grad_(requires_grad) for name in INPUTS]
     extra = (case.query_labels, case.negative_labels, case.query_ids, case.negative_ids)
     forward = torch.ops.ifnd_fast.info_nce.default
-    torch.library.opcheck(forward, (*matrices, *extra, 0.2, "eliminate", "cpu", requires_grad))
+    torch.library.opcheck(forward, (*matrices, *extra, 0.2, "eliminate", combination, "cpu", requires_grad))
 
     query, positive, negatives = (matrix.detach() for matrix in matrices)
-    *_, log_normalizer, counts = forward(query, positive, negatives, *extra, 0.2, "eliminate", "cpu", False)
+    settings = (0.2, "eliminate", combination, "cpu")
+    *_, log_normalizer, counts = forward(query, positive, negatives, *extra, *settings, False)
     torch.library.opcheck(
         torch.ops.ifnd_fast.info_nce_negatives_grad.default,
-        (case.upstream, query, negatives, *extra, log_normalizer, counts, 0.2, "eliminate", "cpu"),
+        (case.upstream, query, negatives, *extra, log_normalizer, counts, *settings),
     )
 
 
