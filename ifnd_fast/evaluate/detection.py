@@ -38,14 +38,15 @@ def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
     The model is torchvision's, so its figures are to be compared among backbones; for detectron2's own take
     --export-detectron2. On several GPUs: torchrun --nproc-per-node 8 $(which ifnd-fast-eval) detection ...
     """
-    backbone = load_backbone(options.checkpoint, options.arch)
-    if options.export_detectron2 is not None:
-        _export(backbone, options.export_detectron2)
-        if options.data is None and options.train_annotations is None:
-            return
     device = pick_device(options.device)
     leave_cores_to_workers(device, options.workers)
     distributed.start(device, options.rank_timeout)
+    backbone = load_backbone(options.checkpoint, options.arch)
+    if options.export_detectron2 is not None:
+        if distributed.rank() == 0:
+            _export(backbone, options.export_detectron2)
+        if options.data is None and options.train_annotations is None:
+            return
     tuning = FineTuning(backbone, options, device)
     with tuning.stop, explained(tuning.out, tuning.stop), ExitStack() as held:
         tuning.take(held)
@@ -270,9 +271,7 @@ class FineTuning:
         """Average precision on the val images, each rank's share of them on that rank; empty but on rank 0."""
         self.model.eval()
         share = distributed.share(len(self.val))
-        loader = DataLoader(
-            coco.MeasuredImages(self.val), batch_size=None, sampler=share, **self._loading()
-        )  # fmt: skip
+        loader = DataLoader(coco.MeasuredImages(self.val), batch_size=None, sampler=share, **self._loading())
         results = []
         with distributed.agreed(True):
             for image_id, image in track(loader, "measuring", len(share)):
