@@ -15,7 +15,7 @@ from ifnd_fast.config import MAY_CHANGE
 from ifnd_fast.errors import UsageError
 from ifnd_fast.plots import SERIES, Texts, draw_picture, epoch_axis, percent_axis, plot_line
 from ifnd_fast.report import flatten, inline, render_template, write_page
-from ifnd_fast.report_run import Run, duration, number, read_run
+from ifnd_fast.report_run import Run, number, read_run
 
 NO_SETTING = MAY_CHANGE | {"seed"}
 """Options that two runs of the same settings may have differently."""
@@ -223,7 +223,7 @@ def _columns() -> list[tuple[str, Callable[[Run], list[float | None]], Callable[
         ("precision, %", levels("false_negative_precision"), lambda share: f"{100 * share:.0f}"),
         ("recall, %", levels("false_negative_recall"), lambda share: f"{100 * share:.0f}"),
         ("epochs", lambda run: [float(run.epochs[-1]["epoch"])], "{:.0f}".format),
-        ("time", lambda run: [run.seconds or None], duration),
+        ("minutes", lambda run: [run.seconds / 60 or None], "{:,.1f}".format),
     ]
 
 

@@ -94,7 +94,11 @@ def draw_embedding(
     axes.set(xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_visible(False)
     if len(shown):
-        figure.legend(loc="outside upper left", ncols=6, markerscale=2, handletextpad=0.2, columnspacing=1.0)
+        fit_one_row = sum(len(_short(name_of[group])) + 4 for group in shown) < 80
+        figure.legend(
+            loc="outside upper left", ncols=len(shown) + 1 if fit_one_row else 4, markerscale=2, handletextpad=0.2,
+            columnspacing=1.0,
+        )  # fmt: skip
     caption = f"{len(points):,} images by their {stored.source}: near in the plane means near in feature space, mostly."
     if len(shown):
         caption += f" Coloured by {what}{f', the {MOST_GROUPS} commonest' if len(shown) < len(found) else ''}."

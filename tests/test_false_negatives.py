@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ifnd_fast.evaluate.false_negatives import detection_statistics
+from ifnd_fast.evaluate.false_negatives import detection_by_rate, detection_statistics
+from ifnd_fast.labels import PseudoLabels
 
 
 def brute_force(labels, queue_labels, queue_indices, truth):
@@ -94,3 +95,48 @@ def test_unfit_arguments():
         detection_statistics(labels, queue_labels, indices, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="true_labels must be integers"):
         detection_statistics(labels, queue_labels, indices, np.zeros(4))
+
+
+# ---- at every acceptance rate ----
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), n=st.integers(1, 12), levels=st.integers(1, 2))
+def test_by_rate_is_what_accepting_that_share_would_give(data, n, levels):
+    labels = data.draw(hnp.arrays(np.int32, (n, levels), elements=st.integers(0, 3)))
+    confidence = data.draw(hnp.arrays(np.float32, (n, levels), elements=st.sampled_from([0.1, 0.2, 0.9])))  # ties too
+    truth = data.draw(hnp.arrays(np.int64, (n,), elements=st.integers(-1, 2)))
+    rates = [0.0, 0.05, 0.3, 1 / 3, 0.5, 1.0]
+    found = detection_by_rate(torch.from_numpy(labels), torch.from_numpy(confidence), truth, rates)
+    pseudo_labels = PseudoLabels((4,) * levels)
+    pseudo_labels.labels, pseudo_labels.confidence = torch.from_numpy(labels), torch.from_numpy(confidence)
+    for at, rate in enumerate(rates):
+        accepted = pseudo_labels.accept(rate).numpy()
+        expected = brute_force(accepted, accepted, np.arange(n), truth)
+        for level in range(levels):
+            assert found.per_query[level][at] == expected["false_negatives_per_query"][level]
+            assert found.precision[level][at] == expected["false_negative_precision"][level]
+            assert found.recall[level][at] == expected["false_negative_recall"][level]
+
+
+def test_by_rate_of_known_labels():
+    labels = torch.tensor([[0], [0], [0], [1]], dtype=torch.int32)
+    confidence = torch.tensor([[0.9], [0.8], [0.7], [0.6]])
+    found = detection_by_rate(labels, confidence, np.array([5, 5, 6, 6]), [0.0, 0.5, 0.75, 1.0])
+    assert found.precision == [[None, 1.0, 1 / 3, 1 / 3]]  # of 0, 2, 6 and 6 ordered pairs
+    assert found.recall == [[0.0, 0.5, 0.5, 0.5]]  # of 4
+
+
+def test_by_rate_forms_no_pairs():
+    n = 300_000
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(100_000, (n, 1), dtype=torch.int32, generator=generator)
+    found = detection_by_rate(labels, torch.rand(n, 1, generator=generator), torch.zeros(n).long(), [0.5, 1.0])
+    assert found.precision == [[1.0, 1.0]]
+    assert found.per_query[0][1] == pytest.approx(3, rel=0.02)
+    assert found.per_query[0][0] == pytest.approx(3 / 4, rel=0.03)
+
+
+def test_by_rate_refuses_confidence_of_another_shape():
+    with pytest.raises(ValueError, match=r"confidence must have shape \(3, 1\)"):
+        detection_by_rate(torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3), torch.zeros(3).long(), [1.0])

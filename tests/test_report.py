@@ -315,6 +315,56 @@ def test_confidence_of_other_rows_is_not_used(make_run):
     assert "up to 10, at even steps in order" in page and "confidence 0." not in page
 
 
+def clustered(confidence=None, labels=None):
+    """Parts of a checkpoint after a clustering of all images but the first."""
+    rng = np.random.default_rng(3)
+    if labels is None:
+        labels = torch.from_numpy(np.stack([rng.integers(0, c, N - 1) for c in LEVELS], axis=1)).int()
+    confidence = torch.from_numpy(rng.random((N - 1, 2))).float() if confidence is None else confidence
+    usable = torch.arange(N) > 0
+    accepted = torch.full((N, 2), -1, dtype=torch.int32)
+    accepted[usable] = labels
+    return {
+        "pseudo_labels": {"levels": torch.tensor(LEVELS), "labels": labels, "confidence": confidence},
+        "cluster_waiting": {"usable": usable}, "acceptance_rate": 1.0, "accepted": accepted,
+    }  # fmt: skip
+
+
+def test_clusters_and_detection_at_every_rate(make_run):
+    page = write_report(make_run(state=clustered())).read_text()
+    assert figure_titles(page) == [*FIGURES, "Precision and recall at every acceptance rate"]
+    assert "confidence 0." in page and "Dotted: the rate in use, 100%" in page
+    assert "its true class is not the cluster" in page and page.count("mean confidence") == sum(LEVELS)
+    assert len(ids := [e["id"] for _, e in Page(page).elements if "id" in e]) == len(set(ids))
+
+    waiting = clustered() | {"accepted": torch.zeros(N, 2, dtype=torch.int32)}  # an older clustering's are in use
+    page = write_report(make_run(state=waiting)).read_text()
+    assert "up to 10, at even steps in order" in page and page.count("mean confidence") == sum(LEVELS)
+
+
+def test_clusters_without_true_classes(make_run):
+    out = make_run(state=clustered(), data=make_run.images(classes=False))
+    page = write_report(out).read_text()
+    assert page.count("mean confidence") == sum(LEVELS) and 'class="thumb wrong"' not in page
+    assert "Precision and recall at every acceptance rate" not in figure_titles(page)
+
+
+def test_features_in_the_plane(make_run):
+    queue = {
+        "features": torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0))),
+        "indices": torch.arange(40), "_extra_state": torch.tensor([0, 40]),
+    }  # fmt: skip
+    page = write_report(make_run(state={"negatives": queue})).read_text()
+    assert figure_titles(page)[-1] == "Features in the plane (PCA)" and "Coloured by true class." in page
+
+    keep = {"contrast": {"false_negatives": "keep"}}
+    page = write_report(make_run(config=keep, state={"negatives": queue})).read_text()
+    assert figure_titles(page)[-1] == "Features in the plane (PCA)" and "This run clusters nothing." in page
+
+    out = make_run(state=clustered() | {"negatives": queue}, data=make_run.images(classes=False) / "gone")
+    assert "Coloured by cluster of 3 clusters." in write_report(out).read_text()
+
+
 def test_names_are_escaped(make_run):
     data = make_run.images()
     (data / "class 0").rename(data / "<script>alert(1)")
@@ -369,7 +419,9 @@ def test_what_training_writes(make_run, tmp_path):
     run_folder.create(settings)
     Trainer(settings).fit()
     page = write_report(settings.run.out).read_text()
-    assert figure_titles(page) == FIGURES and "finished" in page and "among the 30 in the queue" in page
+    states = ["Precision and recall at every acceptance rate", "Features in the plane (PCA)"]
+    assert figure_titles(page) == FIGURES + states and "finished" in page and "among the 30 in the queue" in page
+    assert "from the most to the least confident" in page and "At epoch 2" in page and page.count("cluster ") > 9
     assert page.count("30 of 60 labels accepted (50%)") == len(LEVELS)  # at half of the training
     assert page.count("<img") > 24
 
