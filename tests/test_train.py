@@ -339,19 +339,20 @@ class CountWaits(TorchDispatchMode):
         self.found = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default", "lift_fresh")
+        names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default",
+                 "lift_fresh")  # fmt: skip
         if any(name in str(function) for name in names):
             self.found.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        [], ["--negatives", "in-batch"], ["--false-negatives", "attract", "--features", "bank"],
-        ["--augment", "device", "--color-jitter", 0.4, "--grayscale", 0.2, "--blur", 0.5, "--image-size", 20],
-    ],
-)
+STEPS = [
+    [], ["--negatives", "in-batch"], ["--false-negatives", "attract", "--features", "bank"],
+    ["--augment", "device", "--color-jitter", 0.4, "--grayscale", 0.2, "--blur", 0.5, "--image-size", 20],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", STEPS)
 def test_a_step_never_waits_for_the_device(options, digit_folder, tmp_path):
     trainer = new(tmp_path / "run", digit_folder, *options)
     train_step, waits = trainer._train_step, CountWaits()
