@@ -1,4 +1,4 @@
-"""What only a GPU shows: streams, CUDA graphs, waiting, and that "auto" is fused. (test_operators.py runs on it too.)"""
+"""What only a GPU shows: streams, CUDA graphs, waiting, that "auto" is fused. (test_operators.py runs there too.)"""
 
 from __future__ import annotations
 
