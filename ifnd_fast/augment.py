@@ -40,18 +40,18 @@ class BatchViews:
         config: of the views.
 
     Raises:
-        UsageError: jitter or blur without kornia, which does them with a parameter for each image.
+        UsageError: jitter without kornia, which does it with a parameter for each image.
     """
 
     def __init__(self, config: DataConfig):
         self.config, self.kernel = config, blur_kernel(config.image_size)
         self.adjust: list[Callable[[Tensor, Tensor], Tensor]] = []
-        if config.color_jitter or config.blur:
+        if config.color_jitter:
             try:
-                from kornia import enhance, filters  # takes seconds
+                from kornia import enhance  # takes seconds
             except ImportError as error:
                 raise UsageError(
-                    "--augment device with --color-jitter or --blur: pip install 'ifnd-fast[augment]' first"
+                    "--augment device with --color-jitter: pip install 'ifnd-fast[augment]' first"
                 ) from error
             self.adjust = [
                 enhance.adjust_brightness_accumulative,
@@ -59,7 +59,6 @@ class BatchViews:
                 enhance.adjust_saturation_with_gray_subtraction,
                 lambda images, turns: enhance.adjust_hue(images, 2 * np.pi * turns),
             ]
-            self.gaussian_blur = filters.gaussian_blur2d
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         """A view (B, 3, S, S) float32, 0 to 255, of each image (B, 3, H, W) uint8; numbers (B, NUMBERS) on the CPU."""
@@ -74,7 +73,7 @@ class BatchViews:
             self._jitter(views, drawn)
         _change(views, drawn["gray"][:, 0] < config.grayscale, lambda some, _: rgb_to_grayscale(some, 3))
         if self.kernel > 1:
-            sigma = np.repeat(0.1 + 1.9 * drawn["sigma"], 2, axis=1)
+            sigma = 0.1 + 1.9 * drawn["sigma"]
             _change(views, drawn["blur"][:, 0] < config.blur, self._blur, sigma)
         return 255 * views
 
@@ -89,7 +88,13 @@ class BatchViews:
                 _change(views, applied & (order[:, place] == number), adjust, factors[:, number])
 
     def _blur(self, views: Tensor, sigma: Tensor) -> Tensor:
-        return self.gaussian_blur(views, (self.kernel, self.kernel), sigma)
+        """Each image by its own sigma (n, 1), pixels: kornia's reads a number from the device."""
+        half, channels = self.kernel // 2, views.shape[:2].numel()
+        offsets = torch.arange(-half, half + 1, device=views.device)
+        weights = (-0.5 * (offsets / sigma) ** 2).softmax(dim=1).repeat_interleave(3, dim=0)[:, None]
+        padded = F.pad(views, [half] * 4, mode="reflect").flatten(0, 1)[None]
+        blurred = F.conv2d(padded, weights[..., None], groups=channels)
+        return F.conv2d(blurred, weights[:, :, None], groups=channels).view_as(views)
 
 
 def by_name(numbers: Tensor) -> dict[str, np.ndarray]:

@@ -43,7 +43,7 @@ class DataConfig:
     """where random views are made: of one image after the other by the loading processes, or of a whole batch on the
     device that trains, with random parameters for each image, the same whatever the ranks and workers. The latter is
     for many images a second on few cores. Its views are resampled once, bilinearly; those of image files are cut from
-    the middle square, loaded at 1.5 times --image-size. Jitter and blur then need pip install ifnd-fast[augment]"""
+    the middle square, loaded at 1.5 times --image-size. Jitter then needs pip install ifnd-fast[augment]"""
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """mean of the red, green and blue values (0 to 1), taken off"""
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)

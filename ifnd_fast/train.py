@@ -131,7 +131,8 @@ class Trainer:
         """Train the rest of the run, an epoch at a time."""
         model: nn.Module = self.model
         if distributed.world_size() > 1:
-            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            # every step has the same graph; the bits are the same with and without
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
         # One iteration for all epochs: the first batches of the next are loaded during the end of this one.
         self.batches.start(self.epoch, self.step_in_epoch, self.config.optim.epochs)
         loader = pair_loader(self.images, self.config.data, self.config.run.seed, self.batches)

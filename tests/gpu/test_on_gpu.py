@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, CUDA graphs, and that "auto" is fused. (test_operators.py runs on it too.)"""
+"""What only a GPU shows: streams, CUDA graphs, waiting, that "auto" is fused. (test_operators.py runs there too.)"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ifnd_fast import assign_clusters
 from ifnd_fast.ops import backends
 from tests.ops import test_assign
 from tests.ops.cases import make_case
+from tests.test_train import STEPS, new
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 every_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -87,3 +88,20 @@ def test_runs_on_the_current_stream(backend):
         labels = assign_clusters(late, c, return_confidence=False, backend=backend)
     stream.synchronize()
     assert torch.equal(labels, right)
+
+
+@pytest.mark.parametrize("options", STEPS)
+def test_a_training_step_never_waits_for_the_gpu(options, digit_folder, tmp_path):
+    """After two steps, which compile kernels. (float16's loss scaler looks at each step's gradients: it does wait.)"""
+    trainer = new(tmp_path / "run", digit_folder, "--device", "cuda", "--amp", "bf16", *options)
+    train_step = trainer._train_step
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error" if trainer.step >= 2 else "default")
+        try:
+            return train_step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer._train_step = watched
+    trainer.fit()
