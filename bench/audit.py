@@ -280,7 +280,9 @@ def main(options: Options) -> None:
 
 
 def table(audits: list[Audit], size: Shape) -> str:
-    header = ("kernel", "dtype", "sm", "registers", "spill bytes", "stack", "shared bytes", "blocks", "tensor core", "L")
+    header = (
+        "kernel", "dtype", "sm", "registers", "spill bytes", "stack", "shared bytes", "blocks", "tensor core", "L",
+    )  # fmt: skip
     lines = [
         "# GPU kernels as compiled",
         "",
