@@ -99,8 +99,8 @@ def marked_pairs(query_labels, row, valid, negative_labels, key, exists, L: tl.c
 
 @triton.jit
 def marked_pairs_held(y, query_labels, row, valid, negative_labels, key, exists, L: tl.constexpr):
-    """The same by labels that are held, y of `labels_of`, and without a loop: a loop that holds another is not pipelined.
-    Many levels take one all the same, else registers run out."""
+    """The same by labels that are held, y of `labels_of`, and without a loop: one that holds another is not pipelined.
+    Many levels take a loop all the same, else registers run out."""
     if L > HELD_LEVELS:
         return marked_pairs(query_labels, row, valid, negative_labels, key, exists, L)
     else:
