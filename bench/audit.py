@@ -52,6 +52,11 @@ class Audit:
     shared: int  # bytes
     blocks: int  # per multiprocessor
     tensor_core: str  # the instruction, or "" for none
+    levels: int = 3
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return self.kernel, self.dtype, self.card, self.levels
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ class Shape:
 
 def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, dict[str, Any], Tile]]:
     """Every kernel, by name: function, constants, warps and stages."""
-    loss, nearest = (tiles.tile_of(name, dtype, divmod(card, 10)) for name in ("info_nce", "assign_clusters"))
+    capability = divmod(card, 10)
+    loss = tiles.tile_of("info_nce", dtype, capability, size.levels)
+    nearest = tiles.tile_of("assign_clusters", dtype, capability)
     chunk, chunks = tiles.chunk_of(size.dim)
     of_rows = {"D": size.dim, "CHUNK": chunk, "CHUNKS": chunks}
     levels = {"L": size.levels, "LP": triton.next_power_of_2(size.levels), "HAS_LABELS": True}
@@ -80,7 +87,7 @@ def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, 
             (info_nce.marked_sums_kernel, of_marked, loss),
             (info_nce.normalise_kernel, {**of_rows, **levels, "ROWS": small.rows}, small),
             (info_nce.marked_grad_kernel, of_marked, loss),
-            (info_nce.negatives_grad_kernel, {**of_loss, "KEYS": loss.marked}, loss),
+            (info_nce.negatives_grad_kernel, {**of_loss, "KEYS": loss.negatives}, loss),
         ):
             label = kernel.fn.__name__.removesuffix("_kernel")
             out[f"info_nce {label}, {name}"] = (kernel, {**constants, "ATTRACT": attract}, tile)
@@ -146,7 +153,8 @@ def compile_one(name: str, dtype: str, card: int, size: Shape) -> Audit:
         kernel = cuda_kernels(DTYPES[dtype], card, size)[name]
         ptx = ptx_of(kernel.header, kernel.expression, card)
         ptx = only_entry(ptx, re.split(r"::|<", kernel.expression)[2])
-        return audit_of(name, dtype, card, ptx, wheel_file("cuda_nvcc/bin/ptxas"), kernel.warps, kernel.shared)
+        assembler = wheel_file("cuda_nvcc/bin/ptxas")
+        return audit_of(name, dtype, card, ptx, assembler, kernel.warps, kernel.shared, size.levels)
     return compile_triton(name, dtype, card, size)
 
 
@@ -159,7 +167,7 @@ def only_entry(ptx: str, kernel: str) -> str:
 def compile_triton(name: str, dtype: str, card: int, size: Shape) -> Audit:
     program = triton.knobs.nvidia.ptxas_blackwell if card >= 100 else triton.knobs.nvidia.ptxas
     ptx, tile, shared = triton_ptx(name, dtype, card, size)
-    return audit_of(name, dtype, card, ptx, program.path, tile.warps, shared)
+    return audit_of(name, dtype, card, ptx, program.path, tile.warps, shared, size.levels)
 
 
 def triton_ptx(name: str, dtype: str, card: int, size: Shape) -> tuple[str, Tile, int]:
@@ -169,16 +177,20 @@ def triton_ptx(name: str, dtype: str, card: int, size: Shape) -> tuple[str, Tile
     # As at a launch: torch's memory is aligned to 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
     source = ASTSource(kernel, types, {n: constants[n] for n in types if n in constants}, aligned)
-    compiled = triton.compile(source, GPUTarget("cuda", card, 32), {"num_warps": tile.warps, "num_stages": tile.stages})
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
+    compiled = triton.compile(source, GPUTarget("cuda", card, 32), options)
     return compiled.asm["ptx"], tile, compiled.metadata.shared
 
 
-def audit_of(name: str, dtype: str, card: int, ptx: str, assembler: str | Path, warps: int, shared: int) -> Audit:
+def audit_of(
+    name: str, dtype: str, card: int, ptx: str, assembler: str | Path, warps: int, shared: int, levels: int
+) -> Audit:
     registers, spills, stack = ptxas(ptx, assembler)
     granted = -(-registers // 8) * 8 * 32 * warps  # registers are given out 8 at a time to each thread of a warp
     blocks = min(REGISTERS // granted, WARPS[card] // warps, SHARED[card] * 1024 // (shared + 1024), 32)
     found = re.search(r"\b(wgmma\.mma_async|tcgen05\.mma|mma)\.sync\.aligned\.m\w+|tcgen05\.mma", ptx)
-    return Audit(name, dtype, card, registers, spills, stack, shared, blocks, found.group() if found else "")
+    instruction = found.group() if found else ""
+    return Audit(name, dtype, card, registers, spills, stack, shared, blocks, instruction, levels)
 
 
 def ptxas(ptx: str, assembler: str | Path) -> tuple[int, int, int]:
@@ -209,7 +221,7 @@ class Options:
     jobs: int = os.cpu_count() or 1
     """compilations at a time"""
     size: Shape = Shape()
-    """compiled in; of other sizes than the default the table is printed, not written"""
+    """compiled in; with D=128 the rows of what was compiled are renewed in the table, others are printed alone"""
     check: bool = False
     """compare with audit.json, fail where a kernel is worse, and write nothing"""
 
@@ -225,12 +237,17 @@ def worse(now: Audit, before: Audit) -> list[str]:
         faults.append(f"{now.blocks} blocks fit a multiprocessor, were {before.blocks}")
     if now.tensor_core != before.tensor_core:
         faults.append(f"tensor core instruction {now.tensor_core or 'none'}, was {before.tensor_core or 'none'}")
-    return [f"{now.kernel}, {now.dtype}, sm_{now.card}: {fault}" for fault in faults]
+    return [f"{now.kernel}, {now.dtype}, sm_{now.card}, L={now.levels}: {fault}" for fault in faults]
+
+
+def recorded() -> dict[tuple[str, str, int, int], Audit]:
+    audits = [Audit(**row) for row in json.loads(JSON.read_text())] if JSON.exists() else []
+    return {audit.key: audit for audit in audits}
 
 
 def check(audits: list[Audit]) -> None:
-    recorded = {(a["kernel"], a["dtype"], a["card"]): Audit(**a) for a in json.loads(JSON.read_text())}
-    faults = [fault for now in audits for fault in worse(now, recorded[now.kernel, now.dtype, now.card])]
+    before = recorded()
+    faults = [fault for now in audits for fault in worse(now, before[now.key])]
     print("\n".join(faults) or f"{len(audits)} kernels are as {JSON} says")
     sys.exit(bool(faults))
 
@@ -252,23 +269,31 @@ def main(options: Options) -> None:
         audits = list(pool.map(compile_one, *zip(*wanted, strict=True)))
     if options.check:
         check(audits)
-    header = ("kernel", "dtype", "sm", "registers", "spill bytes", "stack", "shared bytes", "blocks", "tensor core")
+    text = table(audits, options.size)
+    print(text)
+    if options.size.dim != Shape().dim:
+        return
+    everything = list({**recorded(), **{audit.key: audit for audit in audits}}.values())
+    everything.sort(key=lambda audit: (audit.levels, audit.card, list(DTYPES).index(audit.dtype)))
+    JSON.with_suffix(".md").write_text(table(everything, options.size))
+    JSON.write_text("[\n" + ",\n".join(json.dumps(asdict(audit)) for audit in everything) + "\n]\n")
+
+
+def table(audits: list[Audit], size: Shape) -> str:
+    header = (
+        "kernel", "dtype", "sm", "registers", "spill bytes", "stack", "shared bytes", "blocks", "tensor core", "L",
+    )  # fmt: skip
     lines = [
         "# GPU kernels as compiled",
         "",
-        f"`python bench/audit.py`: Triton {triton.__version__} and NVRTC 12.9 (`cuda`), "
-        f"D={options.size.dim}, L={options.size.levels}, without "
-        "a GPU. `blocks`: how many fit one multiprocessor by registers, warps and shared memory.",
+        f"`python bench/audit.py`: Triton {triton.__version__} and NVRTC 12.9 (`cuda`), D={size.dim}, without a GPU. "
+        "`blocks`: how many fit one multiprocessor by registers, warps and shared memory. `L`: levels of labels; the "
+        "loss's kernels also with 16 (`--size.levels 16 --only info_nce`).",
         "",
         *("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header))),
         *("| " + " | ".join(map(str, asdict(audit).values())) + " |" for audit in audits),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.size != Shape():
-        return
-    JSON.with_suffix(".md").write_text(text)
-    JSON.write_text("[\n" + ",\n".join(json.dumps(asdict(audit)) for audit in audits) + "\n]\n")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

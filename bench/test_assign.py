@@ -1,10 +1,13 @@
-"""Nearest centroid of every row: fused, faiss's exact search, and plain torch on chunks of rows.
+"""Nearest centroid of every row: fused, faiss's exact search, and plain torch on chunks of rows; on a GPU also
+flash-kmeans (https://github.com/svg-project/flash-kmeans) where it is installed.
 
 Centroids are the rows' own dtype; faiss takes float32 only, and gives no confidence. faiss's index is built
 beforehand, only the search is timed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -61,6 +64,18 @@ def check(labels: Tensor | np.ndarray, x: Tensor, c: Tensor, metric: str) -> Non
     assert same.float().mean() > 0.999
 
 
+def flash_kmeans_search(x: Tensor, c: Tensor, metric: str) -> Callable[[], Tensor]:
+    """Its labels of one problem; the rows' squares that it wants are computed beforehand, as it does for Lloyd."""
+    if x.device.type == "cpu":
+        pytest.skip("flash-kmeans computes on a GPU")
+    why = "flash-kmeans is not installed (pip install flash-kmeans)"
+    kernels = pytest.importorskip("flash_kmeans.assign_euclid_triton", reason=why)
+    if metric == "inner_product":
+        return lambda: kernels.cosine_assign_triton(x[None], c[None])[0]
+    squares = x.square().sum(1)
+    return lambda: kernels.euclid_assign_triton(x[None], c[None], squares[None])[0]
+
+
 def run_fused(size, return_confidence, device, small, fused, measure, row="fused", dtype=torch.float32, **how) -> None:
     x, c = (t.to(dtype) for t in points(size, small, device))
     name = row.partition(",")[0]
@@ -78,7 +93,7 @@ def run_fused(size, return_confidence, device, small, fused, measure, row="fused
 
 @pytest.mark.parametrize("size", SIZES + OTHER_SIZES, ids=title)
 @pytest.mark.parametrize("metric", ["inner_product", "l2"])
-@pytest.mark.parametrize("name", [*FUSED, "faiss", "torch"])
+@pytest.mark.parametrize("name", [*FUSED, "faiss", "flash_kmeans", "torch"])
 def test_labels(name, metric, size, device, small, fused, measure, benchmark):
     benchmark.group = f"labels by {metric}: {title(size)}, float32"
     if name in FUSED:
@@ -99,6 +114,13 @@ def test_labels(name, metric, size, device, small, fused, measure, benchmark):
         index.add(c.cpu().numpy())
         work["backend"] = "faiss " + faiss.__version__
         labels = measure(lambda: index.search(rows, 1)[1], name, **work)
+    elif name == "flash_kmeans":
+        search = flash_kmeans_search(x, c, metric)
+        nearest, _ = assign_clusters(x, c, metric=metric, backend="reference")
+        farther = (x * (c[nearest.long()] - c[search().long()])).sum(1)
+        assert farther.max() <= 2**-9  # of 1: it may multiply in TF32
+        labels = nearest
+        labels = measure(search, name, **work)
     else:
         labels, _ = measure(lambda: torch_in_chunks(x, c, metric, False), name, **work)
     if small:

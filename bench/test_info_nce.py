@@ -5,10 +5,12 @@ eager         the reference, queue stored (K, D)
 eager_half    as under autocast: the products in bfloat16, the softmax in float32
 compiled      torch.compile of the reference
 ..._transposed  the same, queue stored (D, K), as MoCo stores it
+inf_cl        https://github.com/DAMO-NLP-SG/Inf-CLIP, where it is installed: the plain loss of a batch, on a GPU
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -184,3 +186,36 @@ def test_in_batch(name, rows, device, small, fused, measure, benchmark):
     gradient = measure(step, name, operations=4 * 2 * rows * rows * 128, dtype="torch.float32")
     if small:
         torch.testing.assert_close(gradient, step(eager), rtol=1e-3, atol=1e-7)
+
+
+def infinite_contrastive(query, keys) -> Tensor:
+    """inf-cl's loss of one GPU: keys[i] is the positive of query[i], all others are its negatives."""
+    inf_cl = pytest.importorskip("inf_cl", reason="inf-cl is not installed (pip install inf-cl)")
+    return inf_cl.cal_flash_loss(query, keys, scale=1 / TEMPERATURE, head_dim=query.shape[1]).mean()
+
+
+@pytest.mark.parametrize("name", [*FUSED, "inf_cl", "eager"])
+@pytest.mark.benchmark(group="in batch: B=K=4096 D=128 keep, all gradients, float32")
+def test_in_batch_keep(name, device, small, fused, measure):
+    """Two views; each row of the first against all of the second."""
+    if name == "inf_cl" and device.type == "cpu":
+        pytest.skip("inf-cl computes on a GPU")
+    rows = 64 if small else 4096
+    torch.manual_seed(0)
+    query, keys = (normalize(torch.randn(rows, 128, device=device)).requires_grad_() for _ in range(2))
+    ids = torch.arange(rows, device=device)  # the own key is the positive, no negative
+
+    def plain(query: Tensor, keys: Tensor, loss: Loss = eager) -> Tensor:
+        return loss(query, keys, keys, None, None, ids, ids, strategy="keep")
+
+    def step(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(query, keys), (query, keys))
+
+    if name == "inf_cl":
+        loss = infinite_contrastive
+    else:
+        loss = functools.partial(plain, loss=implementation_of(name, fused, torch.float32))
+    allowed = 1e-2 if name == "inf_cl" else 1e-4  # inf-cl may multiply in TF32
+    for gradient, expected in zip(step(loss), step(plain), strict=True):
+        assert (gradient - expected).norm() <= allowed * expected.norm()
+    measure(lambda: step(loss), name, operations=4 * 2 * rows * rows * 128, dtype="torch.float32")

@@ -82,7 +82,7 @@ def main(options: Options) -> None:
         dtype = DTYPES[name]
         step, table = step_of(operator, options, dtype), tile_of(operator, dtype, capability)
         times = {}
-        for i, tile in enumerate(replace(tile, marked=table.marked) for tile in tiles):
+        for i, tile in enumerate(replace(tile, marked=table.marked, negatives=table.negatives) for tile in tiles):
             print(f"\r{operator} {name}: tile {i + 1} of {len(tiles)}", end="", file=sys.stderr, flush=True)
             if (time := milliseconds(operator, step, tile)) is not None:
                 times[tile] = time

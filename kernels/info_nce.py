@@ -31,11 +31,13 @@ from ifnd_fast.kernels.products import (
     LOG2E,
     excluded_pairs,
     ids_of,
+    label_of,
     labels_of,
     level_pairs,
     load_column,
     load_rows,
     marked_pairs,
+    marked_pairs_held,
     similarities,
 )  # fmt: skip
 from ifnd_fast.kernels.tiles import Tile, capability_of, chunk_of, multiprocessors, tile_of
@@ -79,7 +81,8 @@ def pass_kernel(
         excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
         s = tl.where(excluded, float("-inf"), s)
         if HAS_LABELS:
-            kept = tl.where(marked_pairs(y, negative_labels, first, exists, L), float("-inf"), s)
+            marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, first, exists, L)
+            kept = tl.where(marked, float("-inf"), s)
             # Whether any is marked, by the logits: of the marks alone, in a layout of its own, Triton makes a second.
             found = tl.max((kept < s).to(tl.int32)).to(tl.int8)
             tl.store(flags + tl.program_id(0).to(tl.int64) * tiles + first // KEYS, found)
@@ -124,11 +127,11 @@ def marked_sums_kernel(
         if tl.load(flags + tl.program_id(0).to(tl.int64) * tiles + first // FLAG_KEYS) != 0:
             exists = first + tl.arange(0, KEYS) < end
             s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
-            own, y = ids_of(query_ids, row, valid, HAS_IDS), labels_of(query_labels, row, valid, L)
-            excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
-            marked = marked_pairs(y, negative_labels, first, exists, L) & ~excluded
-            for level in tl.static_range(L):
-                here = level_pairs(y, negative_labels, first, exists, level, L) & marked
+            excluded = excluded_pairs(ids_of(query_ids, row, valid, HAS_IDS), negative_ids, first, exists, HAS_IDS)
+            marked = marked_pairs(query_labels, row, valid, negative_labels, first, exists, L) & ~excluded
+            for level in range(L):
+                label = label_of(query_labels, row, valid, level, L)
+                here = level_pairs(label, negative_labels, first, exists, level, L) & marked
                 count += tl.where(levels == level, tl.sum(here.to(tl.int32), 1)[:, None], 0)
                 if ATTRACT:
                     own_sum += tl.where(levels == level, tl.sum(tl.where(here, s, 0.0), 1)[:, None], 0.0)
@@ -226,14 +229,14 @@ def normalise_kernel(
 
 @triton.jit
 def marked_weights(
-    s, y, negative_labels, log_normalizer, counts, row, valid, key, exists,
+    s, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists,
     L: tl.constexpr, ATTRACT: tl.constexpr, PULL_ALONE: tl.constexpr,
 ):  # fmt: skip
     """d loss / d s of keys that are in F_l for some l, level by level: mean_l [k not in F_l] e^{s - lse_l}, or in
     attraction e^{s - lse} - mean_l [k in F_l] / (1 + |F_l|), of which `PULL_ALONE` leaves the second term."""
     weights = tl.zeros(s.shape, tl.float32)
-    for level in tl.static_range(L):
-        here = level_pairs(y, negative_labels, key, exists, level, L)
+    for level in range(L):
+        here = level_pairs(label_of(query_labels, row, valid, level, L), negative_labels, key, exists, level, L)
         if not PULL_ALONE:
             lse = load_column(log_normalizer, row, valid, level, L, 0.0) * LOG2E
             if ATTRACT:
@@ -260,7 +263,7 @@ def marked_grad_kernel(
     split, chunk = tl.program_id(1), tl.program_id(2)
     valid = rows < B
     end = tl.minimum(K, (split + 1) * split_keys)
-    own, y = ids_of(query_ids, row, valid, HAS_IDS), labels_of(query_labels, row, valid, L)
+    own = ids_of(query_ids, row, valid, HAS_IDS)
     grad = tl.zeros((ROWS, CHUNK), tl.float32)
     for first in range(split * split_keys, end, KEYS):
         if tl.load(flags + tl.program_id(0).to(tl.int64) * tiles + first // FLAG_KEYS) != 0:
@@ -269,9 +272,9 @@ def marked_grad_kernel(
             if not ATTRACT:  # there the softmax of all keys is in the dense pass
                 s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
             excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
-            marked = marked_pairs(y, negative_labels, first, exists, L) & ~excluded
+            marked = marked_pairs(query_labels, row, valid, negative_labels, first, exists, L) & ~excluded
             weights = marked_weights(
-                s, y, negative_labels, log_normalizer, counts, row, valid, first, exists, L, ATTRACT, ATTRACT
+                s, query_labels, negative_labels, log_normalizer, counts, row, valid, first, exists, L, ATTRACT, ATTRACT
             )
             weights = tl.where(marked, weights, 0.0) * (1 << SHIFT)
             n = load_rows(negatives, first, exists, chunk, D, CHUNK)
@@ -311,7 +314,7 @@ def add_splits_kernel(
 def negatives_grad_kernel(
     loss_grad, largest_loss_grad, query, negatives, query_labels, negative_labels, query_ids, negative_ids,
     log_normalizer, counts, negatives_grad, B, K, scale, inverse_temperature,
-    D: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, HAS_LABELS: tl.constexpr,
     HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -324,24 +327,26 @@ def negatives_grad_kernel(
     exists = key + tl.arange(0, KEYS) < K
     largest = tl.load(largest_loss_grad)
     unit = tl.where(largest > 0.0, 1.0 / largest, 0.0) * (1 << SHIFT)
+    levels = tl.arange(0, LP)[None, :]
     grad = tl.zeros((KEYS, CHUNK), tl.float32)
     for row in range(0, B, ROWS):
         valid = row + tl.arange(0, ROWS) < B
-        least = tl.full((ROWS,), float("inf"), tl.float32)
-        for level in tl.static_range(L):
-            least = tl.minimum(least, load_column(log_normalizer, row, valid, level, L, 0.0))
-        mean = tl.zeros((ROWS,), tl.float32)
-        for level in tl.static_range(L):
-            mean += tl.exp2((least - load_column(log_normalizer, row, valid, level, L, 0.0)) * LOG2E) / L
+        at = tl.arange(0, ROWS)[:, None] * L + levels
+        inside = valid[:, None] & (levels < L)
+        lse = tl.load(log_normalizer + tl.cast(row, tl.int64) * L + at, mask=inside, other=float("inf"))
+        least = tl.where(valid, tl.min(lse, 1), 0.0)
+        mean = tl.sum(tl.exp2((least[:, None] - lse) * LOG2E), 1) / L
         s = similarities(query, row, valid, negatives, key, exists, D, CHUNK, CHUNKS, PRECISION) * scale
-        own, y = ids_of(query_ids, row, valid, HAS_IDS), labels_of(query_labels, row, valid, L if HAS_LABELS else 0)
+        own = ids_of(query_ids, row, valid, HAS_IDS)
         s = tl.where(excluded_pairs(own, negative_ids, key, exists, HAS_IDS), float("-inf"), s)
         weights = tl.exp2(s - (least * LOG2E)[:, None]) * mean[:, None]
         if HAS_LABELS:
-            marked = (s > float("-inf")) & marked_pairs(y, negative_labels, key, exists, L)
+            y = labels_of(query_labels, row, valid, L)
+            marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, key, exists, L)
+            marked &= s > float("-inf")
             if tl.max(tl.where(marked, s, float("-inf"))) > float("-inf"):
                 exact = marked_weights(
-                    s, y, negative_labels, log_normalizer, counts, row, valid, key, exists, L, ATTRACT, False
+                    s, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists, L, ATTRACT, False
                 )
                 weights = tl.where(marked, exact, weights)
         weights *= (load_column(loss_grad, row, valid, 0, 1, 0.0) * unit)[:, None]
@@ -387,7 +392,7 @@ def info_nce_forward(
     has_labels, has_ids = extra[0] is not None and false_negatives != "keep", extra[2] is not None
     attract = false_negatives == "attract"
     chunk, chunks = chunk_of(D)
-    tile = tile_of("info_nce", query.dtype, capability_of(query.device))
+    tile = tile_of("info_nce", query.dtype, capability_of(query.device), L)
     splits, split_keys, tiles = plan_of(B, K, tile, chunks, multiprocessors(query.device))
 
     def floats(*shape: int) -> Tensor:
@@ -411,7 +416,7 @@ def info_nce_forward(
     padded_levels = triton.next_power_of_2(L)
     products = {
         "ROWS": tile.rows, "KEYS": tile.columns, "HAS_IDS": has_ids, "PRECISION": "ieee",
-        "num_warps": tile.warps, "num_stages": tile.stages,
+        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
     }  # fmt: skip
     of_marked = {**products, "KEYS": tile.marked, "FLAG_KEYS": tile.columns}
     shift = shift_of(query.dtype)
@@ -458,13 +463,14 @@ def info_nce_negatives_grad(
     negatives_grad = query.new_empty((K, D), dtype=torch.float32)
     if K == 0:
         return negatives_grad
-    tile, (chunk, chunks) = tile_of("info_nce", query.dtype, capability_of(query.device)), chunk_of(D)
-    negatives_grad_kernel[(triton.cdiv(K, tile.marked), chunks)](
+    tile, (chunk, chunks) = tile_of("info_nce", query.dtype, capability_of(query.device), L), chunk_of(D)
+    negatives_grad_kernel[(triton.cdiv(K, tile.negatives), chunks)](
         loss_grad, loss_grad.abs().amax(), query, negatives, *[loss_grad if t is None else t for t in extra],
         log_normalizer, counts, negatives_grad, B, K, LOG2E.value / temperature, 1.0 / temperature,
-        D=D, L=L, ROWS=tile.rows, KEYS=tile.marked, CHUNK=chunk, CHUNKS=chunks, SHIFT=shift_of(query.dtype),
-        ATTRACT=false_negatives == "attract", HAS_LABELS=extra[0] is not None and false_negatives != "keep",
-        HAS_IDS=extra[2] is not None, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        D=D, L=L, LP=triton.next_power_of_2(L), ROWS=tile.rows, KEYS=tile.negatives, CHUNK=chunk, CHUNKS=chunks,
+        SHIFT=shift_of(query.dtype), ATTRACT=false_negatives == "attract",
+        HAS_LABELS=extra[0] is not None and false_negatives != "keep", HAS_IDS=extra[2] is not None,
+        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return negatives_grad
 

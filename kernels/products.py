@@ -5,8 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ifnd_fast.kernels import tiles
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+HELD_LEVELS = tl.constexpr(tiles.HELD_LEVELS)
 
 
 # Rows are told by the number of the first one, so that only that offset needs 64 bits: the others are within a tile.
@@ -45,13 +48,20 @@ def similarities(
 
 
 @triton.jit
-def labels_of(query_labels, row, valid, L: tl.constexpr):
-    """The queries' labels, one (rows,) for each level. No label becomes a number that no key's label is, so that one
+def label_of(query_labels, row, valid, level, L: tl.constexpr):
+    """The queries' labels at a level, (rows,). No label becomes a number that no key's label is, so that one
     comparison for each pair says that both are accepted and equal."""
+    label = load_column(query_labels, row, valid, level, L, -1)
+    return tl.where(label < 0, -(2**31), label)
+
+
+@triton.jit
+def labels_of(query_labels, row, valid, L: tl.constexpr):
+    """`label_of` of each level, or of none where they are too many to be held."""
     y = ()
-    for level in tl.static_range(L):
-        label = load_column(query_labels, row, valid, level, L, -1)
-        y = y + (tl.where(label < 0, -(2**31), label),)  # type: ignore[assignment]
+    if L <= HELD_LEVELS:
+        for level in tl.static_range(L):
+            y = y + (label_of(query_labels, row, valid, level, L),)  # type: ignore[assignment]
     return y
 
 
@@ -72,15 +82,29 @@ def excluded_pairs(own, negative_ids, key, exists, HAS_IDS: tl.constexpr):
 
 
 @triton.jit
-def level_pairs(y, negative_labels, key, exists, level: tl.constexpr, L: tl.constexpr):
-    """(rows, keys): the key is in the query's F_l."""
-    return y[level][:, None] == load_column(negative_labels, key, exists, level, L, None)[None, :]
+def level_pairs(label, negative_labels, key, exists, level, L: tl.constexpr):
+    """(rows, keys): the key is in the F_l of the query, whose label at level l this is."""
+    return label[:, None] == load_column(negative_labels, key, exists, level, L, None)[None, :]
 
 
 @triton.jit
-def marked_pairs(y, negative_labels, key, exists, L: tl.constexpr):
+def marked_pairs(query_labels, row, valid, negative_labels, key, exists, L: tl.constexpr):
     """(rows, keys): the key is in F_l at any level l, or would be if it were not excluded."""
-    marked = level_pairs(y, negative_labels, key, exists, 0, L)
-    for level in tl.static_range(1, L):
-        marked |= level_pairs(y, negative_labels, key, exists, level, L)
+    marked = tl.zeros((valid.shape[0], exists.shape[0]), tl.int1)
+    for level in range(L):
+        label = label_of(query_labels, row, valid, level, L)
+        marked |= level_pairs(label, negative_labels, key, exists, level, L)
     return marked
+
+
+@triton.jit
+def marked_pairs_held(y, query_labels, row, valid, negative_labels, key, exists, L: tl.constexpr):
+    """The same by labels that are held, y of `labels_of`, and without a loop: one that holds another is not pipelined.
+    Many levels take a loop all the same, else registers run out."""
+    if L > HELD_LEVELS:
+        return marked_pairs(query_labels, row, valid, negative_labels, key, exists, L)
+    else:
+        marked = level_pairs(y[0], negative_labels, key, exists, 0, L)
+        for level in tl.static_range(1, L):
+            marked |= level_pairs(y[level], negative_labels, key, exists, level, L)
+        return marked

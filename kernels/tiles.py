@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -10,12 +10,16 @@ import triton
 MAX_CHUNK = 128  # columns of D that one tile holds; wider rows are walked in chunks
 
 
+HELD_LEVELS = 4  # so many of a query's labels are kept in registers; with more, tiles are narrower
+MANY_LEVELS_REGISTERS = {4: 255, 8: 128}  # by warps: two programs fit a multiprocessor
+
+
 @dataclass(frozen=True)
 class Tile:
     """rows x columns of similarities, `warps` of 32 threads, `stages` of the software pipeline.
 
-    `marked` columns at a time where levels are told apart and where the negatives' gradient is summed: both take
-    more registers.
+    `marked` columns at a time where levels are told apart, `negatives` where their gradient is summed: both take more
+    registers. A thread may have `registers` of them; without a number ptxas chooses, now and then too few.
     """
 
     rows: int
@@ -23,23 +27,23 @@ class Tile:
     warps: int
     stages: int
     marked: int = 32
+    negatives: int = 32
+    registers: int | None = None
 
 
 # By (kernel, bytes of a number), then compute capability, then any other. Chosen by bench/audit.py: the widest that
 # spills no register on that card and leaves room for two programs on a multiprocessor, so that one's softmax hides
 # behind the other's products. Wide tiles of keys spread the rescaling of the loss's gradient (rows x 128) over more
-# products; 128 keys would spill. Where levels are told apart ptxas spills at 64 keys, on 8.6, 8.9 and 12.0 also at 32.
+# products; 128 keys would spill. Where levels are told apart ptxas spills at 64 keys, on 8.0 also at 32.
 # Assignment holds scores alone: 128 rows read each centroid from the second-level cache for 128 products; 64 where a
 # multiprocessor's 100 KiB of shared memory would not hold two such programs.
 # float32 has no tensor-core path at full precision, and its operands take twice the registers.
 TILES: dict[tuple[str, int], dict[tuple[int, int] | None, Tile]] = {
     ("info_nce", 2): {
-        (8, 6): Tile(64, 64, 4, 2, marked=16),
-        (8, 9): Tile(64, 64, 4, 2, marked=16),
-        (12, 0): Tile(64, 64, 4, 2, marked=16),
-        None: Tile(64, 64, 4, 2),
+        (8, 0): Tile(64, 64, 4, 2, marked=16, registers=255),
+        None: Tile(64, 64, 4, 2, registers=255),
     },
-    ("info_nce", 4): {(12, 0): Tile(32, 16, 8, 1, marked=16), None: Tile(16, 32, 8, 1, marked=16)},
+    ("info_nce", 4): {None: Tile(16, 32, 8, 1, marked=16, negatives=16)},
     ("assign_clusters", 2): {
         (8, 6): Tile(64, 64, 4, 2),
         (8, 9): Tile(64, 64, 4, 2),
@@ -50,9 +54,12 @@ TILES: dict[tuple[str, int], dict[tuple[int, int] | None, Tile]] = {
 }
 
 
-def tile_of(kernel: str, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
+def tile_of(kernel: str, dtype: torch.dtype, capability: tuple[int, int] | None, levels: int = 1) -> Tile:
     by_card = TILES[kernel, dtype.itemsize]
-    return by_card.get(capability, by_card[None])
+    tile = by_card.get(capability, by_card[None])
+    if levels <= HELD_LEVELS:
+        return tile
+    return replace(tile, columns=tile.columns // 2, registers=MANY_LEVELS_REGISTERS[tile.warps])
 
 
 def chunk_of(dim: int) -> tuple[int, int]:

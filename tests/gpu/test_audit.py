@@ -21,6 +21,7 @@ AUDIT = Path(__file__).parents[2] / "bench" / "audit.py"
         ("--cards", "80", "90", "--dtypes", "fp16", "fp32"),
         ("--cards", "86", "89", "100", "120", "--only", "pass"),
         ("--cards", "70", "75", "120", "--dtypes", "fp16", "--only", "cuda"),
+        ("--cards", "80", "90", "--dtypes", "fp16", "fp32", "--only", "info_nce marked", "--size.levels", "16"),
     ],
     ids=" ".join,
 )
@@ -32,7 +33,7 @@ def test_kernels_are_as_recorded(arguments):
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton and its ptxas come for Linux")
 def test_other_sizes_compile():
     table = audit("--cards", "80", "--dtypes", "bf16", "--size.dim", "300", "--size.levels", "5")
-    assert table.count("mma.sync.aligned.m16n8k16") >= 10 and "D=300, L=5" in table
+    assert table.count("mma.sync.aligned.m16n8k16") >= 10 and "D=300" in table
 
 
 def audit(*arguments: str) -> str:

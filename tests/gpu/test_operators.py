@@ -93,8 +93,9 @@ def test_small_float16_weights_keep_their_digits(backend):
     assert right != 0 and abs(fused - right) <= 2**-10 * abs(right)
 
 
-def test_more_levels_than_a_power_of_two(backend):
-    case_of(9, 70, 16, 16, clusters=3).check(backend)
+@pytest.mark.parametrize("L, strategy", [(8, "attract"), (16, "eliminate"), (16, "attract")])
+def test_many_levels(backend, L, strategy):
+    case_of(9, 70, 16, L, clusters=3, false_negatives=strategy).check(backend)
 
 
 def test_no_label_at_most_keys(backend):
