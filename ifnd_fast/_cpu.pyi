@@ -64,6 +64,9 @@ def assign_clusters(
     confidence: int,
     threads: int,
 ) -> None: ...
+def reassign(
+    features: int, previous: int, centroids: int, N: int, C: int, D: int, labels: int, bounds: int, threads: int
+) -> int: ...
 def cluster_sums(
     features: int,
     labels: int,

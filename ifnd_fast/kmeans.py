@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ifnd_fast import distributed
 from ifnd_fast.distributed import Shards
-from ifnd_fast.ops import assign_clusters, backends, checks
+from ifnd_fast.ops import assign_clusters, backends, checks, cpu
 
 Callback = Callable[[int, float], object]
 
@@ -33,6 +33,7 @@ INIT_SHARE = 8  # but no more than an 8th of the rows, unless that is less than
 INIT_LEAST_PER_CLUSTER = 2  # rows for each centroid
 INIT_GROWTH = 16  # a round of k-means++ adds a 16th of the centroids there already are
 FEW_MOVED = 0.5  # of the centroids: then rows whose own stood still are compared with those that moved alone
+MANY_UNDECIDED = 0.5  # of the rows: then bounds cost more than they save
 SHIFT_RATIO = 1e3  # centroids this far from the origin (squared, in squared spreads) are centred to assign
 LARGEST_NORM = 1e18  # squares stay finite in float32,
 SMALLEST_NORM = 1e-12  # and squared differences stay above its smallest normal number
@@ -236,15 +237,13 @@ def lloyd(
 ) -> Clustering:
     """Lloyd's algorithm from the given centroids; the labels are those of the centroids returned.
 
-    Clusters settle long before the last one does, and a centroid whose rows stayed is the same to the bit. So an
-    iteration compares rows of settled clusters with the centroids that moved alone.
+    Clusters settle long before the last one does: `Nearest` finds the labels by what has moved.
     """
     shards = shards or Shards(len(x), x.device, together=False)
-    moved = torch.ones(len(centroids), dtype=torch.bool, device=x.device)
-    labels = distances = torch.empty(0)  # of no use while all centroids have moved
+    nearest, distances = Nearest(x), None
     previous_labels, previous_inertia = None, torch.inf
     for iteration in range(1, max_iter + 1):
-        labels = reassign(x, labels, distances, centroids, moved)
+        labels = nearest.update(centroids, distances)
         sums, counts, distances = cluster_sums(x, labels, centroids)
         sums, counts, inertia = add_ranks(sums, counts, distances, shards)
         if callback is not None:
@@ -253,12 +252,50 @@ def lloyd(
         same = previous_labels is not None and torch.equal(labels, previous_labels)
         if shards.every(same, x.device):
             return Clustering(centroids, labels, iteration)
-        updated = repair(x, distances, update(sums, counts, centroids, spherical), counts, shards)
-        moved, centroids = (updated != centroids).any(dim=1), updated
+        centroids = repair(x, distances, update(sums, counts, centroids, spherical), counts, shards)
         if tol > 0 and previous_inertia - inertia <= tol * previous_inertia < torch.inf:
             break
         previous_labels, previous_inertia = labels, inertia
-    return Clustering(centroids, reassign(x, labels, distances, centroids, moved), iteration)
+    return Clustering(centroids, nearest.update(centroids, distances), iteration)
+
+
+class Nearest:
+    """Each row's nearest centroid, the labels of `assign` to the bit, kept up as centroids move.
+
+    The kernel for float32 on the CPU keeps for every row less than its distance to all centroids but its own. That
+    shrinks by no more than centroids move, so that most rows are soon compared with the few that move far alone.
+    Elsewhere rows of centroids that stood still are compared with those that moved: see `reassign`.
+    """
+
+    def __init__(self, x: Tensor):
+        self.x = x
+        self.labels = torch.empty(0, dtype=torch.int32)
+        self.centroids: Tensor | None = None
+        kernel = backends.choose("auto", "assign_clusters", x.device, x.dtype) == "cpu" and x.dtype == torch.float32
+        self.bounds = torch.empty(len(x)) if kernel else None
+
+    def update(self, centroids: Tensor, distances: Tensor | None) -> Tensor:
+        """(N,) int32. `distances` (N,): squared, of the rows to their nearest before; None the first time."""
+        if not self._updated_by_bounds(centroids):
+            if self.centroids is None:
+                self.labels = assign(self.x, centroids)
+            else:
+                moved = (centroids != self.centroids).any(dim=1)
+                self.labels = reassign(self.x, self.labels, cast(Tensor, distances), centroids, moved)
+        self.centroids = centroids
+        return self.labels
+
+    def _updated_by_bounds(self, centroids: Tensor) -> bool:
+        if self.bounds is None or _shift(centroids) is not None:
+            self.bounds = None
+            return False
+        labels = torch.empty(len(self.x), dtype=torch.int32) if self.centroids is None else self.labels.clone()
+        undecided = cpu.reassign(self.x, self.centroids, centroids, labels, self.bounds)
+        if undecided < 0 or undecided > MANY_UNDECIDED * len(self.x):
+            self.bounds = None
+        if undecided >= 0:
+            self.labels = labels
+        return undecided >= 0
 
 
 def reassign(x: Tensor, labels: Tensor, distances: Tensor, centroids: Tensor, moved: Tensor) -> Tensor:
@@ -602,7 +639,7 @@ def chunk_rows(x: Tensor) -> int:
 def chunks(x: Tensor, rows: int | None = None) -> Iterator[slice]:
     """Slices of that many rows of x each; by default `chunk_rows`."""
     rows = chunk_rows(x) if rows is None else rows
-    for first in range(0, len(x), rows):
+    for first in range(0, len(x), max(rows, 1)):
         yield slice(first, min(first + rows, len(x)))
 
 

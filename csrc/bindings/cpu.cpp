@@ -101,6 +101,16 @@ void assign_clusters(Address features, Address centroids, int64_t N, int64_t C, 
   ifnd::assign_clusters(p, threads);
 }
 
+int64_t reassign(Address features, Address previous, Address centroids, int64_t N, int64_t C, int64_t D, Address labels,
+                 Address bounds, int threads) {
+  check_common(D, 0, 1.0, threads);
+  check(N >= 1 && N <= INT32_MAX && C >= 1 && C <= INT32_MAX, "N and C must be 1 to 2^31 - 1");
+  const ifnd::AssignClusters now{pointer<const void>(features), pointer<const void>(centroids), N, C, int(D),
+                                 ifnd::DType::float32, ifnd::Metric::l2, 1.0, pointer<int32_t>(labels), nullptr};
+  nb::gil_scoped_release release;
+  return ifnd::reassign({now, pointer<const float>(previous), pointer<float>(bounds)}, threads);
+}
+
 void cluster_sums(Address features, Address labels, Address centroids, int64_t N, int64_t C, int64_t D, int dtype,
                   Address sums, Address counts, Address distances, int threads) {
   check_common(D, dtype, 1.0, threads);
@@ -138,6 +148,8 @@ NB_MODULE(_cpu, m) {
         "negatives_grad"_a, "threads"_a);
   m.def("assign_clusters", &assign_clusters, "features"_a, "centroids"_a, "N"_a, "C"_a, "D"_a, "dtype"_a,
         "metric"_a, "temperature"_a, "labels"_a, "confidence"_a, "threads"_a);
+  m.def("reassign", &reassign, "features"_a, "previous"_a, "centroids"_a, "N"_a, "C"_a, "D"_a, "labels"_a, "bounds"_a,
+        "threads"_a, "How many rows had to be compared by the slower kernel with all centroids; -1: no kernel for this.");
   m.def("cluster_sums", &cluster_sums, "features"_a, "labels"_a, "centroids"_a, "N"_a, "C"_a, "D"_a, "dtype"_a,
         "sums"_a, "counts"_a, "distances"_a, "threads"_a);
 }

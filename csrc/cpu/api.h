@@ -19,6 +19,8 @@ const Feature* cpu_features();
 void info_nce_forward(const InfoNceForward&, int threads);
 void info_nce_negatives_grad(const InfoNceNegativesGrad&, int threads);
 void assign_clusters(const AssignClusters&, int threads);
+// The number of rows for which screening was in vain; -1, and nothing done, where there is none.
+int64_t reassign(const Reassign&, int threads);
 bool cluster_sums(const ClusterSums&, int threads);  // false: a label is not in [0, C)
 
 }  // namespace ifnd

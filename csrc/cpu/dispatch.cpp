@@ -27,7 +27,8 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512bf16() { return has_avx512() && cpuid_bit(7, 1, 0, 5); }
+bool has_avx512vnni() { return has_avx512() && cpuid_bit(7, 0, 2, 11); }
+bool has_avx512bf16() { return has_avx512vnni() && cpuid_bit(7, 1, 0, 5); }
 #endif
 
 struct Candidate {
@@ -39,6 +40,7 @@ const Kernels& choose() {
   const Candidate candidates[] = {  // best first
 #ifdef IFND_X86
       {&avx512bf16::kernels, has_avx512bf16()},
+      {&avx512vnni::kernels, has_avx512vnni()},
       {&avx512::kernels, has_avx512()},
       {&avx2::kernels, has_avx2()},
 #endif
@@ -51,7 +53,7 @@ const Kernels& choose() {
     if (wanted && *wanted)
       throw std::runtime_error(std::string("IFND_FAST_CPU_ISA=") + wanted + ": this CPU does not have it; unset it");
   }
-  throw std::runtime_error(std::string("IFND_FAST_CPU_ISA must be portable, or on x86 also avx2, avx512 or avx512bf16, got '") +
+  throw std::runtime_error(std::string("IFND_FAST_CPU_ISA must be portable, or on x86 also avx2, avx512, avx512vnni or avx512bf16, got '") +
                            wanted + "'");
 }
 
@@ -72,6 +74,7 @@ const Feature* cpu_features() {
       {"avx512bw", bool(__builtin_cpu_supports("avx512bw"))},
       {"avx512dq", bool(__builtin_cpu_supports("avx512dq"))},
       {"avx512vl", bool(__builtin_cpu_supports("avx512vl"))},
+      {"avx512vnni", has_avx512vnni()},
       {"avx512bf16", has_avx512bf16()},
       {"amx_tile", cpuid_bit(7, 0, 3, 24)},
       {"amx_bf16", cpuid_bit(7, 0, 3, 22)},

@@ -2,6 +2,7 @@
 #include "forward.h"
 #include "negatives.h"
 #include "nearest.h"
+#include "reassign.h"
 #include "screen.h"
 #include "sums.h"
 
@@ -15,8 +16,9 @@ static void exp_array(const float* x, float* y, int64_t n) {
 #define IFND_NAME(x) IFND_STRING(x)
 
 const Kernels kernels = {
-    IFND_NAME(IFND_ISA), LANES,      forward_bytes, forward_pass, forward_finish, group_bytes, pass_bytes,
-    group_pack,          negatives_pass, half_norms,    assign_bytes, assign_rows,    sum_cluster,    exp_array,
+    IFND_NAME(IFND_ISA), LANES,      forward_bytes, forward_pass, forward_finish, group_bytes,  pass_bytes,
+    group_pack,     negatives_pass,  half_norms,    assign_bytes, packed_bytes,   screen_rows,  packed_tiles,
+    pack_centroids, assign_rows,     drifts,        tiles_to_visit, sum_cluster,  exp_array,
 };
 
 IFND_END

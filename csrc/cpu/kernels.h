@@ -27,11 +27,24 @@ struct Kernels {
                          void* workspace, bool first);
 
   // Assignment: half the squared norms of the centroids `range`; bytes of workspace for `rows` features;
-  // labels and confidence of `rows`. half_norms is null for the inner product. `screen`: first rule out what a
-  // faster, less precise pass can, where there is one; returns the number of rows for which that was in vain.
+  // labels and confidence of the rows at `places` (the rows of those numbers, where `visits` has none). half_norms is
+  // null for the inner product. Where packed_bytes is not 0, a faster, less precise pass can first rule out most
+  // centroids, given these packed, tile -1 before all others; returns the number of rows for which that was in vain.
   void (*half_norms)(const AssignClusters&, Range centroids, float* half_norms);
   size_t (*assign_bytes)(const AssignClusters&, int64_t rows);
-  int64_t (*assign_rows)(const AssignClusters&, const float* half_norms, Range rows, bool screen, void* workspace);
+  size_t (*packed_bytes)(const AssignClusters&);
+  int (*screen_rows)(int D);  // centroids of a tile
+  int64_t (*packed_tiles)(const AssignClusters&);
+  void (*pack_centroids)(const AssignClusters&, const float* half_norms, const int32_t* order, int64_t tile,
+                         void* packed);
+  int64_t (*assign_rows)(const AssignClusters&, const float* half_norms, const Visits&, const void* packed,
+                         Range places, void* workspace);
+
+  // Reassignment: how far centroids have moved, at most; squared distances of rows to their label's centroid, and how
+  // many tiles of centroids they have to be compared with, `beyond` as in Visits, `longest` the longest centroid.
+  void (*drifts)(const Reassign&, Range centroids, float* drifts);
+  void (*tiles_to_visit)(const Reassign&, const float* beyond, int64_t tiles, float longest, Range rows,
+                         float* distances, int32_t* tiles_of_rows);
 
   void (*sum_cluster)(const ClusterSums&, int64_t cluster, const int64_t* rows, int64_t n);
 
@@ -41,6 +54,7 @@ struct Kernels {
 namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512vnni { extern const Kernels kernels; }
 namespace avx512bf16 { extern const Kernels kernels; }
 
 }  // namespace ifnd

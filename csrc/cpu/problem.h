@@ -64,6 +64,24 @@ struct AssignClusters {
   float* confidence;  // (N,) or null
 };
 
+// Lloyd's step: labels of the nearest centroids by l2, from those of centroids that have moved since. `bounds` keeps less
+// than each row's distance to every centroid but its own, from one call to the next.
+struct Reassign {
+  AssignClusters now;     // labels: in and out
+  const float* previous;  // (C, D), what the labels and bounds are of; null: there are none yet
+  float* bounds;          // (N,), in and out
+};
+
+// Which rows are compared with which centroids, where that is not all with all; null where it is.
+struct Visits {
+  const int32_t* order;    // (C,) centroids as they are visited, in tiles
+  const int32_t* rows;     // rows as they are visited
+  const int32_t* tiles;    // how many tiles each of them is compared with: descending
+  const float* distances;  // (N,) squared, to the label so far
+  const float* beyond;     // (tiles + 1,) how far, at most, centroids from that tile on have moved
+  float* bounds;           // (N,) as above, to be updated
+};
+
 struct ClusterSums {
   const void* features;     // (N, D)
   const int32_t* labels;    // (N,)

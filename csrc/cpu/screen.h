@@ -1,30 +1,52 @@
-// Labels of float32 features by bfloat16 dot instructions, at twice the rate of float32's, and yet the labels that
-// assign_with<float> gives.
+// Labels of float32 features by dot instructions of 8-bit integers, at four times the rate of float32's, and yet the
+// labels that assign_with<float> gives.
 //
-// Round x = x' + dx and c = c' + dc to bfloat16 x', c'. By Cauchy-Schwarz a score differs by
-//     |x.c - x'.c'| = |dx.c + x'.dc| <= |dx| |c| + |x'| |dc|,
-// and both are computed in float32: a sum of D products is off by D 2^-24 |x| |c| at most, whatever its order (to
-// first order; the bound takes four times as much for both sums, and so covers rounding in its own arithmetic, and
-// that of subtracting |c|^2 / 2). What is below 2^-126 may be flushed to 0, once for every addition.
-// So E = |dx| C + |x'| dC + 2^-22 (D + 8) |x| C + tiny, with C and dC the largest |c| and |dc| of a tile, bounds every
-// score's error; a centroid with s' + E < max_j (s'_j - E_j) can't be the nearest. What is left, one centroid for most
-// features, is scored again exactly as assign_with<float> does. Features with too many left go through it.
+// Round t = x - m = t' + dt and d = c - m = d' + dd to 8 bits, a scale for each row; m is 0, or the centroids' mean
+// where they lie far from the origin, which changes a feature's scores by the same for all centroids. By
+// Cauchy-Schwarz a product differs by
+//     |t.d - t'.d'| = |dt.d + t'.dd| <= |dt| |d| + |t'| |dd|.
+// t'.d' is exact but for the scales. The scores that decide are sums of D float32 products, off by D 2^-24 |x| |c| at
+// most, whatever their order (to first order; the bound takes four times as much, and so covers what float32 rounds
+// here, and in its own arithmetic). What is below 2^-126 may be flushed to 0, once for every addition.
+// So E = |dt| C + |t'| dC + 2^-22 (D + 8) |x| (C + |m|) + tiny, with C and dC the largest |d| and |dd| of a tile, bounds
+// every score's error; a centroid with s' + E < max_j (s'_j - E_j) can't be the nearest. What is left, one centroid for
+// most features, is scored again exactly as assign_with<float> does. Features with too many left go through it.
+//
+// The largest s' + E but for the nearest's bounds the distance of every other centroid from below: see reassign.h.
 #pragma once
 
 #include "nearest.h"
+#include "reassign.h"
 
 IFND_BEGIN
 
-#ifdef __AVX512BF16__
+// Whether screening is possible and worth its while: short rows and few centroids leave too much besides the products.
+IFND_INLINE bool screens(const AssignClusters& p) {
+  return kInteger8Dots && p.dtype == DType::float32 && !p.confidence && p.D >= 32 && p.C >= 64;
+}
+
+// Half as much as for floats: a tile and its scores stay in the first-level cache.
+IFND_INLINE int screen_rows(int D) { return tile_rows(D) / 2; }
+
+#ifdef __AVX512VNNI__
+
+typedef uint32_t Quad;  // four 8-bit integers
 
 constexpr int kCandidates = 32;
+constexpr int kExactRows = 4 * LANES;  // that go through assign_with<float> together
+constexpr uint16_t kAll = 0xffff;       // lanes: without a mask GCC 12 warns of its own headers
+constexpr float kSumError = 2.4e-7f;   // 2^-22
 
 struct Candidates {
   int n;
   bool too_many;
   int32_t centroid[kCandidates];
-  float highest[kCandidates];  // s' + E
+  float highest[kCandidates];  // s' + E; of the first, where it is the nearest so far: infinite until it is met
 
+  void start(int32_t nearest_so_far, bool skip) {
+    n = nearest_so_far >= 0, too_many = skip;
+    centroid[0] = nearest_so_far, highest[0] = INFINITY;
+  }
   void prune(float least) {
     int kept = 0;
     for (int i = 0; i < n; ++i)
@@ -32,124 +54,270 @@ struct Candidates {
     n = kept;
   }
   void add(int32_t j, float upper, float least) {
+    if (n > 0 && centroid[0] == j && highest[0] == INFINITY) {
+      highest[0] = upper;
+      return;
+    }
     if (n == kCandidates) prune(least);
     too_many |= n == kCandidates;
     if (!too_many) centroid[n] = j, highest[n++] = upper;
   }
 };
 
-// Norms of x' and dx, rounded up.
-struct Norms {
-  float rounded, rest;
+// A row rounded to 8 bits: its scale, the norms of what it became and of what was lost, rounded up, and its own
+// squared length.
+struct Rounded {
+  float scale, norm, rest, squares;
 };
 
-static Norms pack_screened(const void* matrix, int64_t row, int D, Pair* out, int columns) {
-  pack_row(matrix, DType::float32, row, D, out, columns);
-  const float* x = static_cast<const float*>(matrix) + row * D;
-  vfloat rounded = {}, rest = {};
-  const auto add = [&](int d, vfloat exact) {
-    const vfloat r = bits<vfloat>(widened(out, d)), difference = exact - r;
-    rounded += r * r, rest += difference * difference;
-  };
-  const int whole = D / W * W;
-  for (int d = 0; d < whole; d += W) add(d, load(x + d));
-  if (whole < D) {
-    float last[W] = {};
-    memcpy(last, x + whole, sizeof(float) * size_t(D - whole));
-    add(whole, load(last));
+static Rounded round_row(const float* row, const float* centre, int D, int8_t* out, int columns) {
+  alignas(64) float t[kMaxDim + W] = {};
+  vfloat largest = {};
+  memcpy(t, row, sizeof(float) * size_t(D));
+  for (int d = 0; d < columns; d += W) {
+    const vfloat difference = load(t + d) - load(centre + d);
+    store(t + d, difference);
+    largest = max(max(difference, -difference), largest);
+  }
+  float most = 0.0f, lane[W];
+  store(lane, largest);
+  for (int i = 0; i < W; ++i) most = max(lane[i], most);
+  Rounded r{most / 127.0f, 0.0f, 0.0f, 0.0f};
+  const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
+  vfloat norm = {}, rest = {}, squares = {};
+  for (int d = 0; d < columns; d += W) {
+    const vfloat x = load(t + d);
+    const __m512i whole = _mm512_maskz_cvtps_epi32(kAll, __m512(x * splat(inverse)));
+    const vfloat rounded = __builtin_convertvector(vint(whole), vfloat) * splat(r.scale), lost = x - rounded;
+    norm += rounded * rounded, rest += lost * lost, squares += x * x;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d), _mm512_maskz_cvtepi32_epi8(kAll, whole));
   }
   const float up = 1.0f + 1.2e-7f * float(D);
   // Squares below the smallest normal number are lost: 1e-18 is more than the root of kMaxDim of them.
-  return {sqrtf(sum(rounded)) * up + 1e-18f, sqrtf(sum(rest)) * up + 1e-18f};
+  r.norm = sqrtf(sum(norm)) * up + 1e-18f, r.rest = sqrtf(sum(rest)) * up + 1e-18f, r.squares = sum(squares);
+  return r;
+}
+
+// What bounds the scores of one tile of centroids: C, dC, C + |m|, and what does not depend on x.
+struct TileBound {
+  float norm, rest, length, other;
+};
+
+// The centroids in 8 bits, in the order in which they are visited; up to a multiple of ROWS with scores of -infinity.
+struct PackedCentroids {
+  int words, step;
+  Quad* rows;
+  float *scale, *bias;  // score = scale * (the feature's scale) * product + bias
+  int32_t* offset;      // takes back that a feature's integers are stored 128 higher
+  TileBound* bounds;
+  float* centre;         // m
+  float* centre_length;  // |m|
+
+  PackedCentroids(const AssignClusters& p, Carver& carver) : words((p.D + 3) / 4), step(screen_rows(p.D)) {
+    const size_t lanes = size_t(round_up(p.C, ROWS));
+    rows = carver.take<Quad>(lanes * size_t(words) + W);
+    scale = carver.take<float>(lanes);
+    bias = carver.take<float>(lanes);
+    offset = carver.take<int32_t>(lanes);
+    bounds = carver.take<TileBound>(size_t(p.C / step) + 1);
+    centre = carver.take<float>(kMaxDim + W);
+    centre_length = carver.take<float>(1);
+  }
+};
+
+static void find_centre(const AssignClusters& p, const PackedCentroids& packed) {
+  double mean[kMaxDim] = {}, squares = 0.0, length = 0.0;
+  const float* c = static_cast<const float*>(p.centroids);
+  for (int64_t j = 0; j < p.C; ++j)
+    for (int d = 0; d < p.D; ++d) {
+      const float x = c[j * p.D + d];
+      mean[d] += x, squares += double(x) * x;
+    }
+  for (int d = 0; d < p.D; ++d) mean[d] /= double(p.C), length += mean[d] * mean[d];
+  const bool far = 2.0 * length > squares / double(p.C) && length < 1e36;
+  for (int d = 0; d < round_up(p.D, W); ++d) packed.centre[d] = far && d < p.D ? float(mean[d]) : 0.0f;
+  *packed.centre_length = far ? float(sqrt(length)) * 1.000001f : 0.0f;
+}
+
+// Tile number `tile`; half_norms, of centroids in their own order, is null for the inner product.
+static void pack_screened(const AssignClusters& p, const float* half_norms, const int32_t* order, int64_t tile,
+                          const PackedCentroids& packed) {
+  const int64_t first = tile * packed.step, end = min_of(first + packed.step, round_up(p.C, ROWS));
+  const float m = *packed.centre_length, sums = kSumError * float(p.D + 8);
+  TileBound bound{0.0f, 0.0f, 0.0f, 0.0f};
+  float largest = 0.0f;
+  for (int64_t k = first; k < end; ++k) {
+    alignas(64) int8_t row[kMaxDim + W] = {};
+    Quad* out = packed.rows + k * packed.words;
+    packed.offset[k] = 0, packed.scale[k] = 0.0f, packed.bias[k] = -INFINITY;
+    if (k < p.C) {
+      const int64_t j = order ? order[k] : k;
+      const float* c = static_cast<const float*>(p.centroids) + j * p.D;
+      const Rounded r = round_row(c, packed.centre, p.D, row, int(round_up(p.D, W)));
+      int32_t total = 0;
+      for (int d = 0; d < p.D; ++d) total += row[d];
+      packed.scale[k] = r.scale, packed.offset[k] = -128 * total;
+      float bias = 0.0f;
+      if (half_norms) {
+        bias = m > 0.0f ? -0.5f * r.squares : -half_norms[j];
+      } else if (m > 0.0f) {
+        for (int d = 0; d < p.D; ++d) bias += packed.centre[d] * (c[d] - packed.centre[d]);
+      }
+      packed.bias[k] = bias;
+      // Written so that NaN counts as infinite: then nothing is ruled out.
+      if (!(r.norm + r.rest <= bound.norm)) bound.norm = r.norm + r.rest;
+      if (!(r.rest <= bound.rest)) bound.rest = r.rest;
+      if (half_norms && !(half_norms[j] <= largest)) largest = half_norms[j];
+    }
+    memcpy(out, row, sizeof(Quad) * size_t(packed.words));
+  }
+  if (bound.norm != bound.norm || bound.rest != bound.rest) bound.norm = bound.rest = INFINITY;
+  bound.length = bound.norm + m;
+  // About the mean, halves of squared lengths are not those that decide, but off from them by as much.
+  const float moved = m > 0.0f ? sums * bound.length * bound.length : 0.0f;
+  bound.other = kSumError * largest + 4.8e-38f * float(p.D) + moved;
+  packed.bounds[tile] = bound;
 }
 
 struct ScreenWork {
-  Tile<Pair> tile;
-  Pair* panels;
-  float *rounded, *rest, *lower, *scores;
+  Quad* panels;  // (words, LANES) for every LANES rows
+  float *scale, *norm, *rest, *squares, *lower, *highest, *second, *scores, *blocks;
   Candidates* candidates;
   AssignWork<float> exact;  // for the features that screening does not decide
+  float* exact_rows;
+  int32_t *exact_labels, *undecided;
 
-  ScreenWork(const AssignClusters& p, int64_t rows, Carver& carver) : tile(carver, p.D), exact(p, rows, carver) {
+  ScreenWork(const AssignClusters& p, int64_t rows, Carver& carver) : exact(p, kExactRows, carver) {
     const size_t lanes = size_t(round_up(rows, LANES));
-    panels = carver.take<Pair>(lanes * words<Pair>(p.D));
-    rounded = carver.take<float>(lanes);
-    rest = carver.take<float>(lanes);
-    lower = carver.take<float>(lanes);
-    scores = carver.take<float>(size_t(tile_rows(p.D)) * LANES);
+    panels = carver.take<Quad>(lanes * size_t((p.D + 3) / 4));
+    float** const of_rows[] = {&scale, &norm, &rest, &squares, &lower, &highest, &second};
+    for (float** of_row : of_rows) *of_row = carver.take<float>(lanes);
+    scores = carver.take<float>(size_t(screen_rows(p.D)) * LANES);
+    blocks = carver.take<float>(size_t(screen_rows(p.D)) / ROWS * LANES);
     candidates = carver.take<Candidates>(lanes);
+    exact_rows = carver.take<float>(size_t(kExactRows) * size_t(p.D));
+    exact_labels = carver.take<int32_t>(kExactRows);
+    undecided = carver.take<int32_t>(lanes);
   }
 };
 
-static void start_screening(const AssignClusters& p, Range rows, const ScreenWork& work) {
-  const int64_t count = rows.end - rows.begin;
-  const int P = words<Pair>(p.D);
-  Pair row[kMaxDim / 2];
+IFND_INLINE int64_t visited(const Visits& visits, int64_t place) { return visits.rows ? visits.rows[place] : place; }
+
+static void start_screening(const AssignClusters& p, const Visits& visits, Range places, const PackedCentroids& packed,
+                            const ScreenWork& work) {
+  const int64_t count = places.end - places.begin;
+  const float sums = kSumError * float(p.D + 8);
+  alignas(64) int8_t row[kMaxDim + W];
+  Quad quads[kMaxDim / 4];
   for (int64_t i = 0; i < round_up(count, LANES); ++i) {
-    Pair* column = work.panels + (i - i % LANES) * P + i % LANES;
-    Norms norms{0.0f, 0.0f};
-    if (i < count)
-      norms = pack_screened(p.features, rows.begin + i, p.D, row, int(round_up(P, W)));
-    else
-      memset(row, 0, sizeof row);
-    for (int d = 0; d < P; ++d) column[ptrdiff_t(d) * LANES] = row[d];
-    work.rounded[i] = norms.rounded, work.rest[i] = norms.rest;
-    work.lower[i] = -INFINITY;
-    work.candidates[i].n = 0, work.candidates[i].too_many = i >= count;
+    memset(row, 0, sizeof row);
+    Rounded r{0.0f, 0.0f, 0.0f, 0.0f};
+    work.lower[i] = work.highest[i] = work.second[i] = -INFINITY;
+    work.candidates[i].start(-1, i >= count);
+    if (i < count) {
+      const int64_t x = visited(visits, places.begin + i);
+      r = round_row(static_cast<const float*>(p.features) + x * p.D, packed.centre, p.D, row, int(round_up(p.D, W)));
+      if (visits.distances) {
+        // s = (|t|^2 - |x - c|^2) / 2 of the nearest so far, at least
+        const float own = visits.distances[x], length = sqrtf(r.squares) + sqrtf(own) + *packed.centre_length;
+        work.lower[i] = 0.5f * (r.squares - own) - 2.0f * sums * length * length - 4.8e-38f * float(p.D);
+        work.candidates[i].start(p.labels[x], !(work.lower[i] > -INFINITY));
+      }
+    }
+    work.scale[i] = r.scale, work.norm[i] = r.norm, work.rest[i] = r.rest, work.squares[i] = r.squares;
+    memcpy(quads, row, sizeof(Quad) * size_t(packed.words));
+    Quad* column = work.panels + (i - i % LANES) * packed.words + i % LANES;
+    for (int d = 0; d < packed.words; ++d) column[ptrdiff_t(d) * LANES] = quads[d] ^ 0x80808080u;  // 128 higher
   }
 }
 
-// What bounds the scores of one tile of centroids.
-struct TileBound {
-  float norm = 0.0f, rest = 0.0f, other;  // C, dC, and what does not depend on x
+// By instruction: from comparisons that share one, the compiler makes blends. b where either is NaN.
+IFND_INLINE vfloat higher(vfloat a, vfloat b) { return vfloat(_mm512_maskz_max_ps(kAll, __m512(a), __m512(b))); }
+IFND_INLINE vfloat lesser(vfloat a, vfloat b) { return vfloat(_mm512_maskz_min_ps(kAll, __m512(a), __m512(b))); }
+
+// The two highest scores of each lane so far; not numbers count for nothing.
+struct Highest {
+  vfloat first, second;
+
+  void add(vfloat s) {
+    second = higher(lesser(s, first), second);
+    first = higher(s, first);
+  }
 };
 
-static TileBound pack_screened_tile(const AssignClusters& p, const ScreenWork& work, int64_t first, int n,
-                                    const float* half_norms) {
-  TileBound bound;
-  float largest = 0.0f;
-  for (int k = 0; k < n; ++k) {
-    const Norms norms = pack_screened(p.centroids, first + k, p.D, work.tile.row(k), padded(words<Pair>(p.D)));
-    // Written so that NaN counts as infinite: then nothing is ruled out.
-    if (!(norms.rounded + norms.rest <= bound.norm)) bound.norm = norms.rounded + norms.rest;
-    if (!(norms.rest <= bound.rest)) bound.rest = norms.rest;
-    if (half_norms && !(half_norms[first + k] <= largest)) largest = half_norms[first + k];
+// ROWS centroids against a panel: scores (ROWS, LANES), and their highest.
+IFND_INLINE void score_block(const PackedCentroids& packed, int64_t first, const Quad* panel, const float* scale,
+                             float* scores, float* block, Highest* highest) {
+  vint acc[ROWS][VECTORS];
+  const Quad* rows = packed.rows + first * packed.words;
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m)
+    for (int v = 0; v < VECTORS; ++v) acc[m][v] = splat(packed.offset[first + m]);
+  for (int d = 0; d < packed.words; ++d) {
+    __m512i x[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) x[v] = _mm512_loadu_si512(panel + d * LANES + v * W);
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) {
+      const __m512i c = _mm512_set1_epi32(int(rows[m * packed.words + d]));
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) acc[m][v] = vint(_mm512_dpbusd_epi32(__m512i(acc[m][v]), x[v], c));
+    }
   }
-  if (bound.norm != bound.norm || bound.rest != bound.rest) bound.norm = bound.rest = INFINITY;
-  bound.other = 2.4e-7f * largest + 4.8e-38f * float(p.D);
-  return bound;
+#pragma GCC unroll 2
+  for (int v = 0; v < VECTORS; ++v) {
+    const vfloat of_lane = load(scale + v * W);
+    vfloat most = splat(-INFINITY);
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) {
+      const vfloat product = __builtin_convertvector(acc[m][v], vfloat) * splat(packed.scale[first + m]);
+      const vfloat s = product * of_lane + splat(packed.bias[first + m]);
+      store(scores + m * LANES + v * W, s);
+      highest[v].add(s);
+      most = higher(s, most);
+    }
+    store(block + v * W, most);
+  }
 }
 
-// One panel's scores against one tile of centroids, the first of them number `first`.
-static void screen_tile(const AssignClusters& p, const ScreenWork& work, int64_t at, int64_t first, int n,
-                        const float* half_norms, const TileBound& bound) {
-  const vfloat sums = splat(2.4e-7f * float(p.D + 8));
-  for (int v = 0; v < LANES; v += W) {
-    float* scores = work.scores + v;
-    vfloat highest = splat(-INFINITY);
-    for (int k = 0; k < n; ++k) {
-      vfloat s = load(scores + ptrdiff_t(k) * LANES);
-      if (half_norms) {
-        s -= splat(half_norms[first + k]);
-        store(scores + ptrdiff_t(k) * LANES, s);
-      }
-      highest = max(s, highest);
-    }
-    const vfloat rounded = load(work.rounded + at + v), rest = load(work.rest + at + v);
-    const vfloat error = (rest + sums * (rounded + rest)) * splat(bound.norm) + rounded * splat(bound.rest) +
+// One panel, at row `at` of the group, against one tile of centroids: what it leaves of them.
+static void screen_tile(const AssignClusters& p, const Visits& visits, const PackedCentroids& packed,
+                        const ScreenWork& work, int64_t at, int64_t tile) {
+  const int64_t first = tile * packed.step, end = min_of(first + packed.step, round_up(p.C, ROWS));
+  const TileBound& bound = packed.bounds[tile];
+  const float m = *packed.centre_length;
+  Highest highest[VECTORS];
+  for (Highest& h : highest) h = {splat(-INFINITY), splat(-INFINITY)};
+  for (int64_t j = first; j < end; j += ROWS)
+    score_block(packed, j, work.panels + at * packed.words, work.scale + at, work.scores + (j - first) * LANES,
+                work.blocks + (j - first) / ROWS * LANES, highest);
+  for (int v = 0; v < VECTORS; ++v) {
+    const int64_t lanes = at + v * W;
+    const vfloat norm = load(work.norm + lanes), rest = load(work.rest + lanes);
+    const vfloat sums = splat(kSumError * float(p.D + 8)) * (norm + rest + splat(m));
+    const vfloat error = rest * splat(bound.norm) + norm * splat(bound.rest) + sums * splat(bound.length) +
                          splat(bound.other);
-    const vfloat lower = max(highest - error, load(work.lower + at + v));
-    store(work.lower + at + v, lower);
-    if (!true_lanes(highest + error >= lower)) continue;
-    for (int k = 0; k < n; ++k) {
-      const vfloat upper = load(scores + ptrdiff_t(k) * LANES) + error;
-      uint32_t lanes = true_lanes(upper >= lower);
-      if (!lanes) continue;
-      float upper_of[W];
-      store(upper_of, upper);
-      for (; lanes; lanes &= lanes - 1) {
-        const int lane = __builtin_ctz(lanes);
-        work.candidates[at + v + lane].add(int32_t(first + k), upper_of[lane], work.lower[at + v + lane]);
+    Highest so_far{load(work.highest + lanes), load(work.second + lanes)};
+    so_far.add(highest[v].first + error);
+    so_far.add(highest[v].second + error);
+    store(work.highest + lanes, so_far.first), store(work.second + lanes, so_far.second);
+    const vfloat lower = max(highest[v].first - error, load(work.lower + lanes));
+    store(work.lower + lanes, lower);
+    if (!true_lanes(highest[v].first + error >= lower)) continue;
+    for (int64_t j = first; j < end; j += ROWS) {
+      const float* scores = work.scores + (j - first) * LANES + v * W;
+      if (!true_lanes(load(work.blocks + (j - first) / ROWS * LANES + v * W) + error >= lower)) continue;
+      for (int64_t k = j; k < j + ROWS; ++k, scores += LANES) {
+        const vfloat upper = load(scores) + error;
+        uint32_t left = true_lanes(upper >= lower);
+        if (!left) continue;
+        float upper_of[W];
+        store(upper_of, upper);
+        for (; left; left &= left - 1) {
+          const int lane = __builtin_ctz(left);
+          work.candidates[lanes + lane].add(visits.order ? visits.order[k] : int32_t(k), upper_of[lane],
+                                            work.lower[lanes + lane]);
+        }
       }
     }
   }
@@ -168,81 +336,131 @@ static void exact_scores(const AssignClusters& p, int64_t row, const int32_t* ce
   }
 }
 
-// The nearest of the candidates, in ascending order; false: too many, or not even one.
-static bool decide(const AssignClusters& p, const float* half_norms, int64_t row, Candidates& candidates, float lower,
-                   int32_t& label) {
+// Place, among the candidates, of the nearest, of equals the lowest centroid; -1: too many, or not even one.
+static int decide(const AssignClusters& p, const float* half_norms, int64_t row, Candidates& candidates, float lower) {
   candidates.prune(lower);
   const int n = candidates.n;
-  if (candidates.too_many || n == 0) return false;
-  label = candidates.centroid[0];
-  if (n == 1) return true;
+  if (candidates.too_many || n == 0) return -1;
+  if (n == 1) return 0;
   float score[kCandidates + 4];
   int32_t centroid[kCandidates + 4];
   for (int i = 0; i < kCandidates + 4; ++i) centroid[i] = candidates.centroid[min_of(i, n - 1)];
   for (int i = 0; i < n; i += 4) exact_scores<4>(p, row, centroid + i, score + i);
   float best = -INFINITY;
+  int place = -1;
   for (int i = 0; i < n; ++i) {
     const float s = half_norms ? score[i] - half_norms[centroid[i]] : score[i];
-    if (s > best) best = s, label = centroid[i];
+    if (s > best || (s == best && place >= 0 && centroid[i] < centroid[place])) best = s, place = i;
   }
-  return true;
+  return place;
 }
 
-// Labels of `rows`; returns how many of them had to be found without screening.
-static int64_t assign_screened(const AssignClusters& p, const float* half_norms, Range rows, void* workspace) {
-  const int64_t count = rows.end - rows.begin;
-  Carver carver{static_cast<char*>(workspace)};
+// Less than the distance of every centroid but the label, of those that the row was compared with.
+static float others_distance(const AssignClusters& p, const Visits& visits, const ScreenWork& work, int64_t i,
+                             int64_t row, int place) {
+  const Candidates& candidates = work.candidates[i];
+  const bool top = candidates.highest[place] >= work.highest[i] && candidates.highest[place] < INFINITY;
+  const float score = top ? work.second[i] : work.highest[i];
+  const float sums = 4.0f * kSumError * float(p.D + 8);
+  float squares = work.squares[i] - 2.0f * score;
+  squares -= sums * (work.squares[i] + (score < 0.0f ? -score : score));
+  if (visits.distances && candidates.centroid[place] != p.labels[row])
+    squares = min_of(squares, visits.distances[row] * (1.0f - sums));
+  return squares > 0.0f ? sqrtf(squares) * 0.999999f : 0.0f;
+}
+
+// Labels of rows (of the features) by assign_with<float>.
+static void assign_exactly(const AssignClusters& p, const float* half_norms, const ScreenWork& work,
+                           const int32_t* rows, int n) {
+  AssignClusters few = p;
+  few.features = work.exact_rows, few.labels = work.exact_labels, few.N = n;
+  for (int i = 0; i < n; ++i)
+    memcpy(work.exact_rows + ptrdiff_t(i) * p.D, static_cast<const float*>(p.features) + int64_t(rows[i]) * p.D,
+           sizeof(float) * size_t(p.D));
+  assign_with(work.exact, few, half_norms, {0, n});
+  for (int i = 0; i < n; ++i) p.labels[rows[i]] = work.exact_labels[i];
+}
+
+// Labels of the rows at `places`; returns how many of them had to be found without screening.
+static int64_t assign_screened(const AssignClusters& p, const float* half_norms, const Visits& visits,
+                               const void* centroids, Range places, void* workspace) {
+  const int64_t count = places.end - places.begin;
+  Carver counted{static_cast<char*>(const_cast<void*>(centroids))}, carver{static_cast<char*>(workspace)};
+  const PackedCentroids packed(p, counted);
   const ScreenWork work(p, count, carver);
-  start_screening(p, rows, work);
-  const int step = tile_rows(p.D);
-  for (int64_t j = 0; j < p.C; j += step) {
-    const int n = int(min_of<int64_t>(step, p.C - j));
-    const TileBound bound = pack_screened_tile(p, work, j, n, half_norms);
-    for (int64_t at = 0; at < count; at += LANES) {
-      work.tile.scores(n, count - at, 1.0f, work.panels + at * words<Pair>(p.D), work.scores);
-      screen_tile(p, work, at, j, n, half_norms, bound);
+  start_screening(p, visits, places, packed, work);
+  const int64_t all = (p.C + packed.step - 1) / packed.step;
+  const auto tiles_of = [&](int64_t at) { return visits.tiles ? visits.tiles[places.begin + at] : all; };
+  for (int64_t tile = 0; tile < tiles_of(0); ++tile)
+    for (int64_t at = 0; at < count && tile < tiles_of(at); at += LANES)
+      screen_tile(p, visits, packed, work, at, tile);
+
+  int64_t undecided = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = visited(visits, places.begin + i);
+    const int place = decide(p, half_norms, row, work.candidates[i], work.lower[i]);
+    if (place < 0) {
+      work.undecided[undecided++] = int32_t(row);
+      if (visits.bounds) visits.bounds[row] = 0.0f;
+      continue;
     }
-  }
-  int64_t undecided = 0, run = 0;  // whole panels, in runs
-  for (int64_t at = 0; at <= round_up(count, LANES); at += LANES) {
-    bool decided = true;
-    for (int64_t i = at; i < min_of(count, at + LANES); ++i)
-      decided &= decide(p, half_norms, rows.begin + i, work.candidates[i], work.lower[i], p.labels[rows.begin + i]);
-    if (!decided) {
-      run += min_of<int64_t>(LANES, count - at);
-    } else if (run > 0) {
-      const int64_t end = rows.begin + min_of(at, count);
-      assign_with(work.exact, p, half_norms, {end - run, end});
-      undecided += run, run = 0;
+    if (visits.bounds) {
+      const float others = others_distance(p, visits, work, i, row, place);
+      const int64_t tiles = tiles_of(i - i % LANES);
+      visits.bounds[row] = tiles < all ? min_of(others, moved_closer(visits.bounds[row], visits.beyond[tiles])) : others;
     }
+    p.labels[row] = work.candidates[i].centroid[place];
   }
+  for (int64_t i = 0; i < undecided; i += kExactRows)
+    assign_exactly(p, half_norms, work, work.undecided + i, int(min_of<int64_t>(kExactRows, undecided - i)));
   return undecided;
 }
 
 #endif
 
-// Whether screening is possible and worth its while: short rows and few centroids leave too much besides the products.
-IFND_INLINE bool screens(const AssignClusters& p) {
-  return kBfloat16Dots && p.dtype == DType::float32 && !p.confidence && p.D >= 32 && p.C >= 64;
+// Bytes of packed centroids; 0 where there is no screening.
+static size_t packed_bytes(const AssignClusters& p) {
+  Carver carver{};
+#ifdef __AVX512VNNI__
+  if (screens(p)) PackedCentroids(p, carver);
+#endif
+  (void)p;
+  return carver.used;
+}
+
+static int64_t packed_tiles(const AssignClusters& p) { return (p.C + screen_rows(p.D) - 1) / screen_rows(p.D); }
+
+// Tile `tile` of the packed centroids; -1: what has to be done before any.
+static void pack_centroids(const AssignClusters& p, const float* half_norms, const int32_t* order, int64_t tile,
+                           void* packed) {
+#ifdef __AVX512VNNI__
+  Carver carver{static_cast<char*>(packed)};
+  if (tile < 0)
+    find_centre(p, PackedCentroids(p, carver));
+  else
+    pack_screened(p, half_norms, order, tile, PackedCentroids(p, carver));
+#endif
+  (void)p, (void)half_norms, (void)order, (void)tile, (void)packed;
 }
 
 static size_t assign_bytes(const AssignClusters& p, int64_t rows) {
   Carver carver{};
   by_word(p.dtype, [&](auto word) { AssignWork<decltype(word)>(p, rows, carver); });
-#ifdef __AVX512BF16__
+#ifdef __AVX512VNNI__
   if (screens(p)) ScreenWork(p, rows, carver);  // both, one after the other: a little too much
 #endif
   return carver.used;
 }
 
-static int64_t assign_rows(const AssignClusters& p, const float* half_norms, Range rows, bool screen, void* workspace) {
-#ifdef __AVX512BF16__
-  if (screen && screens(p)) return assign_screened(p, half_norms, rows, workspace);
+static int64_t assign_rows(const AssignClusters& p, const float* half_norms, const Visits& visits, const void* packed,
+                           Range places, void* workspace) {
+#ifdef __AVX512VNNI__
+  if (packed) return assign_screened(p, half_norms, visits, packed, places, workspace);
 #endif
-  (void)screen;
+  (void)packed, (void)visits;
   Carver carver{static_cast<char*>(workspace)};
   by_word(p.dtype, [&](auto word) {
-    assign_with(AssignWork<decltype(word)>(p, rows.end - rows.begin, carver), p, half_norms, rows);
+    assign_with(AssignWork<decltype(word)>(p, places.end - places.begin, carver), p, half_norms, places);
   });
   return 0;
 }

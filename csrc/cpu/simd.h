@@ -18,7 +18,7 @@
 #endif
 
 #ifndef IFND_ISA
-#error "compile kernel sources with -DIFND_ISA=portable|avx2|avx512|avx512bf16 and -DIFND_VECTOR_BYTES=16|32|64"
+#error "compile kernel sources with -DIFND_ISA=portable|avx2|avx512|avx512vnni|avx512bf16 and -DIFND_VECTOR_BYTES=16|32|64"
 #endif
 
 #define IFND_BEGIN namespace ifnd { namespace IFND_ISA {
@@ -47,6 +47,11 @@ template <> constexpr int kTerms<Pair> = 2;
 constexpr bool kBfloat16Dots = true;
 #else
 constexpr bool kBfloat16Dots = false;
+#endif
+#ifdef __AVX512VNNI__
+constexpr bool kInteger8Dots = true;
+#else
+constexpr bool kInteger8Dots = false;
 #endif
 
 // The matrix product holds ROWS x VECTORS vectors of sums in registers; a panel is VECTORS vectors wide.

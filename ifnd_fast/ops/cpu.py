@@ -118,6 +118,30 @@ def assign_clusters(
     return labels, confidence
 
 
+def reassign(features: Tensor, previous: Tensor | None, centroids: Tensor, labels: Tensor, bounds: Tensor) -> int:
+    """Labels (N,) int32 of the nearest centroids (C, D) by l2, in place, from those among `previous` (None: none yet).
+
+    `bounds` (N,) float32 keeps less than each row's distance to every centroid but its own. Labels and bounds are
+    contiguous, all but labels float32.
+
+    Returns:
+        How many rows screening could not decide, which makes this slow; -1, and nothing done, where there is none.
+    """
+    features, centroids = features.contiguous(), centroids.contiguous()
+    previous = None if previous is None else previous.contiguous()
+    return _cpu.reassign(
+        features.data_ptr(),
+        _address(previous),
+        centroids.data_ptr(),
+        len(features),
+        len(centroids),
+        features.shape[1],
+        labels.data_ptr(),
+        bounds.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
 def cluster_sums(features: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sums (C, D) float64, counts (C,) int64, and squared distances (N,) float32 to the own centroid."""
     features, labels, centroids = features.contiguous(), labels.contiguous(), centroids.contiguous()
