@@ -191,7 +191,7 @@ def _demo() -> Config:
         ),
         optim=OptimConfig(epochs=40),
         contrast=ContrastConfig(temperature=0.1),
-        cluster=ClusterConfig(acceptance_end=0.5),
+        cluster=ClusterConfig(acceptance_end=0.25),
     )  # fmt: skip
 
 

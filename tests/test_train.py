@@ -62,7 +62,7 @@ def test_every_mode_trains_and_writes_its_run(strategy, negatives, digit_folder,
         assert rates == [1, 1, 1] and lines[-1]["false_negative_precision"] == [1.0]
         assert lines[-1]["false_negative_recall"] == [1.0]
     else:
-        assert rates == pytest.approx([0, 2 / 3, 1])  # the demo accepts every label from the middle on
+        assert rates == [0, 1, 1]  # the demo accepts every label from a quarter on
         assert found[0] == 0 and found[1] > 0 and found[2] > 0
         assert lines[-1]["cluster_seconds"] > 0 and lines[-1]["feature_seconds"] > 0
     assert 0 <= result["knn_top1"] <= 100 and lines[-1]["knn_top1"] == result["knn_top1"]
