@@ -177,6 +177,7 @@ def test_the_loss_falls_and_figures_are_written(whole, coco_folder):
     assert detections and {one["category_id"] for one in detections} <= {3, 7, 90}
 
 
+@pytest.mark.timeout(600)  # two processes, one after the other
 def test_a_killed_run_ends_with_the_same_numbers(whole, run, coco_folder, tmp_path):
     out = tmp_path / "out"
     killed = task(run, "--data", coco_folder, "--out", out, *FLAGS, before=KILLED)
