@@ -28,7 +28,6 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ifnd_fast import run_folder, train
 from ifnd_fast.config import PRESETS, Config
-from ifnd_fast.device import leave_cores_to_workers
 from ifnd_fast.train import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "throughput.md"
@@ -64,6 +63,11 @@ def demo(out: str, **changes: Any) -> Trainer:
     trainer.probe = None
     run_folder.create(config)
     return trainer
+
+
+def use_free_cores(trainer: Trainer) -> None:
+    """Compute on the cores less the loading processes, as ifnd-fast-train does."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - trainer.config.data.workers))
 
 
 # ---- a step's pieces ----
@@ -165,6 +169,7 @@ def watch(trainer: Trainer, pieces: Pieces) -> None:
 def profile(options: Options, out: str) -> list[str]:
     pieces = Pieces()
     trainer = demo(out, run={"checkpoint_every": 1e6})
+    use_free_cores(trainer)
     epochs = trainer.epochs()
     for _ in range(RECLUSTER):
         next(epochs)
@@ -192,8 +197,8 @@ def profile(options: Options, out: str) -> list[str]:
 # ---- whole epochs ----
 
 
-def seconds_of(epochs: Iterator[None], threads: int) -> float:
-    torch.set_num_threads(threads)
+def seconds_of(epochs: Iterator[None], trainer: Trainer) -> float:
+    use_free_cores(trainer)
     started = time.perf_counter()
     next(epochs)
     return time.perf_counter() - started
@@ -202,11 +207,10 @@ def seconds_of(epochs: Iterator[None], threads: int) -> float:
 def take_turns(trainers: list[Trainer], rounds: int, warm_up: int, length: int) -> list[list[float]]:
     """Seconds per epoch of each trainer in each round of `length` epochs; the trainers take turns at every epoch."""
     epochs = [trainer.epochs() for trainer in trainers]
-    threads = [max(1, (os.cpu_count() or 1) - trainer.config.data.workers) for trainer in trainers]
     seconds: list[list[float]] = [[] for _ in trainers]
     for number in range(warm_up + rounds * length):
         for i in list(range(len(trainers)))[:: 1 if number % 2 else -1]:
-            seconds[i].append(seconds_of(epochs[i], threads[i]))
+            seconds[i].append(seconds_of(epochs[i], trainers[i]))
     means = [[statistics.mean(s[i : i + length]) for i in range(warm_up, len(s), length)] for s in seconds]
     for running in epochs:
         running.close()
@@ -247,7 +251,6 @@ def loading(options: Options, folder: str) -> list[str]:
 
 def main(options: Options) -> None:
     told = machine()
-    leave_cores_to_workers(torch.device("cpu"), PRESETS["demo"][1].data.workers)
     with tempfile.TemporaryDirectory() as folder:
         parts = [("IFND beside plain MoCo", strategies)] * (options.rounds > 0)
         parts += [("Views by the loader and on the device", loading)] * options.images
