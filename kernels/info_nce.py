@@ -383,9 +383,12 @@ def info_nce_forward(
     labels_and_ids: tuple[Tensor | None, ...],
     temperature: float,
     false_negatives: str,
+    level_combination: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, L)."""
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, L).
+
+    level_combination is "mean": see `ifnd_fast.ops.backends.TRITON_OPERATORS`."""
     query, positive, negatives = query.contiguous(), positive.contiguous(), negatives.contiguous()
     extra = [None if t is None else t.contiguous() for t in labels_and_ids]
     (B, D), K, L = query.shape, len(negatives), 1 if extra[0] is None else extra[0].shape[1]
@@ -455,6 +458,7 @@ def info_nce_negatives_grad(
     counts: Tensor,
     temperature: float,
     false_negatives: str,
+    level_combination: str,
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
     loss_grad, query, negatives = loss_grad.contiguous(), query.contiguous(), negatives.contiguous()

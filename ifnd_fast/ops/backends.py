@@ -9,8 +9,9 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # as a rule, fastest first
-OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
+OPERATORS = ("info_nce", "info_nce_combined", "assign_clusters", "cluster_sums")  # combined: levels by any or all
 TRITON_OPERATORS = ("info_nce", "assign_clusters")
+CUDA_OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
 TRITON_CAPABILITY = (8, 0)  # on older cards Triton multiplies without their tensor cores
 CUDA_CAPABILITY = (7, 0)  # the first with tensor cores
 BFLOAT16_CAPABILITY = (8, 0)
@@ -38,7 +39,7 @@ def refusal(backend: str, operator: str, device: torch.device, dtype: torch.dtyp
     """Why `backend` can't run `operator` for tensors of this device and dtype; None when it can."""
     if backend == "reference":
         return None
-    if backend == "triton" and operator not in TRITON_OPERATORS:
+    if operator not in {"triton": TRITON_OPERATORS, "cuda": CUDA_OPERATORS}.get(backend, OPERATORS):
         return f"this version has no {backend} kernel for {operator}"
     if backend == "triton":
         return _triton_refusal(device, dtype)

@@ -120,9 +120,12 @@ def info_nce_forward(
     labels_and_ids: tuple[Tensor | None, ...],
     temperature: float,
     false_negatives: str,
+    level_combination: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, L)."""
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, L).
+
+    level_combination is "mean": see `ifnd_fast.ops.backends.CUDA_OPERATORS`."""
     (B, D), K = query.shape, len(negatives)
     levels = 1 if labels_and_ids[0] is None else labels_and_ids[0].shape[1]
     operands = Operand.of(query), Operand.of(negatives)
@@ -180,6 +183,7 @@ def info_nce_negatives_grad(
     counts: Tensor,
     temperature: float,
     false_negatives: str,
+    level_combination: str,
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
     B, K = len(query), len(negatives)

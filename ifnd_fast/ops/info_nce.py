@@ -48,7 +48,7 @@ def info_nce(
         query_ids: (B,) int64 dataset indices. negative_ids: (K,) int64.
         false_negatives: "eliminate", "attract" or "keep".
         level_combination: "mean" over the levels' losses; or one loss, in which a key is a false negative when it has
-            the query's label at "any" level, or at "all" levels.
+            the query's label at "any" level, or at "all" levels (on a GPU the reference computes these).
         reduction: "mean", "sum" or "none".
         backend: "auto", or one of "cuda", "triton", "cpu", "reference" by name.
 
@@ -76,7 +76,8 @@ def info_nce(
     checks.choice("false_negatives", false_negatives, STRATEGIES)
     checks.choice("level_combination", level_combination, COMBINATIONS)
     checks.choice("reduction", reduction, REDUCTIONS)
-    backend = backends.choose(backend, "info_nce", query.device, query.dtype)
+    operator = "info_nce" if level_combination == "mean" else "info_nce_combined"
+    backend = backends.choose(backend, operator, query.device, query.dtype)
     if backend == "reference":
         _check_label_range(query_labels, negative_labels)
         loss = reference.info_nce(query, positive, negatives, temperature, *labels_and_ids, false_negatives,

@@ -20,9 +20,10 @@ CPU = torch.device("cpu")
 
 def call(operator: str, dtype: torch.dtype, backend: str, device: str = "cpu"):
     x = torch.eye(4, dtype=dtype, device=device)
-    return ifnd_fast.info_nce(x, x, x, backend=backend) if operator == "info_nce" else ifnd_fast.assign_clusters(
-        x, x, backend=backend
-    )  # fmt: skip
+    if operator == "assign_clusters":
+        return ifnd_fast.assign_clusters(x, x, backend=backend)
+    combination = "any" if operator == "info_nce_combined" else "mean"
+    return ifnd_fast.info_nce(x, x, x, level_combination=combination, backend=backend)
 
 
 # cluster_sums is not public and knows no backend by name.
@@ -61,7 +62,7 @@ def test_why_not_the_cpu_backend(device, dtype, reason):
 def test_float64_goes_to_the_reference(operator):
     assert backends.choose("auto", operator, CPU, torch.float64) == "reference"
     result = call(operator, torch.float64, "auto")
-    assert (result if operator == "info_nce" else result[1]).dtype == torch.float64
+    assert (result[1] if operator == "assign_clusters" else result).dtype == torch.float64
 
 
 def test_auto_takes_the_first_that_can():
