@@ -87,6 +87,11 @@ def percent_axis(axes: Axes, label: str) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
+def shortened(name: str, most: int = 14) -> str:
+    """A name that fits a legend."""
+    return name if len(name) <= most else name[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
 def tell(what: str, x: list[float], y: list[float], form: str, at: str = "epoch") -> str:
     start, end = form.format(y[0]), form.format(y[-1])
     if len(y) == 1:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ifnd_fast.config import MAY_CHANGE
 from ifnd_fast.errors import UsageError
-from ifnd_fast.plots import SERIES, Texts, draw_picture, epoch_axis, percent_axis, plot_line
+from ifnd_fast.plots import SERIES, Texts, draw_picture, epoch_axis, percent_axis, plot_line, shortened
 from ifnd_fast.report import flatten, inline, render_template, write_page
 from ifnd_fast.report_run import Run, number, read_run
 
@@ -146,23 +146,28 @@ def _plot_groups(
 ) -> str:  # fmt: skip
     """A line for each group that has values, with a band of one standard deviation; what it shows, in words."""
     told = []
-    for number_, group in enumerate(groups):
+    for style, group in enumerate(groups):
         if detecting and not group.runs[0].levels:
             continue
         epochs, means, spreads = mean_curve(group.runs, value_of)
         if not epochs:
             continue
-        plot_line(axes, epochs, means, number_, label=group.name)
+        plot_line(axes, epochs, means, style, label=shortened(group.name, 36))
         if any(spreads):
             low, high = ([m + side * s for m, s in zip(means, spreads, strict=True)] for side in (-1, 1))
-            axes.fill_between(epochs, low, high, color=SERIES[number_ % len(SERIES)], alpha=0.18, linewidth=0)
+            axes.fill_between(epochs, low, high, color=SERIES[style % len(SERIES)], alpha=0.18, linewidth=0)
         told.append(f"{what} of {group.name}: {form.format(means[-1])} at epoch {epochs[-1]}.")
     epoch_axis(axes, [line for group in groups for run in group.runs for line in run.epochs])
     return " ".join(told)
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+def _legend(figure: Figure, *panels: Axes) -> None:
+    """Of the lines of all panels, each once; the figure grows with it."""
+    lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if lines:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.2 * ((len(lines) - 1) // 2))
+        figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=2)
 
 
 def _curves(figure: Figure, groups: Sequence[Group], key: str, title: str, label: str, form: str) -> Texts | None:
@@ -194,7 +199,7 @@ def _detection(figure: Figure, groups: Sequence[Group], level: int) -> Texts | N
             )  # fmt: skip
         )
         percent_axis(axes, what)
-    _legend(figure, panels[0])
+    _legend(figure, *panels)
     names = list(dict.fromkeys(group.runs[0].levels[level] for group in groups if level < len(group.runs[0].levels)))
     title = f"Detection with {' or '.join(names)}"
     caption = "Share of the detected false negatives that truly are, and share of the true ones detected."

@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from ifnd_fast.plots import GRID, SERIES, Texts
+from ifnd_fast.plots import GRID, SERIES, Texts, shortened
 
 POINTS = 1000  # t-SNE takes some seconds for them
 FEWEST_FOR_TSNE = 50
@@ -52,8 +52,10 @@ def stored_features(state: Mapping[str, Any], most: int = POINTS, seed: int = 0)
 
 def embed(features: np.ndarray) -> tuple[np.ndarray, str]:
     """Points (n, 2) for features (n, D), the same bits for the same features, and the method's name."""
+    points = np.zeros((len(features), 2))
+    if not np.ptp(features, axis=0).any():  # collapsed: all are alike
+        return points, "PCA"
     if len(features) < FEWEST_FOR_TSNE:
-        points = np.zeros((len(features), 2))
         n_components = min(2, *features.shape)
         points[:, :n_components] = PCA(n_components, svd_solver="full").fit_transform(features)
         return points, "PCA"
@@ -89,12 +91,12 @@ def draw_embedding(
         own = points[groups == group]
         axes.scatter(
             own[:, 0], own[:, 1], s=9, color=SERIES[i % len(SERIES)], marker=MARKERS[i // len(SERIES)],
-            linewidths=0, label=_short(name_of[group]),
+            linewidths=0, label=shortened(name_of[group]),
         )  # fmt: skip
     axes.set(xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_visible(False)
     if len(shown):
-        fit_one_row = sum(len(_short(name_of[group])) + 4 for group in shown) < 80
+        fit_one_row = sum(len(shortened(name_of[group])) + 4 for group in shown) < 80
         figure.legend(
             loc="outside upper left", ncols=len(shown) + 1 if fit_one_row else 4, markerscale=2, handletextpad=0.2,
             columnspacing=1.0,
@@ -104,7 +106,3 @@ def draw_embedding(
         caption += f" Coloured by {what}{f', the {MOST_GROUPS} commonest' if len(shown) < len(found) else ''}."
     alt = f"Scatter plot of {len(points):,} images, {len(found)} groups by {what}."
     return f"Features in the plane ({method})", caption, alt
-
-
-def _short(name: str, most: int = 14) -> str:
-    return name if len(name) <= most else name[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"

@@ -123,6 +123,12 @@ def test_groups_that_are_apart_stay_apart(n, method):
     assert np.array_equal(nearest, group)
 
 
+@pytest.mark.parametrize("n", [3, 120])
+def test_a_collapsed_encoder_is_one_point(n):
+    points, _ = embed(np.full((n, 8), 0.5, dtype=np.float32))
+    assert np.array_equal(points, np.zeros((n, 2)))
+
+
 def test_the_commonest_groups_are_coloured():
     queue = {"features": torch.rand(40, 4), "indices": torch.arange(40), "_extra_state": torch.tensor([0, 40])}
     groups = np.minimum(np.arange(40), 20)  # 20 of one image each, and one of twenty
