@@ -405,6 +405,7 @@ def initial_centroids(
     squared = torch.full((len(pool),), 1.0, device=x.device)  # the first is drawn by weight alone
     chosen = torch.zeros(len(pool), dtype=torch.bool, device=x.device)
     only = torch.zeros(len(pool), dtype=torch.int32, device=x.device)  # the label where there is one centroid
+    buffer = chunk_buffer(pool)
     count, picks = 0, []
     while count < n_clusters:
         batch = min(max(1, count // INIT_GROWTH), n_clusters - count)
@@ -414,7 +415,7 @@ def initial_centroids(
         log_weight = (weights * squared.double()).clamp_min(1e-300).log().masked_fill(chosen, -torch.inf)
         pick = (log_weight - race.log()).topk(batch).indices
         labels = assign(pool, pool[pick]) if batch > 1 else only
-        nearest = squared_distances(pool, labels, pool[pick])
+        nearest = squared_distances(pool, labels, pool[pick], buffer)
         squared = nearest if count == 0 else torch.minimum(squared, nearest)
         chosen[pick] = True
         picks.append(pick)
@@ -529,10 +530,13 @@ def centroids_of(
     return repair(x, squared_distances(x, labels, centroids), centroids, counts, shards)
 
 
-def squared_distances(x: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """|x_i - c_{y(i)}|^2, (N,) float32, from the differences themselves: exactly 0 for equal rows."""
+def squared_distances(x: Tensor, labels: Tensor, centroids: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """|x_i - c_{y(i)}|^2, (N,) float32, from the differences themselves: exactly 0 for equal rows.
+
+    `buffer`: `chunk_buffer(x)`, of many calls the same, as freed ones scatter the heap.
+    """
     distances = torch.empty(len(x), device=x.device)
-    buffer = torch.empty(min(len(x), chunk_rows(x)), x.shape[1], device=x.device)  # one: many scatter the heap
+    buffer = chunk_buffer(x) if buffer is None else buffer
     for part in chunks(x):
         difference = buffer[: part.stop - part.start]
         torch.index_select(centroids, 0, labels[part], out=difference)
@@ -636,6 +640,11 @@ def chunk_rows(x: Tensor) -> int:
     return max(1, (CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS) // x.shape[1])
 
 
+def chunk_buffer(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """For a copy of any of `chunks(x)`."""
+    return torch.empty(min(len(x), chunk_rows(x)), x.shape[1], dtype=dtype, device=x.device)
+
+
 def chunks(x: Tensor, rows: int | None = None) -> Iterator[slice]:
     """Slices of that many rows of x each; by default `chunk_rows`."""
     rows = chunk_rows(x) if rows is None else rows
@@ -666,8 +675,10 @@ def as_matrix(name: str, x: Tensor | np.ndarray, device: torch.device | str | No
 def check_rows(name: str, x: Tensor) -> Tensor:
     """Lengths of the rows, (N,) float64, which have to be finite and within float32's reach squared."""
     norms = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    buffer = chunk_buffer(x, torch.float64)
     for part in chunks(x):
-        norms[part] = torch.linalg.vector_norm(x[part], dim=1, dtype=torch.float64)
+        rows = buffer[: part.stop - part.start].copy_(x[part])
+        torch.linalg.vector_norm(rows, dim=1, out=norms[part])
     if not bool(norms.isfinite().all()):
         bad = (~norms.isfinite()).nonzero()
         raise ValueError(f"{name} has NaN or infinite values in {len(bad)} rows, first in row {int(bad[0])}")

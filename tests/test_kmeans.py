@@ -308,6 +308,53 @@ def test_reassign_is_assign(seed, k, share):  # on a grid, where ties abound and
     assert torch.equal(found, kmeans.assign(x, after))
 
 
+def moving(kind: str, n: int, k: int, dim: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and centroids among which ties, duplicates and extremes abound."""
+    x, c = (torch.randn(rows, dim, generator=generator) for rows in (n, k))
+    if kind == "grid":
+        return (2 * x).round(), (2 * c).round()
+    if kind == "duplicates":
+        return x, x[:1].repeat(k, 1) + c * (torch.arange(k) % 7 == 0)[:, None]
+    if kind == "lengths":
+        return x * 10.0 ** torch.linspace(-15, 8, n)[:, None], c * 10.0 ** torch.linspace(-9, 6, k)[:, None]
+    if kind == "far":  # from the origin, but not so far that `assign` centres them
+        return x + 5, c + 5
+    return normalize(c[torch.arange(n) % k] + 0.5 * x), normalize(c)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 1000), st.integers(64, 200), st.sampled_from([32, 33, 50, 64, 100, 131]),
+    st.sampled_from(["unit", "grid", "duplicates", "lengths", "far"]), st.floats(1e-4, 1), st.floats(0, 1),
+)  # fmt: skip
+def test_bounds_leave_out_nothing_that_matters(seed, k, dim, kind, step, share):
+    generator = torch.Generator().manual_seed(seed)
+    x, c = moving(kind, 300 + seed % 7, k, dim, generator)
+    x[seed % 300] = 0
+    nearest = kmeans.Nearest(x)
+    for _ in range(5):
+        labels = nearest.update(c, kmeans.squared_distances(x, nearest.labels, c) if len(nearest.labels) else None)
+        assert torch.equal(labels, kmeans.assign(x, c))
+        if nearest.bounds is not None:
+            distance = torch.cdist(x.double(), c.double(), compute_mode="donot_use_mm_for_euclid_dist")
+            others = distance.scatter(1, labels.long()[:, None], torch.inf).min(1).values
+            assert (nearest.bounds.double() <= others).all()
+        goes = torch.rand(k, 1, generator=generator) < share
+        c = c + goes * step * c.norm(dim=1, keepdim=True) * normalize(torch.randn(k, dim, generator=generator))
+
+
+def test_settling_rows_are_compared_with_few_centroids():
+    if kmeans.backends._cpu is None or not kmeans.backends._cpu.isa().startswith(("avx512vnni", "avx512bf16")):
+        pytest.skip("no 8-bit dot products")
+    x, c = moving("unit", 3000, 300, 64, torch.Generator().manual_seed(0))
+    nearest = kmeans.Nearest(x)
+    nearest.update(c, None)
+    c = c.clone()
+    c[5] *= 0.99
+    nearest.update(c, None)
+    assert nearest.bounds is not None and (nearest.bounds > 0).float().mean() > 0.9
+
+
 def test_centroids_of_labels_are_means_and_fill_the_empty():
     x = blobs(300, 4, 6)
     labels = (torch.arange(300) % 5).int()
