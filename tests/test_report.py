@@ -334,18 +334,18 @@ def test_clusters_and_detection_at_every_rate(make_run):
     page = write_report(make_run(state=clustered())).read_text()
     assert figure_titles(page) == [*FIGURES, "Precision and recall at every acceptance rate"]
     assert "confidence 0." in page and "Dotted: the rate in use, 100%" in page
-    assert "its true class is not the cluster" in page and page.count("mean confidence") == sum(LEVELS)
+    assert "its true class is not the cluster" in page and page.count(", mean confidence") == sum(LEVELS)
     assert len(ids := [e["id"] for _, e in Page(page).elements if "id" in e]) == len(set(ids))
 
     waiting = clustered() | {"accepted": torch.zeros(N, 2, dtype=torch.int32)}  # an older clustering's are in use
     page = write_report(make_run(state=waiting)).read_text()
-    assert "up to 10, at even steps in order" in page and page.count("mean confidence") == sum(LEVELS)
+    assert "up to 10, at even steps in order" in page and page.count(", mean confidence") == sum(LEVELS)
 
 
 def test_clusters_without_true_classes(make_run):
     out = make_run(state=clustered(), data=make_run.images(classes=False))
     page = write_report(out).read_text()
-    assert page.count("mean confidence") == sum(LEVELS) and 'class="thumb wrong"' not in page
+    assert page.count(", mean confidence") == sum(LEVELS) and 'class="thumb wrong"' not in page
     assert "Precision and recall at every acceptance rate" not in figure_titles(page)
 
 

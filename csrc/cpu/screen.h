@@ -323,7 +323,8 @@ static void screen_tile(const AssignClusters& p, const Visits& visits, const Pac
   }
 }
 
-// The scores of N centroids in the order of additions of register_block.
+// The scores of N centroids in the order of additions of register_block, and by fused multiply-add as there: left to
+// itself the compiler multiplies whole vectors first, which rounds otherwise.
 template <int N>
 static void exact_scores(const AssignClusters& p, int64_t row, const int32_t* centroids, float* scores) {
   const float *x = static_cast<const float*>(p.features) + row * p.D, *c[N];
@@ -331,7 +332,7 @@ static void exact_scores(const AssignClusters& p, int64_t row, const int32_t* ce
   for (int begin = 0; begin < p.D; begin += kDepth) {
     float sum[N] = {};
     for (int d = begin; d < min_of(p.D, begin + kDepth); ++d)
-      for (int i = 0; i < N; ++i) sum[i] = sum[i] + c[i][d] * x[d];
+      for (int i = 0; i < N; ++i) sum[i] = __builtin_fmaf(c[i][d], x[d], sum[i]);
     for (int i = 0; i < N; ++i) scores[i] = begin > 0 ? scores[i] + sum[i] : sum[i];
   }
 }

@@ -113,6 +113,21 @@ def test_ties_take_the_lowest_index(metric):
         torch.testing.assert_close(confidence, confidence_once / 3, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dim", [32, 33, 36, 100, 131])
+def test_ties_of_labels_alone_take_the_lowest_index(dim, metric):
+    """Equal centroids among others, as few as are scored again one by one, anywhere in a group of those."""
+    c = data(70, dim, 1)
+    same = torch.arange(7, 70, 3)[:20]
+    c[same] = 0.1 * c[0]  # small, so that it is often the nearest by distance
+    x = data(300, dim)
+    if metric == "inner_product":
+        c[same] = 3 * x[0]
+    labels = assign_clusters(x, c, return_confidence=False, metric=metric)
+    assert (labels == same[0]).sum() > 20
+    assert not torch.isin(labels, same[1:]).any()
+
+
 @pytest.mark.parametrize("offset", [0.0, 3.0])
 def test_l2_is_the_nearest_by_distance(offset):
     """Against distances by subtraction in float64, on rows of very different lengths."""
