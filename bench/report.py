@@ -214,8 +214,8 @@ def main(options: Options) -> None:
         f"Medians of calls of one process, the least of {len(read) or options.runs} runs: another guest of the same "
         "host can only slow a run down. GFLOP/s counts matrix products only; peak is "
         "what a loop that touches only registers reaches in the same run (bench/peak.cpp), of bfloat16 dot products "
-        "for bfloat16 inputs. Labels alone of float32 inputs are screened in 8-bit integers, so they can pass 100% of the "
-        "float32 peak. Memory is the growth of the resident peak (bench/peak_memory.py).",
+        "for bfloat16 inputs. Labels alone of float32 inputs are screened in 8-bit integers, so they can pass 100% of "
+        "the float32 peak. Memory is the growth of the resident peak (bench/peak_memory.py).",
         "",
         *table(("target", "", "measured"), targets),
         *(line for group in sorted(run.groups) for line in group_table(run, group)),

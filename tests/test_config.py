@@ -38,7 +38,7 @@ def test_demo_preset():
     c = PRESETS["demo"][1]
     assert (c.data.data, c.model.width, c.model.stem) == ("demo", 16, "small")
     assert (c.contrast.queue_size, c.cluster.levels, c.cluster.recluster_every) == (2048, (10, 20, 40), 0.1)
-    assert c.recluster_epochs == round(0.1 * c.optim.epochs)
+    assert c.recluster_epochs == round(0.1 * c.optim.epochs) and c.cluster.acceptance_end == 0.25
 
 
 @pytest.mark.parametrize("preset", PRESETS)
