@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def train() -> None:
     """ifnd-fast-train [PRESET] [options]"""
-    _run(lambda: _train(parse_train(sys.argv[1:])))
+    to_go_on = "add --resume to the same command to go on from the last checkpoint"
+    _run(lambda: _train(parse_train(sys.argv[1:])), f"interrupted: {to_go_on}")
 
 
 def evaluate() -> None:
@@ -60,7 +61,7 @@ def report() -> None:
     _run(lambda: tyro.cli(write, prog="ifnd-fast-report"))
 
 
-def _run(command: Callable[[], object]) -> None:
+def _run(command: Callable[[], object], interrupted: str = "interrupted") -> None:
     """Run a command; its failures become a line on standard error and an exit code."""
     try:
         command()
@@ -70,7 +71,7 @@ def _run(command: Callable[[], object]) -> None:
             errors.print(f"error: {error}", markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        errors.print("interrupted: add --resume to the same command to go on from the last checkpoint")
+        errors.print(interrupted)
         sys.exit(130)
     finally:
         distributed.stop()

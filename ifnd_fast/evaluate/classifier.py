@@ -20,7 +20,7 @@ from ifnd_fast import checkpoint as checkpoints
 from ifnd_fast import features, run_folder
 from ifnd_fast.config import DataConfig
 from ifnd_fast.console import progress, say
-from ifnd_fast.data import EpochBatches, Images, Unreadable, ViewDataset, random_view, to_input, view_loader
+from ifnd_fast.data import EpochBatches, Images, Unreadable, ViewDataset, random_view, running, to_input, view_loader
 from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
 from ifnd_fast.evaluate.subject import Subject
 from ifnd_fast.stop import StopSignals
@@ -190,8 +190,8 @@ class ClassifierTraining:
         self.model.train()
         loss_sum = torch.tensor(self.loss_sum, dtype=torch.float64, device=self.subject.device)
         title = f"epoch {self.epoch + 1}/{self.options.epochs}"
-        with progress(title, n_steps, self.step_in_epoch) as advance:
-            for views, indices, wanted in loader:
+        with running(loader) as batches, progress(title, n_steps, self.step_in_epoch) as advance:
+            for views, indices, wanted in batches:
                 self.unreadable.note(indices, wanted)
                 loss_sum += self._train_step(views, self.labels[indices])
                 self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1

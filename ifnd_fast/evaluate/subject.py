@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from ifnd_fast import checkpoint as checkpoints
-from ifnd_fast import features
+from ifnd_fast import features, run_folder
 from ifnd_fast.config import DataConfig
 from ifnd_fast.console import table
 from ifnd_fast.data import Images, Unreadable
@@ -116,5 +114,4 @@ def tell(
     table(title, columns, rows)
     if options.json_file is not None:
         figures = {"checkpoint": str(options.checkpoint), "data": data.data, **figures}
-        text = json.dumps(figures, indent=1) + "\n"
-        checkpoints.write_atomically(options.json_file, lambda file: file.write(text.encode()))
+        run_folder.write_json(options.json_file, figures)
