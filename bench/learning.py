@@ -3,7 +3,7 @@
 Writes bench/results/learning.md: kNN top-1 of each strategy (mean, standard deviation, gain over the first by seed with
 a paired t-test, share of the oracle's gain) and the seconds that labels take. A strategy can bring options of its own,
 "eliminate --features bank". Finished runs under --runs are not trained again, so an interrupted comparison goes on
-where it stopped. Choose options with --options --hold-out 0.25, which leaves the test images untouched.
+where it stopped. Choose options with --options='--hold-out 0.25', which leaves the test images untouched.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Options:
     jobs: int = 1
     """runs at a time; with several, each computes on its share of the cores"""
     options: str = ""
-    """further options of ifnd-fast-train for every run, as one word: "--epochs 20" """
+    """further options of ifnd-fast-train for every run, as one word: --options="--epochs 20" """
     title: str = "What the strategies learn on the demo data"
     """of the table"""
     result: Path = RESULTS
