@@ -188,7 +188,10 @@ def open_for_run(config: DataConfig) -> tuple[Images | None, Images | None]:
     """
     images = open_images(config.data, "train", config.data_root)
     if images is None or not config.hold_out:
-        return images, open_images(config.data, "test", config.data_root)
+        tests = open_images(config.data, "test", config.data_root)
+        if images is not None and tests is not None:
+            number_as(images, tests)
+        return images, tests
     labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
     held = rank_in_class(labels, seed=0) < config.hold_out * np.bincount(labels)[labels]
     if held.all() or not held.any():
@@ -205,6 +208,16 @@ def _demo_images(split: str) -> ArrayImages:
     chosen = rank < 400 if split == "train" else rank >= 400
     images = pixels[chosen].reshape(-1, 28, 28).astype(np.uint8)
     return ArrayImages(images, labels[chosen], [str(digit) for digit in range(10)])
+
+
+def number_as(train: Images, test: Images) -> None:
+    """Number the test images' classes, by name, as training numbers them; classes that training lacks come after its
+    own. A folder numbers its classes in order, so that one that test images lack would shift all after it."""
+    if train.class_names is None or test.class_names is None or test.labels is None:
+        return
+    names = [*train.class_names, *sorted(set(test.class_names) - set(train.class_names))]
+    test.labels = np.array([names.index(name) for name in test.class_names])[test.labels]
+    test.class_names = names
 
 
 def rank_in_class(labels: np.ndarray, seed: int) -> np.ndarray:

@@ -65,6 +65,18 @@ def test_holding_out_nothing_or_all_is_refused(digit_folder):
     assert open_for_run(DataConfig(data=str(digit_folder)))[1] is None
 
 
+def test_classes_are_the_same_in_train_and_val_though_folders_are_missing(digit_folder, tmp_path):
+    for split, labels in (("train", (0, 1, 3, 4)), ("val", (1, 2, 4))):
+        (tmp_path / split).mkdir()
+        for label in labels:
+            (tmp_path / split / f"digit-{label}").symlink_to(digit_folder / f"digit-{label}")
+    train, val = open_for_run(DataConfig(data=str(tmp_path)))
+    assert train.class_names == ["digit-0", "digit-1", "digit-3", "digit-4"]
+    assert val.class_names == [*train.class_names, "digit-2"]
+    for images in (train, val):
+        assert all(images.class_names[images.labels[i]] in images.name(i) for i in range(len(images)))
+
+
 @pytest.mark.parametrize("make", [lambda root: root / "absent", lambda root: root])
 def test_missing_and_empty_folders_are_refused_by_name(make, tmp_path):
     with pytest.raises(UsageError, match=str(tmp_path)):

@@ -9,7 +9,7 @@ import numpy as np
 
 from ifnd_fast.config import DataConfig
 from ifnd_fast.console import warn
-from ifnd_fast.data import Images, Subset, open_for_run, rank_in_class
+from ifnd_fast.data import Images, Subset, number_as, open_for_run, rank_in_class
 from ifnd_fast.errors import UsageError
 
 
@@ -48,10 +48,7 @@ def matched(name: str, train: Images, test: Images) -> Images:
         lacking = sorted(set(test.class_names) - set(train.class_names))
     if lacking:
         raise UsageError(f"{name}: training lacks {len(lacking)} classes of the test part: {_shortened(lacking)}")
-    if train.class_names is not None and test.class_names is not None:
-        number = {class_name: n for n, class_name in enumerate(train.class_names)}
-        test.labels = np.array([number[class_name] for class_name in test.class_names])[test.labels]
-        test.class_names = train.class_names
+    number_as(train, test)
     return test
 
 
