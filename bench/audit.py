@@ -65,6 +65,12 @@ class Shape:
 
     dim: int = 128
     levels: int = 3
+    combination: str = "mean"
+    """of levels: "mean", "any" or "all""""
+
+    @property
+    def losses(self) -> int:
+        return self.levels if self.combination == "mean" else 1
 
 
 def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, dict[str, Any], Tile]]:
@@ -74,7 +80,8 @@ def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, 
     nearest = tiles.tile_of("assign_clusters", dtype, capability)
     chunk, chunks = tiles.chunk_of(size.dim)
     of_rows = {"D": size.dim, "CHUNK": chunk, "CHUNKS": chunks}
-    levels = {"L": size.levels, "LP": triton.next_power_of_2(size.levels), "HAS_LABELS": True}
+    losses = {"LOSSES": size.losses, "PADDED": triton.next_power_of_2(size.losses), "FLAGS": True}
+    levels = {**losses, "L": size.levels, "ALL": size.combination == "all", "HAS_LABELS": True}
     products = {"PRECISION": "ieee", "HAS_IDS": True, "SHIFT": info_nce.shift_of(dtype), "WITH_GRAD": True}
     of_loss = {**of_rows, **levels, **products, "ROWS": loss.rows, "KEYS": loss.columns}
     of_marked = {**of_loss, "KEYS": loss.marked, "FLAG_KEYS": loss.columns}
@@ -85,7 +92,7 @@ def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, 
         for kernel, constants, tile in (
             (info_nce.pass_kernel, of_loss, loss),
             (info_nce.marked_sums_kernel, of_marked, loss),
-            (info_nce.normalise_kernel, {**of_rows, **levels, "ROWS": small.rows}, small),
+            (info_nce.normalise_kernel, {**of_rows, **losses, "ROWS": small.rows}, small),
             (info_nce.marked_grad_kernel, of_marked, loss),
             (info_nce.negatives_grad_kernel, {**of_loss, "KEYS": loss.negatives}, loss),
         ):
@@ -221,7 +228,7 @@ class Options:
     jobs: int = os.cpu_count() or 1
     """compilations at a time"""
     size: Shape = Shape()
-    """compiled in; with D=128 the rows of what was compiled are renewed in the table, others are printed alone"""
+    """compiled in; with D=128 and the mean of levels the table's rows are renewed, others are printed alone"""
     check: bool = False
     """compare with audit.json, fail where a kernel is worse, and write nothing"""
 
@@ -271,7 +278,7 @@ def main(options: Options) -> None:
         check(audits)
     text = table(audits, options.size)
     print(text)
-    if options.size.dim != Shape().dim:
+    if (options.size.dim, options.size.combination) != (Shape().dim, Shape().combination):
         return
     everything = list({**recorded(), **{audit.key: audit for audit in audits}}.values())
     everything.sort(key=lambda audit: (audit.levels, audit.card, list(DTYPES).index(audit.dtype)))

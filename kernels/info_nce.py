@@ -12,6 +12,9 @@ no F_l count alike at every level; keys in some F_l are few. So, with the queue 
 4. `marked_grad_kernel`: in the flagged tiles alone, now that Z_l is known, those keys' part of the gradient.
 5. `add_splits_kernel`: the splits' gradients, in order, and the positive's.
 
+Levels that are combined make one loss, whose F holds the keys that `marked_pairs` finds at any level or at all: L
+columns of labels then, and one of LOSSES. Where one loss eliminates there is no key left for 2 and 4.
+
 Attraction: every key but the own image's is in the dense softmax; level l sums T_l = sum_{F_l} s_k in 2, and
 -mean_l [k in F_l] / (1 + |F_l|) are the weights of 4. No atomics: the same bits every time.
 Logits carry a factor log2(e), so that exponentials are powers of 2.
@@ -31,9 +34,8 @@ from ifnd_fast.kernels.products import (
     LOG2E,
     excluded_pairs,
     ids_of,
-    label_of,
     labels_of,
-    level_pairs,
+    loss_pairs,
     load_column,
     load_rows,
     marked_pairs,
@@ -55,8 +57,8 @@ def pass_kernel(
     query, negatives, query_labels, negative_labels, query_ids, negative_ids,
     split_max, split_sum, split_grad, flags, B, K, split_keys, tiles, scale,
     D: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, WITH_GRAD: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, ALL: tl.constexpr, WITH_GRAD: tl.constexpr,
+    HAS_LABELS: tl.constexpr, FLAGS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS queries, one split of the keys, one chunk of the gradient's columns."""
     row = tl.program_id(0) * ROWS
@@ -81,11 +83,12 @@ def pass_kernel(
         excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
         s = tl.where(excluded, float("-inf"), s)
         if HAS_LABELS:
-            marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, first, exists, L)
+            marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, first, exists, L, ALL)
             kept = tl.where(marked, float("-inf"), s)
-            # Whether any is marked, by the logits: of the marks alone, in a layout of its own, Triton makes a second.
-            found = tl.max((kept < s).to(tl.int32)).to(tl.int8)
-            tl.store(flags + tl.program_id(0).to(tl.int64) * tiles + first // KEYS, found)
+            if FLAGS:
+                # By the logits: of the marks alone, in a layout of its own, Triton makes a second.
+                found = tl.max((kept < s).to(tl.int32)).to(tl.int8)
+                tl.store(flags + tl.program_id(0).to(tl.int64) * tiles + first // KEYS, found)
             if not ATTRACT:
                 s = kept
         raised = tl.maximum(highest, tl.max(s, 1) * scale)
@@ -110,8 +113,9 @@ def pass_kernel(
 def marked_sums_kernel(
     query, negatives, query_labels, negative_labels, query_ids, negative_ids,
     level_max, level_sum, level_count, flags, B, K, split_keys, tiles, scale,
-    D: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, FLAG_KEYS: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ATTRACT: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, L: tl.constexpr, LOSSES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    FLAG_KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ATTRACT: tl.constexpr, ALL: tl.constexpr,
+    HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS queries and the flagged tiles of one split."""
     row = tl.program_id(0) * ROWS
@@ -119,19 +123,18 @@ def marked_sums_kernel(
     split = tl.program_id(1)
     valid = rows < B
     end = tl.minimum(K, (split + 1) * split_keys)
-    levels = tl.arange(0, LP)[None, :]
-    own_max = tl.full((ROWS, LP), float("-inf"), tl.float32)
-    own_sum = tl.zeros((ROWS, LP), tl.float32)
-    count = tl.zeros((ROWS, LP), tl.int32)
+    levels = tl.arange(0, PADDED)[None, :]
+    own_max = tl.full((ROWS, PADDED), float("-inf"), tl.float32)
+    own_sum = tl.zeros((ROWS, PADDED), tl.float32)
+    count = tl.zeros((ROWS, PADDED), tl.int32)
     for first in range(split * split_keys, end, KEYS):
         if tl.load(flags + tl.program_id(0).to(tl.int64) * tiles + first // FLAG_KEYS) != 0:
             exists = first + tl.arange(0, KEYS) < end
             s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
             excluded = excluded_pairs(ids_of(query_ids, row, valid, HAS_IDS), negative_ids, first, exists, HAS_IDS)
-            marked = marked_pairs(query_labels, row, valid, negative_labels, first, exists, L) & ~excluded
-            for level in range(L):
-                label = label_of(query_labels, row, valid, level, L)
-                here = level_pairs(label, negative_labels, first, exists, level, L) & marked
+            marked = marked_pairs(query_labels, row, valid, negative_labels, first, exists, L, ALL) & ~excluded
+            for level in range(LOSSES):
+                here = loss_pairs(marked, query_labels, row, valid, negative_labels, first, exists, level, L, LOSSES)
                 count += tl.where(levels == level, tl.sum(here.to(tl.int32), 1)[:, None], 0)
                 if ATTRACT:
                     own_sum += tl.where(levels == level, tl.sum(tl.where(here, s, 0.0), 1)[:, None], 0.0)
@@ -144,8 +147,8 @@ def marked_sums_kernel(
                     joined = own_sum * tl.exp2(before - reference)[:, None] + added[:, None]
                     own_sum = tl.where(levels == level, joined, own_sum)
                     own_max = tl.where(levels == level, raised[:, None], own_max)
-    at = (split.to(tl.int64) * B + rows)[:, None] * L + levels
-    real = valid[:, None] & (levels < L)
+    at = (split.to(tl.int64) * B + rows)[:, None] * LOSSES + levels
+    real = valid[:, None] & (levels < LOSSES)
     tl.store(level_max + at, own_max, mask=real)
     tl.store(level_sum + at, own_sum, mask=real)
     tl.store(level_count + at, count, mask=real)
@@ -163,16 +166,16 @@ def join(highest, total, other_max, other_sum):
 def normalise_kernel(
     query, positive, split_max, split_sum, level_max, level_sum, level_count,
     loss, log_normalizer, counts, positive_weight, split_factor, B, splits, scale,
-    D: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    ATTRACT: tl.constexpr, HAS_LABELS: tl.constexpr,
+    D: tl.constexpr, LOSSES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, ATTRACT: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """One program: the sums of ROWS queries, in float64, as they are few. `split_factor` (splits, B) is
     mean_l e^{m_split - lse_l}."""
     row = tl.program_id(0) * ROWS
     rows = row + tl.arange(0, ROWS)
     valid = rows < B
-    levels = tl.arange(0, LP)[None, :]
-    real = valid[:, None] & (levels < L)
+    levels = tl.arange(0, PADDED)[None, :]
+    real = valid[:, None] & (levels < LOSSES)
     s_positive = tl.zeros((ROWS,), tl.float64)
     for chunk in range(CHUNKS):
         q = load_rows(query, row, valid, chunk, D, CHUNK).to(tl.float64)
@@ -182,15 +185,15 @@ def normalise_kernel(
 
     highest = tl.full((ROWS,), float("-inf"), tl.float64)
     total = tl.zeros((ROWS,), tl.float64)
-    own_max = tl.full((ROWS, LP), float("-inf"), tl.float64)
-    own_sum = tl.zeros((ROWS, LP), tl.float64)
-    count = tl.zeros((ROWS, LP), tl.int32)
+    own_max = tl.full((ROWS, PADDED), float("-inf"), tl.float64)
+    own_sum = tl.zeros((ROWS, PADDED), tl.float64)
+    count = tl.zeros((ROWS, PADDED), tl.int32)
     at = rows.to(tl.int64)
     for _ in range(splits):
         m = tl.load(split_max + at, mask=valid, other=float("-inf")).to(tl.float64)
         highest, total = join(highest, total, m, tl.load(split_sum + at, mask=valid, other=0.0).to(tl.float64))
-        if HAS_LABELS:
-            at_level = at[:, None] * L + levels
+        if FLAGS:
+            at_level = at[:, None] * LOSSES + levels
             count += tl.load(level_count + at_level, mask=real, other=0)
             part = tl.load(level_sum + at_level, mask=real, other=0.0).to(tl.float64)
             if ATTRACT:
@@ -202,7 +205,7 @@ def normalise_kernel(
 
     attracted = own_sum
     if ATTRACT:
-        own_sum = tl.zeros((ROWS, LP), tl.float64)
+        own_sum = tl.zeros((ROWS, PADDED), tl.float64)
     M = tl.maximum(tl.maximum(highest, s_positive)[:, None], own_max)
     rest = total[:, None] * tl.exp2(highest[:, None] - M) + own_sum * tl.exp2(own_max - M)
     Z = rest + tl.exp2(s_positive[:, None] - M)
@@ -214,48 +217,48 @@ def normalise_kernel(
         losses -= (attracted - n * s_positive[:, None]) * LN2 / (1.0 + n)
         weight += n / (1.0 + n)
     lse = M * LN2 + log_Z
-    tl.store(loss + rows, tl.sum(tl.where(levels < L, losses, 0.0), 1) / L, mask=valid)
-    tl.store(positive_weight + rows, tl.sum(tl.where(levels < L, weight, 0.0), 1) / L, mask=valid)
-    at_level = rows[:, None].to(tl.int64) * L + levels
+    tl.store(loss + rows, tl.sum(tl.where(levels < LOSSES, losses, 0.0), 1) / LOSSES, mask=valid)
+    tl.store(positive_weight + rows, tl.sum(tl.where(levels < LOSSES, weight, 0.0), 1) / LOSSES, mask=valid)
+    at_level = rows[:, None].to(tl.int64) * LOSSES + levels
     tl.store(log_normalizer + at_level, lse, mask=real)
     tl.store(counts + at_level, count, mask=real)
     at = rows.to(tl.int64)
     for _ in range(splits):
         m = tl.load(split_max + at, mask=valid, other=float("-inf")).to(tl.float64)
         factors = tl.exp2(m[:, None] - M) / Z
-        tl.store(split_factor + at, tl.sum(tl.where(levels < L, factors, 0.0), 1) / L, mask=valid)
+        tl.store(split_factor + at, tl.sum(tl.where(levels < LOSSES, factors, 0.0), 1) / LOSSES, mask=valid)
         at += B
 
 
 @triton.jit
 def marked_weights(
-    s, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists,
-    L: tl.constexpr, ATTRACT: tl.constexpr, PULL_ALONE: tl.constexpr,
+    s, marked, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists,
+    L: tl.constexpr, LOSSES: tl.constexpr, ATTRACT: tl.constexpr, PULL_ALONE: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d s of keys that are in F_l for some l, level by level: mean_l [k not in F_l] e^{s - lse_l}, or in
-    attraction e^{s - lse} - mean_l [k in F_l] / (1 + |F_l|), of which `PULL_ALONE` leaves the second term."""
+    """d loss / d s of the marked keys, those in F_l for some l, level by level: mean_l [k not in F_l] e^{s - lse_l}, or
+    in attraction e^{s - lse} - mean_l [k in F_l] / (1 + |F_l|), of which `PULL_ALONE` leaves the second term."""
     weights = tl.zeros(s.shape, tl.float32)
-    for level in range(L):
-        here = level_pairs(label_of(query_labels, row, valid, level, L), negative_labels, key, exists, level, L)
+    for level in range(LOSSES):
+        here = loss_pairs(marked, query_labels, row, valid, negative_labels, key, exists, level, L, LOSSES)
         if not PULL_ALONE:
-            lse = load_column(log_normalizer, row, valid, level, L, 0.0) * LOG2E
+            lse = load_column(log_normalizer, row, valid, level, LOSSES, 0.0) * LOG2E
             if ATTRACT:
                 weights += tl.exp2(s - lse[:, None])
             else:
                 weights += tl.exp2(tl.where(here, float("-inf"), s - lse[:, None]))
         if ATTRACT:
-            pull = 1.0 / (1.0 + load_column(counts, row, valid, level, L, 0))
+            pull = 1.0 / (1.0 + load_column(counts, row, valid, level, LOSSES, 0))
             weights -= tl.where(here, pull[:, None], 0.0)
-    return weights / L
+    return weights / LOSSES
 
 
 @triton.jit(do_not_specialize=["B", "K", "split_keys", "tiles"])
 def marked_grad_kernel(
     query, negatives, query_labels, negative_labels, query_ids, negative_ids,
     split_grad, split_factor, log_normalizer, counts, flags, B, K, split_keys, tiles, scale,
-    D: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, FLAG_KEYS: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, HAS_IDS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, L: tl.constexpr, LOSSES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    FLAG_KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr,
+    ALL: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program, as in `pass_kernel`; split_grad becomes split_factor * split_grad + the marked keys' part."""
     row = tl.program_id(0) * ROWS
@@ -272,10 +275,11 @@ def marked_grad_kernel(
             if not ATTRACT:  # there the softmax of all keys is in the dense pass
                 s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
             excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
-            marked = marked_pairs(query_labels, row, valid, negative_labels, first, exists, L) & ~excluded
+            marked = marked_pairs(query_labels, row, valid, negative_labels, first, exists, L, ALL) & ~excluded
             weights = marked_weights(
-                s, query_labels, negative_labels, log_normalizer, counts, row, valid, first, exists, L, ATTRACT, ATTRACT
-            )
+                s, marked, query_labels, negative_labels, log_normalizer, counts, row, valid, first, exists,
+                L, LOSSES, ATTRACT, ATTRACT,
+            )  # fmt: skip
             weights = tl.where(marked, weights, 0.0) * (1 << SHIFT)
             n = load_rows(negatives, first, exists, chunk, D, CHUNK)
             grad = tl.dot(weights.to(n.dtype), n, grad, input_precision=PRECISION)
@@ -314,9 +318,9 @@ def add_splits_kernel(
 def negatives_grad_kernel(
     loss_grad, largest_loss_grad, query, negatives, query_labels, negative_labels, query_ids, negative_ids,
     log_normalizer, counts, negatives_grad, B, K, scale, inverse_temperature,
-    D: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, HAS_LABELS: tl.constexpr,
-    HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, L: tl.constexpr, LOSSES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, ALL: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: KEYS negatives against all queries, one chunk of the gradient's columns.
 
@@ -327,27 +331,28 @@ def negatives_grad_kernel(
     exists = key + tl.arange(0, KEYS) < K
     largest = tl.load(largest_loss_grad)
     unit = tl.where(largest > 0.0, 1.0 / largest, 0.0) * (1 << SHIFT)
-    levels = tl.arange(0, LP)[None, :]
+    levels = tl.arange(0, PADDED)[None, :]
     grad = tl.zeros((KEYS, CHUNK), tl.float32)
     for row in range(0, B, ROWS):
         valid = row + tl.arange(0, ROWS) < B
-        at = tl.arange(0, ROWS)[:, None] * L + levels
-        inside = valid[:, None] & (levels < L)
-        lse = tl.load(log_normalizer + tl.cast(row, tl.int64) * L + at, mask=inside, other=float("inf"))
+        at = tl.arange(0, ROWS)[:, None] * LOSSES + levels
+        inside = valid[:, None] & (levels < LOSSES)
+        lse = tl.load(log_normalizer + tl.cast(row, tl.int64) * LOSSES + at, mask=inside, other=float("inf"))
         least = tl.where(valid, tl.min(lse, 1), 0.0)
-        mean = tl.sum(tl.exp2((least[:, None] - lse) * LOG2E), 1) / L
+        mean = tl.sum(tl.exp2((least[:, None] - lse) * LOG2E), 1) / LOSSES
         s = similarities(query, row, valid, negatives, key, exists, D, CHUNK, CHUNKS, PRECISION) * scale
         own = ids_of(query_ids, row, valid, HAS_IDS)
         s = tl.where(excluded_pairs(own, negative_ids, key, exists, HAS_IDS), float("-inf"), s)
         weights = tl.exp2(s - (least * LOG2E)[:, None]) * mean[:, None]
         if HAS_LABELS:
             y = labels_of(query_labels, row, valid, L)
-            marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, key, exists, L)
+            marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, key, exists, L, ALL)
             marked &= s > float("-inf")
             if tl.max(tl.where(marked, s, float("-inf"))) > float("-inf"):
                 exact = marked_weights(
-                    s, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists, L, ATTRACT, False
-                )
+                    s, marked, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists,
+                    L, LOSSES, ATTRACT, False,
+                )  # fmt: skip
                 weights = tl.where(marked, exact, weights)
         weights *= (load_column(loss_grad, row, valid, 0, 1, 0.0) * unit)[:, None]
         q = load_rows(query, row, valid, chunk, D, CHUNK)
@@ -386,14 +391,15 @@ def info_nce_forward(
     level_combination: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, L).
-
-    level_combination is "mean": see `ifnd_fast.ops.backends.TRITON_OPERATORS`."""
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, losses); counts
+    are 0 where they aren't needed: one loss that eliminates."""
     query, positive, negatives = query.contiguous(), positive.contiguous(), negatives.contiguous()
     extra = [None if t is None else t.contiguous() for t in labels_and_ids]
     (B, D), K, L = query.shape, len(negatives), 1 if extra[0] is None else extra[0].shape[1]
+    losses = L if level_combination == "mean" else 1
     has_labels, has_ids = extra[0] is not None and false_negatives != "keep", extra[2] is not None
     attract = false_negatives == "attract"
+    flagged = has_labels and (attract or losses > 1)  # are visited again
     chunk, chunks = chunk_of(D)
     tile = tile_of("info_nce", query.dtype, capability_of(query.device), L)
     splits, split_keys, tiles = plan_of(B, K, tile, chunks, multiprocessors(query.device))
@@ -403,48 +409,49 @@ def info_nce_forward(
 
     split_max, split_sum, split_factor = floats(splits, B), floats(splits, B), floats(splits, B)
     split_grad = floats(splits if with_grad else 0, B, D)
-    level_splits = splits if has_labels else 0
-    level_max, level_sum = floats(level_splits, B, L), floats(level_splits, B, L)
-    level_count = query.new_empty((level_splits, B, L), dtype=torch.int32)
+    level_splits = splits if flagged else 0
+    level_max, level_sum = floats(level_splits, B, losses), floats(level_splits, B, losses)
+    level_count = query.new_empty((level_splits, B, losses), dtype=torch.int32)
     blocks = triton.cdiv(B, tile.rows)
-    flags = query.new_empty((blocks, tiles if has_labels else 0), dtype=torch.int8)
-    loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, L)
+    flags = query.new_empty((blocks, tiles if flagged else 0), dtype=torch.int8)
+    loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, losses)
     query_grad = floats(B if with_grad else 0, D)
-    counts = query.new_empty((B, L), dtype=torch.int32)
+    counts = query.new_empty((B, losses), dtype=torch.int32)
 
     scale = LOG2E.value / temperature
     inputs = (query, negatives, *[loss if t is None else t for t in extra])  # the loss is never read
     cut = (B, K, split_keys, tiles, scale)
-    shape = {"D": D, "L": L, "CHUNK": chunk, "CHUNKS": chunks, "ATTRACT": attract}
-    padded_levels = triton.next_power_of_2(L)
+    shape = {"D": D, "CHUNK": chunk, "CHUNKS": chunks, "ATTRACT": attract}
+    of_losses = {"LOSSES": losses, "PADDED": triton.next_power_of_2(losses)}
     products = {
-        "ROWS": tile.rows, "KEYS": tile.columns, "HAS_IDS": has_ids, "PRECISION": "ieee",
+        "ROWS": tile.rows, "KEYS": tile.columns, "L": L, "ALL": level_combination == "all", "HAS_IDS": has_ids,
+        "PRECISION": "ieee",
         "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
     }  # fmt: skip
     of_marked = {**products, "KEYS": tile.marked, "FLAG_KEYS": tile.columns}
     shift = shift_of(query.dtype)
     pass_kernel[blocks, splits, chunks if with_grad else 1](
         *inputs, split_max, split_sum, split_grad, flags, *cut,
-        SHIFT=shift, WITH_GRAD=with_grad, HAS_LABELS=has_labels, **shape, **products,
+        SHIFT=shift, WITH_GRAD=with_grad, HAS_LABELS=has_labels, FLAGS=flagged, **shape, **products,
     )  # fmt: skip
-    if has_labels:
+    if flagged:
         marked_sums_kernel[blocks, splits](
-            *inputs, level_max, level_sum, level_count, flags, *cut, LP=padded_levels, **shape, **of_marked
+            *inputs, level_max, level_sum, level_count, flags, *cut, **of_losses, **shape, **of_marked
         )
     normalise_kernel[(triton.cdiv(B, ROWS_PER_PROGRAM),)](
         query, positive, split_max, split_sum, level_max, level_sum, level_count,
         loss, log_normalizer, counts, positive_weight, split_factor, B, splits, scale,
-        ROWS=ROWS_PER_PROGRAM, LP=padded_levels, HAS_LABELS=has_labels, **shape,
+        ROWS=ROWS_PER_PROGRAM, FLAGS=flagged, **of_losses, **shape,
     )  # fmt: skip
     if with_grad:
-        if has_labels:
+        if flagged:
             marked_grad_kernel[blocks, splits, chunks](
                 *inputs, split_grad, split_factor, log_normalizer, counts, flags, *cut,
-                SHIFT=shift, **shape, **of_marked,
+                SHIFT=shift, LOSSES=losses, **shape, **of_marked,
             )  # fmt: skip
         add_splits_kernel[(triton.cdiv(B * D, ELEMENTS_PER_PROGRAM),)](
             positive, positive_weight, split_grad, split_factor, query_grad, B, splits, 1.0 / temperature,
-            D=D, ELEMENTS=ELEMENTS_PER_PROGRAM, SCALED=has_labels,
+            D=D, ELEMENTS=ELEMENTS_PER_PROGRAM, SCALED=flagged,
         )  # fmt: skip
     return loss, query_grad, positive_weight, log_normalizer, counts
 
@@ -463,7 +470,8 @@ def info_nce_negatives_grad(
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
     loss_grad, query, negatives = loss_grad.contiguous(), query.contiguous(), negatives.contiguous()
     extra = [None if t is None else t.contiguous() for t in labels_and_ids]
-    (B, D), K, L = query.shape, len(negatives), log_normalizer.shape[1]
+    (B, D), K, L = query.shape, len(negatives), 1 if extra[0] is None else extra[0].shape[1]
+    losses = log_normalizer.shape[1]
     negatives_grad = query.new_empty((K, D), dtype=torch.float32)
     if K == 0:
         return negatives_grad
@@ -471,8 +479,9 @@ def info_nce_negatives_grad(
     negatives_grad_kernel[(triton.cdiv(K, tile.negatives), chunks)](
         loss_grad, loss_grad.abs().amax(), query, negatives, *[loss_grad if t is None else t for t in extra],
         log_normalizer, counts, negatives_grad, B, K, LOG2E.value / temperature, 1.0 / temperature,
-        D=D, L=L, LP=triton.next_power_of_2(L), ROWS=tile.rows, KEYS=tile.negatives, CHUNK=chunk, CHUNKS=chunks,
-        SHIFT=shift_of(query.dtype), ATTRACT=false_negatives == "attract",
+        D=D, L=L, LOSSES=losses, PADDED=triton.next_power_of_2(losses), ROWS=tile.rows, KEYS=tile.negatives,
+        CHUNK=chunk, CHUNKS=chunks, SHIFT=shift_of(query.dtype), ATTRACT=false_negatives == "attract",
+        ALL=level_combination == "all",
         HAS_LABELS=extra[0] is not None and false_negatives != "keep", HAS_IDS=extra[2] is not None,
         PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip

@@ -88,23 +88,39 @@ def level_pairs(label, negative_labels, key, exists, level, L: tl.constexpr):
 
 
 @triton.jit
-def marked_pairs(query_labels, row, valid, negative_labels, key, exists, L: tl.constexpr):
-    """(rows, keys): the key is in F_l at any level l, or would be if it were not excluded."""
-    marked = tl.zeros((valid.shape[0], exists.shape[0]), tl.int1)
+def marked_pairs(query_labels, row, valid, negative_labels, key, exists, L: tl.constexpr, ALL: tl.constexpr):
+    """(rows, keys): the key is in F_l at any level l, or at all levels, or would be if it were not excluded."""
+    marked = tl.full((valid.shape[0], exists.shape[0]), ALL, tl.int1)
     for level in range(L):
         label = label_of(query_labels, row, valid, level, L)
-        marked |= level_pairs(label, negative_labels, key, exists, level, L)
+        here = level_pairs(label, negative_labels, key, exists, level, L)
+        marked = (marked & here) if ALL else (marked | here)
     return marked
 
 
 @triton.jit
-def marked_pairs_held(y, query_labels, row, valid, negative_labels, key, exists, L: tl.constexpr):
+def marked_pairs_held(
+    y, query_labels, row, valid, negative_labels, key, exists, L: tl.constexpr, ALL: tl.constexpr
+):  # fmt: skip
     """The same by labels that are held, y of `labels_of`, and without a loop: one that holds another is not pipelined.
     Many levels take a loop all the same, else registers run out."""
     if L > HELD_LEVELS:
-        return marked_pairs(query_labels, row, valid, negative_labels, key, exists, L)
+        return marked_pairs(query_labels, row, valid, negative_labels, key, exists, L, ALL)
     else:
         marked = level_pairs(y[0], negative_labels, key, exists, 0, L)
         for level in tl.static_range(1, L):
-            marked |= level_pairs(y[level], negative_labels, key, exists, level, L)
+            here = level_pairs(y[level], negative_labels, key, exists, level, L)
+            marked = (marked & here) if ALL else (marked | here)
         return marked
+
+
+@triton.jit
+def loss_pairs(
+    marked, query_labels, row, valid, negative_labels, key, exists, loss, L: tl.constexpr, LOSSES: tl.constexpr
+):  # fmt: skip
+    """(rows, keys): the marked key is in this loss's F: level l's, or the only one's, which is what `marked` says."""
+    if LOSSES == 1:
+        return marked
+    else:
+        label = label_of(query_labels, row, valid, loss, L)
+        return level_pairs(label, negative_labels, key, exists, loss, L) & marked

@@ -71,6 +71,7 @@ void loss_pass(const nb::kwargs& values) {
   p.terms = n.number<int>("terms"), p.stored_terms = n.number<int>("stored_terms");
   p.split_columns = n.number<int>("split_columns"), p.tiles = n.number<int>("tiles");
   p.scale = n.number<float>("scale"), p.shift = n.number<float>("shift");
+  p.losses = n.number<int>("losses"), p.all_levels = n.number<bool>("all_levels");
   p.attract = n.number<bool>("attract"), p.with_grad = n.number<bool>("with_grad");
   p.split_max = n.at<float>("split_max"), p.split_sum = n.at<float>("split_sum");
   p.split_grad = n.at<float>("split_grad"), p.flags = n.at<unsigned char>("flags");
@@ -90,10 +91,10 @@ NormaliseArguments normalise_arguments(const Named& n) {
   p.level_count = n.at<int>("level_count"), p.counts = n.at<int>("counts");
   p.loss = n.at<float>("loss"), p.log_normalizer = n.at<float>("log_normalizer");
   p.positive_weight = n.at<float>("positive_weight"), p.query_grad = n.at<float>("query_grad");
-  p.B = n.number<int>("B"), p.D = n.number<int>("D"), p.L = n.number<int>("L"), p.splits = n.number<int>("splits");
+  p.B = n.number<int>("B"), p.D = n.number<int>("D"), p.losses = n.number<int>("losses"), p.splits = n.number<int>("splits");
   p.kind = n.number<int>("kind"), p.grad_stride = n.number<int>("grad_stride");
   p.scale = n.number<float>("scale"), p.inverse_temperature = n.number<float>("inverse_temperature");
-  p.attract = n.number<bool>("attract"), p.scaled = n.number<bool>("scaled");
+  p.attract = n.number<bool>("attract"), p.visited = n.number<bool>("visited");
   return p;
 }
 

@@ -37,14 +37,15 @@ struct InfoNceArguments {
   const float* unit;         // on the device, of a product; or null for 1
   const float* column_unit;  // of a column's features
   int D, L, terms, stored_terms, split_columns, tiles;  // a split is a multiple of a tile; `tiles` in all
+  int losses;  // L, or 1 whose false negatives are those of any level, or of all
   float scale, shift;  // log2(e) / tau; weights are multiplied by 2^shift, else small ones lose digits in 16 bits
-  bool attract, with_grad;
+  bool attract, all_levels, with_grad;
   float *split_max, *split_sum;               // (splits, B)
   float* split_grad;                          // (splits, B, D)
-  unsigned char* flags;                       // (groups of 32 queries, tiles)
-  float *level_max, *level_sum;               // (splits, B, L)
-  int* level_count;                           // (splits, B, L)
-  const float *split_factor, *log_normalizer;  // (splits, B), (B, L)
+  unsigned char* flags;                       // (groups of 32 queries, tiles), or null where none is visited again
+  float *level_max, *level_sum;               // (splits, B, losses)
+  int* level_count;                           // (splits, B, losses)
+  const float *split_factor, *log_normalizer;  // (splits, B), (B, losses)
   const int* counts;                           // (B, L)
   const float* loss_grad;                      // NEGATIVES: (B,)
   float* negatives_grad;                       // NEGATIVES: (K, D)
@@ -56,9 +57,9 @@ struct NormaliseArguments {
   const int* level_count;
   float *loss, *log_normalizer, *positive_weight, *split_factor, *query_grad;
   int* counts;
-  int B, D, L, splits, kind, grad_stride;  // L = 0: no labels; 0 float32, 1 bfloat16, 2 float16; D of split_grad
+  int B, D, losses, splits, kind, grad_stride;  // kind: 0 float32, 1 bfloat16, 2 float16; grad_stride: D of split_grad
   float scale, inverse_temperature;
-  bool attract, scaled;  // scaled: split_grad carries its factor already
+  bool attract, visited;  // flagged tiles were visited again: there are level sums, and split_grad carries its factor
 };
 
 struct ClusterSumsArguments {

@@ -9,6 +9,8 @@
 // 5. add_splits_kernel. And NEGATIVES: d_k = sum_i g_i (d loss_i / d s_ik) q_i / tau, with keys and queries in exchanged
 //    roles.
 //
+// Levels that are combined make one loss (p.losses), whose F is the `marked` pairs themselves.
+//
 // A warp holds 32 rows' gradient in registers and walks the columns, 32 at a time; a block's warps share the tile. Which
 // pairs are false negatives is a word of 32 bits a lane, one for each of its sums. Logits carry a factor log2(e).
 // float32 comes as two terms of 16 bits (csrc/cuda/assign.h); so do the weights then.
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
     stage_labels(shared.row_labels, shared.row_ids, p.rows, count, block_row, p.rows.count, p.L, -2);
     if (steps == 1) stage<CHUNK>(shared.rows, p.rows, count, block_row, p.rows.count, stride, 0, p.D);
     if (PASS == Pass::MARKED_SUMS)
-      for (int i = threadIdx.x; i < count * p.L; i += blockDim.x)
+      for (int i = threadIdx.x; i < count * p.losses; i += blockDim.x)
         shared.level_max[i] = -infinity(), shared.level_sum[i] = 0, shared.level_count[i] = 0;
 
     float grad[GRAD_BLOCKS][8] = {};
@@ -183,13 +185,12 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
       stage_labels(shared.column_labels, shared.column_ids, p.columns, TILE_COLUMNS, first, end, p.L, -1);
       if (PASS == Pass::NEGATIVES && threadIdx.x < TILE_COLUMNS) {
         const int i = first + threadIdx.x;
-        const int levels = p.L ? p.L : 1;
+        const float* lse = p.log_normalizer + (long long)i * p.losses;
         float least = infinity(), mean = 0;
-        for (int level = 0; i < end && level < levels; ++level) least = fminf(least, p.log_normalizer[i * levels + level]);
-        for (int level = 0; i < end && level < levels; ++level)
-          mean += exp2_fast((least - p.log_normalizer[i * levels + level]) * LOG2E);
+        for (int loss = 0; i < end && loss < p.losses; ++loss) least = fminf(least, lse[loss]);
+        for (int loss = 0; i < end && loss < p.losses; ++loss) mean += exp2_fast((least - lse[loss]) * LOG2E);
         shared.column_shift[threadIdx.x] = i < end ? least * LOG2E : 0.f;
-        shared.column_factor[threadIdx.x] = i < end ? p.loss_grad[i] * mean / levels : 0.f;
+        shared.column_factor[threadIdx.x] = i < end ? p.loss_grad[i] * mean / p.losses : 0.f;
       }
 
       // 1. Logits.
@@ -226,8 +227,10 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
                                [&](int column) { return shared.column_ids[column]; });
         if (first + TILE_COLUMNS > end)
           excluded |= own.pairs([](int) { return true; }, [&](int column) { return first + column >= end; });
-        for (int level = 0; level < p.L; ++level) marked |= level_pairs(level);
+        if (p.L) marked = level_pairs(0);
+        for (int level = 1; level < p.L; ++level) marked = p.all_levels ? marked & level_pairs(level) : marked | level_pairs(level);
         marked &= ~excluded;
+        const auto loss_pairs = [&](int loss) { return p.losses == 1 ? marked : level_pairs(loss) & marked; };
 #pragma unroll
         for (int block = 0; block < TILE_BLOCKS; ++block)
 #pragma unroll
@@ -236,7 +239,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
         // 3. Weights, in the place of the logits.
         if constexpr (PASS == Pass::DENSE) {
           const bool flag = __any_sync(0xffffffffu, marked != 0);
-          if (p.L && lane == 0) p.flags[(long long)(warp_row / WARP_ROWS) * p.tiles + tile] = flag;
+          if (p.flags && lane == 0) p.flags[(long long)(warp_row / WARP_ROWS) * p.tiles + tile] = flag;
           const u32 out = p.attract ? excluded : excluded | marked;
           float rescale[Core::ROWS];
 #pragma unroll
@@ -259,11 +262,11 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
           }
           if (p.with_grad) multiply_rows(grad, rescale);
         } else if constexpr (PASS == Pass::MARKED_SUMS) {
-          for (int level = 0; level < p.L; ++level) {
-            const u32 here = level_pairs(level) & marked, kept = marked & ~here;
+          for (int loss = 0; loss < p.losses; ++loss) {
+            const u32 here = loss_pairs(loss), kept = marked & ~here;
 #pragma unroll
             for (int r = 0; r < Core::ROWS; ++r) {
-              const int at = (warp * WARP_ROWS + Core::row(lane, r)) * p.L + level;
+              const int at = (warp * WARP_ROWS + Core::row(lane, r)) * p.losses + loss;
               float sum = 0, raised = shared.level_max[at];
               const float before = raised;
               int members = 0;
@@ -290,15 +293,13 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
           // mean_l [k not in F_l] e^{s - lse_l}, less mean_l [k in F_l] / (1 + |F_l|) where these attract. In the dense
           // part of NEGATIVES the mean is one exponential: e^{s - a} mean_l e^{a - lse_l}, a = min_l lse_l.
           float weights[TILE_BLOCKS][8] = {};
-          const int levels = p.L ? p.L : 1;
-          
-          for (int level = 0; marked && level < p.L; ++level) {
-            const u32 here = level_pairs(level) & marked;
+          for (int loss = 0; marked && loss < p.losses; ++loss) {
+            const u32 here = loss_pairs(loss);
 #pragma unroll
             for (int r = 0; r < Core::ROWS; ++r) FOR_ROW(i, r) {
               if (!(marked >> i & 1)) continue;
               const int row = warp_row + Core::row(lane, r), column = first + own.column(block_, v_);
-              const int at = (PASS == Pass::NEGATIVES ? column : row) * levels + level;
+              const int at = (PASS == Pass::NEGATIVES ? column : row) * p.losses + loss;
               float& w = weights[i / 8][i % 8];
               const bool inside = here >> i & 1;
               if (PASS == Pass::NEGATIVES ? p.attract || !inside : !p.attract && !inside)
@@ -307,7 +308,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
             }
           }
           if constexpr (PASS == Pass::MARKED_GRAD) {
-            const float unit = exp2_fast(p.shift) / levels;
+            const float unit = exp2_fast(p.shift) / p.losses;
 #pragma unroll
             for (int block = 0; block < TILE_BLOCKS; ++block)
 #pragma unroll
@@ -322,7 +323,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
               FOR_ROW(i, r) {
                 const int column = own.column(block_, v_);
                 float w = exp2_fast(s[i / 8][i % 8] - shared.column_shift[column]) * shared.column_factor[column];
-                if (marked >> i & 1) w = weights[i / 8][i % 8] * p.loss_grad[first + column] / levels;
+                if (marked >> i & 1) w = weights[i / 8][i % 8] * p.loss_grad[first + column] / p.losses;
                 if (excluded >> i & 1) w = 0;
                 s[i / 8][i % 8] = w;
                 raised = fmaxf(raised, fabsf(w));
@@ -377,9 +378,9 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
     // 5. What the split's rows have come to.
     if (PASS == Pass::MARKED_SUMS) {
       __syncthreads();
-      for (int i = threadIdx.x; i < count * p.L; i += blockDim.x)
-        if (block_row + i / p.L < p.rows.count) {
-          const long long at = ((long long)split * p.rows.count + block_row) * p.L + i;
+      for (int i = threadIdx.x; i < count * p.losses; i += blockDim.x)
+        if (block_row + i / p.losses < p.rows.count) {
+          const long long at = ((long long)split * p.rows.count + block_row) * p.losses + i;
           p.level_max[at] = shared.level_max[i];
           p.level_sum[at] = shared.level_sum[i];
           p.level_count[at] = shared.level_count[i];

@@ -35,16 +35,15 @@ __global__ void __launch_bounds__(128, 1) normalise_kernel(NormaliseArguments p)
     dense.add(p.split_max[(long long)split * p.B + row], p.split_sum[(long long)split * p.B + row]);
   dense.join_lanes();
 
-  const int levels = p.L ? p.L : 1;
   double lse[MAX_LEVELS], loss = 0, weight = 0;
 #pragma unroll
   for (int level = 0; level < MAX_LEVELS; ++level) {
-    if (level >= levels) break;
+    if (level >= p.losses) break;
     Sum own;
     double attracted = 0;
     int members = 0;
-    for (int split = lane; p.L && split < p.splits; split += 32) {
-      const long long at = ((long long)split * p.B + row) * p.L + level;
+    for (int split = lane; p.visited && split < p.splits; split += 32) {
+      const long long at = ((long long)split * p.B + row) * p.losses + level;
       members += p.level_count[at];
       if (p.attract)
         attracted += p.level_sum[at];
@@ -66,21 +65,21 @@ __global__ void __launch_bounds__(128, 1) normalise_kernel(NormaliseArguments p)
       weight += double(members) / (1 + members);
     }
     if (lane == 0) {
-      p.log_normalizer[row * levels + level] = float(lse[level] * 0.69314718055994530942);
-      p.counts[row * levels + level] = members;
+      p.log_normalizer[row * p.losses + level] = float(lse[level] * 0.69314718055994530942);
+      p.counts[row * p.losses + level] = members;
     }
   }
   if (lane == 0) {
-    p.loss[row] = float(loss / levels * 0.69314718055994530942);
-    p.positive_weight[row] = float(weight / levels);
+    p.loss[row] = float(loss / p.losses * 0.69314718055994530942);
+    p.positive_weight[row] = float(weight / p.losses);
   }
   for (int split = lane; split < p.splits; split += 32) {
     const double m = p.split_max[(long long)split * p.B + row];
     double factor = 0;
 #pragma unroll
     for (int level = 0; level < MAX_LEVELS; ++level)
-      if (level < levels) factor += exp2(m - lse[level]);
-    p.split_factor[(long long)split * p.B + row] = float(factor / levels);
+      if (level < p.losses) factor += exp2(m - lse[level]);
+    p.split_factor[(long long)split * p.B + row] = float(factor / p.losses);
   }
 }
 
@@ -93,7 +92,7 @@ __global__ void __launch_bounds__(256) add_splits_kernel(NormaliseArguments p) {
   for (int split = 0; split < p.splits; ++split) {
     const long long of_row = (long long)split * p.B + row;
     const float part = p.split_grad[of_row * p.grad_stride + column];
-    grad += p.scaled ? part : part * p.split_factor[of_row];
+    grad += p.visited ? part : part * p.split_factor[of_row];
   }
   p.query_grad[at] = grad * p.inverse_temperature;
 }

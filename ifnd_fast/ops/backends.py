@@ -9,9 +9,8 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # as a rule, fastest first
-OPERATORS = ("info_nce", "info_nce_combined", "assign_clusters", "cluster_sums")  # combined: levels by any or all
+OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
 TRITON_OPERATORS = ("info_nce", "assign_clusters")
-CUDA_OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
 TRITON_CAPABILITY = (8, 0)  # on older cards Triton multiplies without their tensor cores
 CUDA_CAPABILITY = (7, 0)  # the first with tensor cores
 BFLOAT16_CAPABILITY = (8, 0)
@@ -39,9 +38,9 @@ def refusal(backend: str, operator: str, device: torch.device, dtype: torch.dtyp
     """Why `backend` can't run `operator` for tensors of this device and dtype; None when it can."""
     if backend == "reference":
         return None
-    if operator not in {"triton": TRITON_OPERATORS, "cuda": CUDA_OPERATORS}.get(backend, OPERATORS):
-        return f"this version has no {backend} kernel for {operator}"
     if backend == "triton":
+        if operator not in TRITON_OPERATORS:
+            return f"this version has no triton kernel for {operator}"
         return _triton_refusal(device, dtype)
     if backend == "cuda":
         return _cuda_refusal(device, dtype)

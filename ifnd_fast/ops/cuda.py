@@ -82,17 +82,20 @@ def _unit(*operands: Operand) -> Tensor | None:
 
 
 def _pass_arguments(
-    query: Operand, negatives: Operand, labels_and_ids: list[Tensor | None], temperature: float, false_negatives: str
+    query: Operand, negatives: Operand, labels_and_ids: list[Tensor | None], temperature: float, false_negatives: str,
+    level_combination: str,
 ) -> dict[str, Any]:
     """What every pass over the pairs takes."""
     names = ("query_labels", "negative_labels", "query_ids", "negative_ids")
     extra = [None if t is None else t.contiguous() for t in labels_and_ids]
     split = query.shift is not None
     float16 = query.numbers.dtype == torch.float16
+    levels = 0 if extra[0] is None else extra[0].shape[1]
     return {
         "query": query.numbers, "negatives": negatives.numbers, **dict(zip(names, extra, strict=True)),
         "unit": _unit(query, negatives), "B": len(query.numbers), "K": len(negatives.numbers), "D": query.dim,
-        "L": 0 if extra[0] is None or false_negatives == "keep" else extra[0].shape[1],
+        "L": 0 if false_negatives == "keep" else levels, "losses": max(1, levels) if level_combination == "mean" else 1,
+        "all_levels": level_combination == "all",
         "terms": 3 if split else 1, "stored_terms": 2 if split else 1, "scale": LOG2E / temperature,
         "shift": float(FLOAT16_SHIFT if float16 else 0), "attract": false_negatives == "attract",
         "bfloat16": not float16, "stream": _stream(query.numbers.device),
@@ -123,14 +126,13 @@ def info_nce_forward(
     level_combination: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, L).
-
-    level_combination is "mean": see `ifnd_fast.ops.backends.CUDA_OPERATORS`."""
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, losses); counts are
+    0 where they aren't needed: one loss that eliminates."""
     (B, D), K = query.shape, len(negatives)
-    levels = 1 if labels_and_ids[0] is None else labels_and_ids[0].shape[1]
     operands = Operand.of(query), Operand.of(negatives)
-    both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives)
-    L, dim, warps = both["L"], both["D"], _warps(B, both["L"])
+    both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives, level_combination)
+    L, losses, dim, warps = both["L"], both["losses"], both["D"], _warps(B, both["L"])
+    visited = L > 0 and (both["attract"] or losses > 1)  # tiles with false negatives, once more
 
     tiles = max(1, -(-K // TILE_COLUMNS))
     blocks = -(-B // (warps * WARP_ROWS)) * (-(-dim // 128) if with_grad else 1)
@@ -141,36 +143,34 @@ def info_nce_forward(
     def floats(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
-    level_splits = splits if L else 0
-    loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, levels)
-    counts = query.new_empty((B, levels), dtype=torch.int32)
+    level_splits = splits if visited else 0
+    loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, losses)
+    counts = query.new_empty((B, losses), dtype=torch.int32)
     query_grad = floats(B if with_grad else 0, D)
     sums = {
         "split_max": floats(splits, B), "split_sum": floats(splits, B), "split_factor": floats(splits, B),
         "split_grad": floats(splits if with_grad else 0, B, dim),
-        "level_max": floats(level_splits, B, L), "level_sum": floats(level_splits, B, L),
-        "level_count": query.new_empty((level_splits, B, L), dtype=torch.int32),
-        "flags": query.new_empty((-(-B // WARP_ROWS), tiles if L else 0), dtype=torch.uint8),
+        "level_max": floats(level_splits, B, losses), "level_sum": floats(level_splits, B, losses),
+        "level_count": query.new_empty((level_splits, B, losses), dtype=torch.int32),
+        "flags": query.new_empty((-(-B // WARP_ROWS), tiles), dtype=torch.uint8) if visited else None,
         "log_normalizer": log_normalizer, "counts": counts,
     }  # fmt: skip
     cut = {"split_columns": split_tiles * TILE_COLUMNS, "splits": splits, "tiles": tiles, "warps": warps}
     passes = {**both, **sums, **cut, "column_unit": _unit(operands[1]), "with_grad": with_grad}
     joins = {
         **sums, "query": query.contiguous(), "positive": positive.contiguous(), "loss": loss,
-        "positive_weight": positive_weight, "query_grad": query_grad, "B": B, "D": D, "L": L, "splits": splits,
+        "positive_weight": positive_weight, "query_grad": query_grad, "B": B, "D": D, "losses": losses, "splits": splits,
         "kind": _KINDS[query.dtype], "grad_stride": dim, "scale": both["scale"], "inverse_temperature": 1 / temperature,
-        "attract": both["attract"], "scaled": L > 0, "stream": both["stream"],
+        "attract": both["attract"], "visited": visited, "stream": both["stream"],
     }  # fmt: skip
     _call(_cuda.info_nce, {**passes, "step": "dense"})
-    if L:
+    if visited:
         _call(_cuda.info_nce, {**passes, "step": "marked_sums"})
-    _call(_cuda.info_nce_normalise, joins | {"L": L})
+    _call(_cuda.info_nce_normalise, joins)
     if with_grad:
-        if L:
+        if visited:
             _call(_cuda.info_nce, {**passes, "step": "marked_grad"})
         _call(_cuda.info_nce_add_splits, joins)
-    if L == 0 and levels > 1:  # "keep", with labels: every level alike
-        log_normalizer, counts = (t.flatten()[:B, None].repeat(1, levels) for t in (log_normalizer, counts))
     return loss, query_grad, positive_weight, log_normalizer, counts
 
 
@@ -188,10 +188,8 @@ def info_nce_negatives_grad(
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
     B, K = len(query), len(negatives)
     operands = Operand.of(query), Operand.of(negatives)
-    both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives)
+    both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives, level_combination)
     out = query.new_empty((K, both["D"]), dtype=torch.float32)
-    if both["L"] == 0:  # one level speaks for all
-        log_normalizer, counts = log_normalizer[:, :1], counts[:, :1]
     of_queries = {
         "log_normalizer": log_normalizer.contiguous(), "counts": counts.contiguous(),
         "loss_grad": loss_grad.contiguous(), "negatives_grad": out,

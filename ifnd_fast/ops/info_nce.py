@@ -48,7 +48,7 @@ def info_nce(
         query_ids: (B,) int64 dataset indices. negative_ids: (K,) int64.
         false_negatives: "eliminate", "attract" or "keep".
         level_combination: "mean" over the levels' losses; or one loss, in which a key is a false negative when it has
-            the query's label at "any" level, or at "all" levels (on a GPU the reference computes these).
+            the query's label at "any" level, or at "all" levels.
         reduction: "mean", "sum" or "none".
         backend: "auto", or one of "cuda", "triton", "cpu", "reference" by name.
 
@@ -76,8 +76,7 @@ def info_nce(
     checks.choice("false_negatives", false_negatives, STRATEGIES)
     checks.choice("level_combination", level_combination, COMBINATIONS)
     checks.choice("reduction", reduction, REDUCTIONS)
-    operator = "info_nce" if level_combination == "mean" else "info_nce_combined"
-    backend = backends.choose(backend, operator, query.device, query.dtype)
+    backend = backends.choose(backend, "info_nce", query.device, query.dtype)
     if backend == "reference":
         _check_label_range(query_labels, negative_labels)
         loss = reference.info_nce(query, positive, negatives, temperature, *labels_and_ids, false_negatives,
@@ -150,8 +149,8 @@ def _info_nce(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (B,), its gradients by row: query_grad (B, D) and positive_weight (B,) = d loss / d s(q, p), and
-    what the negatives' gradient needs: log_normalizer and false_negative_counts (B, losses), a loss for each level or
-    one where they are combined."""
+    what the negatives' gradient needs: log_normalizer and, to attract, false_negative_counts (B, losses), a loss for each
+    level or one where they are combined."""
     _check_label_range(query_labels, negative_labels)
     labels_and_ids = (query_labels, negative_labels, query_ids, negative_ids)
     module = backends.module_of(backend, "info_nce")

@@ -21,7 +21,7 @@ def need(backend: str, operator: str) -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("operator", backends.CUDA_OPERATORS)
+@pytest.mark.parametrize("operator", backends.OPERATORS)
 def test_auto_is_fused(operator):
     assert backends.choose("auto", operator, torch.device("cuda"), torch.float16) != "reference"
 

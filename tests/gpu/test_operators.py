@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 import ifnd_fast
 from ifnd_fast.ops import backends
+from ifnd_fast.ops.info_nce import COMBINATIONS
 from tests.ops import test_assign
 from tests.ops.cases import DTYPES, STRATEGIES, make_case
 
@@ -36,16 +38,28 @@ def test_values_and_gradients(backend, strategy, dtype):
     case_of(37, 331, 65, 3, dtype=taken(dtype, backend), false_negatives=strategy).check(backend)
 
 
+@every_strategy
+@pytest.mark.parametrize("combination", ["any", "all"])
+@pytest.mark.parametrize("L", [3, 6])  # Triton holds four levels of labels, and loops over more
+def test_combined_levels(backend, strategy, combination, L):
+    case = case_of(37, 331, 65, L, clusters=2, false_negatives=strategy, level_combination=combination)
+    case.check(backend)
+    if combination == "all" and strategy != "keep":  # one pair of a query and a key in 8, in 64
+        apart = dataclasses.replace(case, level_combination="any").results(backend)["loss"]
+        assert not torch.allclose(case.results(backend)["loss"], apart, rtol=1e-3)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     B=st.integers(1, 70), K=st.integers(0, 200), D=st.integers(1, 140), L=st.integers(1, 5), seed=st.integers(0, 99),
     dtype=st.sampled_from(DTYPES), strategy=st.sampled_from(STRATEGIES), clusters=st.sampled_from([0, 1, 2, 10, 1000]),
     labels=st.booleans(), ids=st.booleans(), temperature=st.sampled_from([0.05, 0.2, 2.0]),
+    combination=st.sampled_from(COMBINATIONS),
 )  # fmt: skip
-def test_ragged_shapes(backend, B, K, D, L, seed, dtype, strategy, clusters, labels, ids, temperature):
+def test_ragged_shapes(backend, B, K, D, L, seed, dtype, strategy, clusters, labels, ids, temperature, combination):
     case_of(
         B, K, D, L, dtype=taken(dtype, backend), clusters=clusters, labels=labels, ids=ids, seed=seed,
-        temperature=temperature, false_negatives=strategy,
+        temperature=temperature, false_negatives=strategy, level_combination=combination,
     ).check(backend)  # fmt: skip
 
 

@@ -22,8 +22,7 @@ def call(operator: str, dtype: torch.dtype, backend: str, device: str = "cpu"):
     x = torch.eye(4, dtype=dtype, device=device)
     if operator == "assign_clusters":
         return ifnd_fast.assign_clusters(x, x, backend=backend)
-    combination = "any" if operator == "info_nce_combined" else "mean"
-    return ifnd_fast.info_nce(x, x, x, level_combination=combination, backend=backend)
+    return ifnd_fast.info_nce(x, x, x, backend=backend)
 
 
 # cluster_sums is not public and knows no backend by name.
