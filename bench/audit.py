@@ -66,7 +66,7 @@ class Shape:
     dim: int = 128
     levels: int = 3
     combination: str = "mean"
-    """of levels: "mean", "any" or "all""""
+    """of levels: mean, any or all"""
 
     @property
     def losses(self) -> int:

@@ -35,9 +35,9 @@ from ifnd_fast.kernels.products import (
     excluded_pairs,
     ids_of,
     labels_of,
-    loss_pairs,
     load_column,
     load_rows,
+    loss_pairs,
     marked_pairs,
     marked_pairs_held,
     similarities,
@@ -113,9 +113,9 @@ def pass_kernel(
 def marked_sums_kernel(
     query, negatives, query_labels, negative_labels, query_ids, negative_ids,
     level_max, level_sum, level_count, flags, B, K, split_keys, tiles, scale,
-    D: tl.constexpr, L: tl.constexpr, LOSSES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    FLAG_KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ATTRACT: tl.constexpr, ALL: tl.constexpr,
-    HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, L: tl.constexpr, LOSSES: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, FLAG_KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    ATTRACT: tl.constexpr, ALL: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS queries and the flagged tiles of one split."""
     row = tl.program_id(0) * ROWS
@@ -135,6 +135,7 @@ def marked_sums_kernel(
             marked = marked_pairs(query_labels, row, valid, negative_labels, first, exists, L, ALL) & ~excluded
             for level in range(LOSSES):
                 here = loss_pairs(marked, query_labels, row, valid, negative_labels, first, exists, level, L, LOSSES)
+                here &= marked
                 count += tl.where(levels == level, tl.sum(here.to(tl.int32), 1)[:, None], 0)
                 if ATTRACT:
                     own_sum += tl.where(levels == level, tl.sum(tl.where(here, s, 0.0), 1)[:, None], 0.0)
@@ -318,9 +319,10 @@ def add_splits_kernel(
 def negatives_grad_kernel(
     loss_grad, largest_loss_grad, query, negatives, query_labels, negative_labels, query_ids, negative_ids,
     log_normalizer, counts, negatives_grad, B, K, scale, inverse_temperature,
-    D: tl.constexpr, L: tl.constexpr, LOSSES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, ALL: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, L: tl.constexpr, LOSSES: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
+    ATTRACT: tl.constexpr, ALL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: KEYS negatives against all queries, one chunk of the gradient's columns.
 

@@ -118,9 +118,9 @@ def marked_pairs_held(
 def loss_pairs(
     marked, query_labels, row, valid, negative_labels, key, exists, loss, L: tl.constexpr, LOSSES: tl.constexpr
 ):  # fmt: skip
-    """(rows, keys): the marked key is in this loss's F: level l's, or the only one's, which is what `marked` says."""
+    """(rows, keys): of the marked keys, those in this loss's F: a level's, or the only one's, which holds them all."""
     if LOSSES == 1:
         return marked
     else:
         label = label_of(query_labels, row, valid, loss, L)
-        return level_pairs(label, negative_labels, key, exists, loss, L) & marked
+        return level_pairs(label, negative_labels, key, exists, loss, L)

@@ -159,9 +159,10 @@ def info_nce_forward(
     passes = {**both, **sums, **cut, "column_unit": _unit(operands[1]), "with_grad": with_grad}
     joins = {
         **sums, "query": query.contiguous(), "positive": positive.contiguous(), "loss": loss,
-        "positive_weight": positive_weight, "query_grad": query_grad, "B": B, "D": D, "losses": losses, "splits": splits,
-        "kind": _KINDS[query.dtype], "grad_stride": dim, "scale": both["scale"], "inverse_temperature": 1 / temperature,
-        "attract": both["attract"], "visited": visited, "stream": both["stream"],
+        "positive_weight": positive_weight, "query_grad": query_grad, "B": B, "D": D, "losses": losses,
+        "splits": splits, "kind": _KINDS[query.dtype], "grad_stride": dim, "scale": both["scale"],
+        "inverse_temperature": 1 / temperature, "attract": both["attract"], "visited": visited,
+        "stream": both["stream"],
     }  # fmt: skip
     _call(_cuda.info_nce, {**passes, "step": "dense"})
     if visited:

@@ -149,8 +149,8 @@ def _info_nce(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (B,), its gradients by row: query_grad (B, D) and positive_weight (B,) = d loss / d s(q, p), and
-    what the negatives' gradient needs: log_normalizer and, to attract, false_negative_counts (B, losses), a loss for each
-    level or one where they are combined."""
+    what the negatives' gradient needs: log_normalizer and, to attract, false_negative_counts (B, losses), a loss for
+    each level or one where they are combined."""
     _check_label_range(query_labels, negative_labels)
     labels_and_ids = (query_labels, negative_labels, query_ids, negative_ids)
     module = backends.module_of(backend, "info_nce")
