@@ -10,8 +10,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ifnd_fast.kernels.products import LOG2E, load_rows, similarities
+from ifnd_fast.kernels.products import LOG2E, load_column, load_rows, similarities
 from ifnd_fast.kernels.tiles import capability_of, chunk_of, tile_of
+
+
+@triton.jit
+def join_tile(
+    best, label, total, x, row, valid, features, centroids, half_norms, first, C, scale,
+    D: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, L2: tl.constexpr,
+    WITH_CONFIDENCE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Each row's largest score so far, its centroid, and the sum of e^{score - largest}, with one tile of centroids more;
+    a `WHOLE` tile has no column past the last centroid, and is not masked."""
+    columns = tl.arange(0, COLUMNS)
+    exists = tl.full((COLUMNS,), True, tl.int1) if WHOLE else first + columns < C
+    if CHUNKS == 1:
+        c = load_rows(centroids, first, exists, 0, D, CHUNK)
+        s = tl.dot(x, tl.trans(c), input_precision=PRECISION)
+    else:
+        s = similarities(features, row, valid, centroids, first, exists, D, CHUNK, CHUNKS, PRECISION)
+    if L2:
+        s -= load_column(half_norms, first, exists, 0, 1, 0.0)[None, :]
+    if not WHOLE:
+        s = tl.where(exists[None, :], s, float("-inf"))
+    nearest = tl.max(s, 1)
+    # The first of the largest. As floats, since their minimum is one instruction everywhere.
+    at = tl.min(tl.where(s == nearest[:, None], columns.to(tl.float32)[None, :], COLUMNS - 1.0), 1)
+    highest = tl.maximum(nearest, best)
+    if WITH_CONFIDENCE:
+        reference = tl.where(highest == float("-inf"), 0.0, highest) * scale
+        total = total * tl.exp2(best * scale - reference) + tl.sum(tl.exp2(s * scale - reference[:, None]), 1)
+    label = tl.where(nearest > best, first + at.to(tl.int32), label)  # strictly: of equals the first stays
+    return highest, label, total
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -28,26 +58,17 @@ def assign_kernel(
     label = tl.zeros((ROWS,), tl.int32)
     total = tl.zeros((ROWS,), tl.float32)
     x = load_rows(features, row, valid, 0, D, CHUNK)
-    for first in range(0, C, COLUMNS):
-        j = first + tl.arange(0, COLUMNS)
-        exists = j < C
-        if CHUNKS == 1:
-            c = load_rows(centroids, first, exists, 0, D, CHUNK)
-            s = tl.dot(x, tl.trans(c), input_precision=PRECISION)
-        else:
-            s = similarities(features, row, valid, centroids, first, exists, D, CHUNK, CHUNKS, PRECISION)
-        if L2:
-            s -= tl.load(half_norms + j, mask=exists, other=0.0)[None, :]
-        s = tl.where(exists[None, :], s, float("-inf"))
-        nearest, at = tl.max(s, 1, return_indices=True, return_indices_tie_break_left=True)
-        nearer = nearest > best  # strictly: of equals the first stays
-        highest = tl.where(nearer, nearest, best)
-        if WITH_CONFIDENCE:
-            reference = tl.where(highest == float("-inf"), 0.0, highest)
-            total = total * tl.exp2((best - reference) * scale)
-            total += tl.sum(tl.exp2((s - reference[:, None]) * scale), 1)
-        label = tl.where(nearer, first + at, label)
-        best = highest
+    whole = C // COLUMNS * COLUMNS
+    for first in range(0, whole, COLUMNS):
+        best, label, total = join_tile(
+            best, label, total, x, row, valid, features, centroids, half_norms, first, C, scale,
+            D, COLUMNS, CHUNK, CHUNKS, L2, WITH_CONFIDENCE, PRECISION, True,
+        )  # fmt: skip
+    if whole < C:
+        best, label, total = join_tile(
+            best, label, total, x, row, valid, features, centroids, half_norms, whole, C, scale,
+            D, COLUMNS, CHUNK, CHUNKS, L2, WITH_CONFIDENCE, PRECISION, False,
+        )  # fmt: skip
     tl.store(labels + rows, label, mask=valid)
     if WITH_CONFIDENCE:
         tl.store(confidence + rows, 1.0 / total, mask=valid)
