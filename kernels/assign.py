@@ -33,14 +33,12 @@ def join_tile(
         s -= load_column(half_norms, first, exists, 0, 1, 0.0)[None, :]
     if not WHOLE:
         s = tl.where(exists[None, :], s, float("-inf"))
-    nearest = tl.max(s, 1)
-    # The first of the largest. As floats, since their minimum is one instruction everywhere.
-    at = tl.min(tl.where(s == nearest[:, None], columns.to(tl.float32)[None, :], COLUMNS - 1.0), 1)
+    nearest, at = tl.max(s, 1, return_indices=True, return_indices_tie_break_left=True)
     highest = tl.maximum(nearest, best)
     if WITH_CONFIDENCE:
         reference = tl.where(highest == float("-inf"), 0.0, highest) * scale
         total = total * tl.exp2(best * scale - reference) + tl.sum(tl.exp2(s * scale - reference[:, None]), 1)
-    label = tl.where(nearest > best, first + at.to(tl.int32), label)  # strictly: of equals the first stays
+    label = tl.where(nearest > best, first + at, label)  # strictly: of equals the first stays
     return highest, label, total
 
 
@@ -58,15 +56,17 @@ def assign_kernel(
     label = tl.zeros((ROWS,), tl.int32)
     total = tl.zeros((ROWS,), tl.float32)
     x = load_rows(features, row, valid, 0, D, CHUNK)
-    whole = C // COLUMNS * COLUMNS
-    for first in range(0, whole, COLUMNS):
+    whole = 0
+    if features.dtype.element_ty.primitive_bitwidth == 16:  # in float32 two loops would spill registers
+        whole = C // COLUMNS * COLUMNS
+        for first in range(0, whole, COLUMNS):
+            best, label, total = join_tile(
+                best, label, total, x, row, valid, features, centroids, half_norms, first, C, scale,
+                D, COLUMNS, CHUNK, CHUNKS, L2, WITH_CONFIDENCE, PRECISION, True,
+            )  # fmt: skip
+    for first in tl.range(whole, C, COLUMNS, num_stages=1):  # of 16-bit inputs once at most; a branch would spill, too
         best, label, total = join_tile(
             best, label, total, x, row, valid, features, centroids, half_norms, first, C, scale,
-            D, COLUMNS, CHUNK, CHUNKS, L2, WITH_CONFIDENCE, PRECISION, True,
-        )  # fmt: skip
-    if whole < C:
-        best, label, total = join_tile(
-            best, label, total, x, row, valid, features, centroids, half_norms, whole, C, scale,
             D, COLUMNS, CHUNK, CHUNKS, L2, WITH_CONFIDENCE, PRECISION, False,
         )  # fmt: skip
     tl.store(labels + rows, label, mask=valid)
@@ -89,5 +89,6 @@ def assign_clusters(
         features, centroids, half_norms, labels, confidence, n, len(centroids), LOG2E.value / temperature,
         D=dim, ROWS=tile.rows, COLUMNS=tile.columns, CHUNK=chunk, CHUNKS=chunks, L2=metric == "l2",
         WITH_CONFIDENCE=return_confidence, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=tile.registers,
     )  # fmt: skip
     return labels, confidence

@@ -52,6 +52,44 @@ ROWS_PER_PROGRAM = 16  # of the kernels that only join sums
 ELEMENTS_PER_PROGRAM = 1024
 
 
+@triton.jit
+def pass_tile(
+    highest, total, grad, q, own, y, row, valid, query, negatives, query_labels, negative_labels, negative_ids,
+    flags, first, end, chunk, tiles, scale,
+    D: tl.constexpr, L: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    SHIFT: tl.constexpr, ATTRACT: tl.constexpr, ALL: tl.constexpr, WITH_GRAD: tl.constexpr, HAS_LABELS: tl.constexpr,
+    FLAGS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The online softmax of each row with one tile of keys more; in a `WHOLE` tile all keys exist."""
+    exists = tl.full((KEYS,), True, tl.int1) if WHOLE else first + tl.arange(0, KEYS) < end
+    if CHUNKS == 1:
+        n = load_rows(negatives, first, exists, 0, D, CHUNK)
+        s = tl.dot(q, tl.trans(n), input_precision=PRECISION)
+    else:
+        s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION)
+        n = load_rows(negatives, first, exists, chunk, D, CHUNK)
+    excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
+    if HAS_LABELS:
+        marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, first, exists, L, ALL)
+        kept = tl.where(marked, float("-inf"), s)
+        if FLAGS:
+            # By the logits: of the marks alone, in a layout of its own, Triton makes a second. Excluded pairs count,
+            # which at most flags a tile for nothing.
+            found = (tl.min(kept) == float("-inf")).to(tl.int8)
+            tl.store(flags + tl.program_id(0).to(tl.int64) * tiles + first // KEYS, found)
+        if not ATTRACT:
+            s = kept
+    s = tl.where(excluded, float("-inf"), s)
+    raised = tl.maximum(highest, tl.max(s, 1) * scale)
+    reference = tl.where(raised == float("-inf"), 0.0, raised) - SHIFT
+    weights = tl.exp2(s * scale - reference[:, None])
+    rescale = tl.exp2(highest - SHIFT - reference)
+    total = total * rescale + tl.sum(weights, 1)
+    if WITH_GRAD:
+        grad = tl.dot(weights.to(n.dtype), n, grad * rescale[:, None], input_precision=PRECISION)
+    return raised, total, grad
+
+
 @triton.jit(do_not_specialize=["B", "K", "split_keys", "tiles"])
 def pass_kernel(
     query, negatives, query_labels, negative_labels, query_ids, negative_ids,
@@ -65,40 +103,26 @@ def pass_kernel(
     rows = row + tl.arange(0, ROWS)
     split, chunk = tl.program_id(1), tl.program_id(2)
     valid = rows < B
-    end = tl.minimum(K, (split + 1) * split_keys)
+    begin = split * split_keys
+    end = tl.minimum(K, begin + split_keys)
     q = load_rows(query, row, valid, 0, D, CHUNK)
     own, y = ids_of(query_ids, row, valid, HAS_IDS), labels_of(query_labels, row, valid, L if HAS_LABELS else 0)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     grad = tl.zeros((ROWS, CHUNK), tl.float32)
-
-    for first in range(split * split_keys, end, KEYS):
-        exists = first + tl.arange(0, KEYS) < end
-        if CHUNKS == 1:
-            n = load_rows(negatives, first, exists, 0, D, CHUNK)
-            s = tl.dot(q, tl.trans(n), input_precision=PRECISION)
-        else:
-            s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION)
-            n = load_rows(negatives, first, exists, chunk, D, CHUNK)
-        excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
-        s = tl.where(excluded, float("-inf"), s)
-        if HAS_LABELS:
-            marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, first, exists, L, ALL)
-            kept = tl.where(marked, float("-inf"), s)
-            if FLAGS:
-                # By the logits: of the marks alone, in a layout of its own, Triton makes a second.
-                found = tl.max((kept < s).to(tl.int32)).to(tl.int8)
-                tl.store(flags + tl.program_id(0).to(tl.int64) * tiles + first // KEYS, found)
-            if not ATTRACT:
-                s = kept
-        raised = tl.maximum(highest, tl.max(s, 1) * scale)
-        reference = tl.where(raised == float("-inf"), 0.0, raised) - SHIFT
-        weights = tl.exp2(s * scale - reference[:, None])
-        rescale = tl.exp2(highest - SHIFT - reference)
-        total = total * rescale + tl.sum(weights, 1)
-        highest = raised
-        if WITH_GRAD:
-            grad = tl.dot(weights.to(n.dtype), n, grad * rescale[:, None], input_precision=PRECISION)
+    whole = begin + (end - begin) // KEYS * KEYS
+    for first in range(begin, whole, KEYS):
+        highest, total, grad = pass_tile(
+            highest, total, grad, q, own, y, row, valid, query, negatives, query_labels, negative_labels, negative_ids,
+            flags, first, end, chunk, tiles, scale,
+            D, L, KEYS, CHUNK, CHUNKS, SHIFT, ATTRACT, ALL, WITH_GRAD, HAS_LABELS, FLAGS, HAS_IDS, PRECISION, True,
+        )  # fmt: skip
+    for first in tl.range(whole, end, KEYS, num_stages=1):  # one turn at most; as a branch it would spill registers
+        highest, total, grad = pass_tile(
+            highest, total, grad, q, own, y, row, valid, query, negatives, query_labels, negative_labels, negative_ids,
+            flags, first, end, chunk, tiles, scale,
+            D, L, KEYS, CHUNK, CHUNKS, SHIFT, ATTRACT, ALL, WITH_GRAD, HAS_LABELS, FLAGS, HAS_IDS, PRECISION, False,
+        )  # fmt: skip
 
     at = split.to(tl.int64) * B + rows
     if chunk == 0:

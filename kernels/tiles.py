@@ -48,6 +48,7 @@ TILES: dict[tuple[str, int], dict[tuple[int, int] | None, Tile]] = {
         (8, 6): Tile(64, 64, 4, 2),
         (8, 9): Tile(64, 64, 4, 2),
         (12, 0): Tile(64, 64, 4, 2),
+        (10, 0): Tile(128, 64, 8, 2, registers=128),
         None: Tile(128, 64, 8, 2),
     },
     ("assign_clusters", 4): {None: Tile(32, 64, 4, 1)},
