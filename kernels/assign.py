@@ -20,8 +20,8 @@ def join_tile(
     D: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, L2: tl.constexpr,
     WITH_CONFIDENCE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Each row's largest score so far, its centroid, and the sum of e^{score - largest}, with one tile of centroids more;
-    a `WHOLE` tile has no column past the last centroid, and is not masked."""
+    """Each row's largest score so far, its centroid, and the sum of e^{score - largest}, with one tile of centroids
+    more; in a `WHOLE` tile all columns exist."""
     columns = tl.arange(0, COLUMNS)
     exists = tl.full((COLUMNS,), True, tl.int1) if WHOLE else first + columns < C
     if CHUNKS == 1:
