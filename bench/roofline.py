@@ -1,21 +1,27 @@
 """What the cards allow and what the kernels need of them, on paper: no GPU is used and nothing is timed.
 
-Floors: operations over the tensor cores' peak, bytes over the memory's rate. Traffic: counted from the tiling. Share of
-peak: instructions of the loop over tiles, counted in the PTX, and the cycles that they take of each unit. Of branches,
-those that load rows anew (chunks after the first of rows wider than 128) are left out, all others counted as taken.
-The higher figure is for units that overlap wholly, the lower for tensor cores that wait while anything else is issued.
+Floors: operations over the tensor cores' peak, bytes over the memory's rate. Traffic: counted from the tiling, where no
+tile is visited again; most of what exceeds the floor are the splits' gradients, "of it in between", which a
+second-level cache larger than that keeps from the memory. Share of peak: instructions of the loop over whole tiles and
+the cycles that they take of each unit, counted in SASS for triton, in PTX for cuda (whose branches that load rows anew,
+for rows wider than 128, are left out, all others counted as taken). The higher figure is for units that overlap wholly,
+the lower for tensor cores that wait while anything else is issued. Both suppose a full card, and the loss of 32 queries
+does not fill it: a block of its rows holds 32 on the V100, one warp, and on the others 64, half of them empty.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import triton
 from audit import Shape, only_entry, triton_ptx
 from nvrtc import ptx_of
 
-MMA = re.compile(r"mma(?:_async)?\.sync\.aligned\.m(\d+)n(\d+)k(\d+)")
+MMA = re.compile(r"mma(?:_async)?\.sync\.aligned\.m(\d+)n(\d+)k(\d+)|HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(16)")
 RESULT = Path(__file__).parent / "results" / "roofline.md"
 
 
@@ -29,13 +35,14 @@ class Card:
     memory: float  # bytes per second
     multiprocessors: int
     products: int  # multiply-adds that a quarter of a multiprocessor's tensor cores do in a cycle, at that peak
+    cache: float  # bytes of the second level
     backend: str  # that "auto" takes there for 16-bit inputs
 
 
 CARDS = (
-    Card("V100", 70, 125e12, 900e9, 80, 128, "cuda"),
-    Card("A100", 80, 312e12, 2039e9, 108, 256, "triton"),
-    Card("H100", 90, 989e12, 3350e9, 132, 512, "triton"),
+    Card("V100", 70, 125e12, 900e9, 80, 128, 6e6, "cuda"),
+    Card("A100", 80, 312e12, 2039e9, 108, 256, 40e6, "triton"),
+    Card("H100", 90, 989e12, 3350e9, 132, 512, 50e6, "triton"),
 )
 # Cycles of a quarter of a multiprocessor for one warp's instruction (CUDA C++ Programming Guide, arithmetic
 # throughput): one of issue for any; 4 lanes for exponentials; shared memory gives 128 bytes a cycle to all quarters.
@@ -61,12 +68,15 @@ class Loss:
         return self.K * (2 * self.D + 4 * self.L + 8) + self.B * (3 * 2 * self.D + 4 * self.L + 8)
 
     def traffic(self, card: Card) -> float:
-        """Keys once: blocks of one split run side by side and share them in the second-level cache. The splits' parts
-        of the gradient are written and read."""
+        """Keys once: blocks of one split run side by side and share them in the second-level cache."""
+        return self.floor_bytes() + self.between(card)
+
+    def between(self, card: Card) -> float:
+        """The splits' parts, written and read: gradients twice, as the false negatives' part is added to each."""
         rows = 128 if card.backend == "cuda" else 64
         blocks = -(-self.B // min(rows, -(-self.B // 32) * 32))
         splits = -(-2 * card.multiprocessors // blocks)
-        return self.floor_bytes() + 2 * splits * self.B * (4 * self.D + 12 * self.L + 12)
+        return 2 * splits * self.B * (2 * 4 * self.D + 12 * self.L + 12)
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,9 @@ class Assignment:
         waves = -(-self.N // (rows * 2 * card.multiprocessors))
         return self.floor_bytes() + (waves - 1) * 2 * self.D * self.C
 
+    def between(self, card: Card) -> float:
+        return 0.0
+
 
 SHAPES = (
     Loss(256, 65536),
@@ -110,24 +123,17 @@ class Mix:
     exponentials: int
     shared_waves: int
     instructions: int
+    tensor_instructions: int
 
     @staticmethod
-    def of(ptx: str) -> Mix:
-        lines = [line.strip() for line in ptx.splitlines()]
-        labels = {line.partition(":")[0]: i for i, line in enumerate(lines) if re.match(r"\$\w+:", line)}
-        jumps = [(i, target) for i, line in enumerate(lines) for target in re.findall(r"bra.*?(\$\w+);", line)]
-        loops = [(labels[target], i) for i, target in jumps if labels[target] < i]
-        loops = [(a, b) for a, b in loops if any(MMA.search(line) for line in lines[a:b])]
-        first, last = max(loops, key=lambda loop: loop[1] - loop[0])
-        body = hot(lines[first:last])
-        shapes = [tuple(map(int, found.groups())) for line in body if (found := MMA.search(line))]
+    def of(body: list[str]) -> Mix:
+        """Of these instructions, PTX or SASS."""
+        shapes = [tuple(int(n) for n in found.groups() if n) for line in body if (found := MMA.search(line))]
         # m8n8k4 is four products of a warp; m64 is a product of four warps.
         products = sum(m * n * k * (4 if m == 8 else 1) // (4 if m == 64 else 1) for m, n, k in shapes)
-        widths = [re.findall(r"\.[vx]([24])", line) for line in body if ".shared" in line]
-        waves = sum(int(width[0]) if width else 1 for width in widths)
         return Mix(
-            products, sum("ex2" in line for line in body), waves,
-            sum(not line.startswith("mov") for line in body),
+            products, sum("ex2" in line.lower() for line in body), sum(map(waves, body)),
+            sum(not line.startswith("mov") for line in body), len(shapes),
         )  # fmt: skip
 
     def tensor_cycles(self, card: Card) -> float:
@@ -137,18 +143,53 @@ class Mix:
         """Of the tensor cores' peak: units wholly overlapped, and tensor cores waiting for all others' issue."""
         tensor = self.tensor_cycles(card)
         busiest = max(tensor, self.instructions, self.exponentials * EXPONENTIAL, self.shared_waves * SHARED_WAVE)
-        return tensor / busiest, tensor / (tensor + self.instructions)
+        return tensor / busiest, tensor / (tensor + self.instructions - self.tensor_instructions)
 
 
 def mix_of(shape: Loss | Assignment, card: Card) -> Mix:
     if card.backend == "triton":
-        return Mix.of(triton_ptx(shape.triton, "fp16", card.capability, Shape())[0])
+        ptx = triton_ptx(shape.triton, "fp16", card.capability, Shape())[0]
+        return Mix.of(first_loop(sass_of(ptx)))
     header, kernel = shape.cuda
-    return Mix.of(only_entry(ptx_of(header, kernel, card.capability), re.split(r"::|<", kernel)[2]))
+    return Mix.of(hot(first_loop(only_entry(ptx_of(header, kernel, card.capability), re.split(r"::|<", kernel)[2]))))
+
+
+def sass_of(ptx: str) -> str:
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)  # type: ignore[union-attr]
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        subprocess.run([triton.knobs.nvidia.ptxas.path, f"-arch={target}", source, "-o", cubin], check=True)
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def first_loop(code: str) -> list[str]:
+    """Lines of the first of the outermost loops that multiply on tensor cores; a later one does the last tile."""
+    lines = [line.strip() for line in code.splitlines()]
+    labels = {line.partition(":")[0]: i for i, line in enumerate(lines) if re.match(r"[$.]\w+:", line)}
+    jumps = [(i, target) for i, line in enumerate(lines) for target in re.findall(r"\bbra\b.*?([$.]L\w+)", line, re.I)]
+    loops = [(labels[target], i) for i, target in jumps if labels[target] < i]
+    loops = [(a, b) for a, b in loops if any(MMA.search(line) for line in lines[a:b])]
+    first, last = min(loops, key=lambda loop: (loop[0], -loop[1]))
+    body = lines[first : last + 1]
+    sass = [found.group(1) for line in body if (found := re.match(r"/\*[0-9a-f]{4,}\*/\s*(.*;)", line))]
+    return sass or body
+
+
+def waves(line: str) -> int:
+    """Times 128 bytes that a warp's access to shared memory takes."""
+    if found := re.search(r"\b(?:LDS|STS|LDGSTS)\b\S*|\bLDSM\.\d+\.\w+\.(\d)|\bLDSM\b", line):
+        width = re.search(r"\.(64|128)\b", line)
+        return int(found.group(1) or 1) if "LDSM" in line else int(width.group(1)) // 32 if width else 1
+    if ".shared" not in line:
+        return 0
+    width = re.search(r"\.[vx]([24])", line)
+    return int(width.group(1)) if width else 1
 
 
 def hot(loop: list[str]) -> list[str]:
-    """Its instructions without the basic blocks that load rows anew, 32 bits at a time (on Volta: 16 loads, kept)."""
+    """PTX's instructions without the basic blocks that load rows anew, 32 bits at a time (on Volta: 16 loads, kept)."""
     block: list[str] = []
     blocks = [block]
     for line in loop:
@@ -174,7 +215,10 @@ def row(*cells: object) -> str:
 
 
 def table() -> list[str]:
-    header = ("shape", "card, backend", "floor, operations", "floor, bytes", "traffic / floor", "share of peak")
+    header = (
+        "shape", "card, backend", "floor, operations", "floor, bytes", "traffic / floor", "of it in between (cache)",
+        "share of peak",
+    )  # fmt: skip
     lines = [row(*header), row(*["---"] * len(header))]
     for shape in SHAPES:
         sizes = " ".join(f"{name}={size:,}" for name, size in vars(shape).items() if isinstance(size, int))
@@ -185,19 +229,25 @@ def table() -> list[str]:
                 row(
                     f"{type(shape).__name__.lower()} {sizes}", f"{card.name}, {card.backend}",
                     f"{operations * 1e6:,.0f} us", f"{bytes_ * 1e6:,.0f} us",
-                    f"{shape.traffic(card) / shape.floor_bytes():.2f}", f"{worst:.0%} to {best:.0%}",
+                    f"{shape.traffic(card) / shape.floor_bytes():.2f}",
+                    f"{shape.between(card) / 1e6:.0f} MB ({card.cache / 1e6:.0f} MB)", f"{worst:.0%} to {best:.0%}",
                 )
             )  # fmt: skip
     return lines
 
 
 def mixes() -> list[str]:
-    header = ("kernel", "card, backend", "tensor cycles", "instructions", "exponentials", "shared-memory waves")
+    header = (
+        "kernel", "card, backend", "tensor cycles", "instructions", "tensor instructions", "exponentials",
+        "shared-memory waves",
+    )  # fmt: skip
     lines = [row(*header), row(*["---"] * len(header))]
     for shape in (SHAPES[0], SHAPES[3]):
         for card in CARDS:
             mix = mix_of(shape, card)
-            numbers = (mix.tensor_cycles(card), mix.instructions, mix.exponentials, mix.shared_waves)
+            numbers = (
+                mix.tensor_cycles(card), mix.instructions, mix.tensor_instructions, mix.exponentials, mix.shared_waves,
+            )  # fmt: skip
             lines.append(row(type(shape).__name__.lower(), f"{card.name}, {card.backend}", *map(round, numbers)))
     return lines
 

@@ -31,7 +31,7 @@ struct LossShared {
   static constexpr int STRIDE = CHUNK + PAD;
   u16 *rows, *tile;                 // (32 * warps, STRIDE), (32, STRIDE)
   long long *row_ids, *column_ids;  // (32 * warps,), (32,)
-  int *row_labels, *column_labels;  // (., L)
+  int *row_labels, *column_labels;  // (L, .): a lane then reads its columns at fixed distances
   float *column_shift, *column_factor;  // NEGATIVES: min_l lse_l, and g mean_l e^{min - lse_l}
   float *level_max, *level_sum;         // MARKED_SUMS: (32 * warps, L)
   int* level_count;
@@ -75,7 +75,7 @@ __device__ __forceinline__ void stage_labels(int* labels, long long* ids, const 
                                              int L, int none) {
   for (int i = threadIdx.x; i < count * L; i += blockDim.x) {
     const int label = first + i / L < last ? side.labels[(long long)first * L + i] : -1;
-    labels[i] = label < 0 ? none : label;
+    labels[i % L * count + i / L] = label < 0 ? none : label;
   }
   if (side.ids)
     for (int i = threadIdx.x; i < count; i += blockDim.x) ids[i] = first + i < last ? side.ids[first + i] : 0;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
     const int end = p.columns.count < first_column + p.split_columns ? p.columns.count : first_column + p.split_columns;
     const float scale = p.scale * (p.unit ? *p.unit : 1.f);
     const u16* own_rows = shared.rows + warp * WARP_ROWS * STRIDE;
-    const int* own_labels = shared.row_labels + warp * WARP_ROWS * p.L;
+    const int* own_labels = shared.row_labels + warp * WARP_ROWS;
     const bool active = warp_row < p.rows.count;  // the warp has rows; without any it only helps to stage
 
     stage_labels(shared.row_labels, shared.row_ids, p.rows, count, block_row, p.rows.count, p.L, -2);
@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
       u32 excluded = 0, marked = 0;
       if (visit) {
         const auto level_pairs = [&](int level) {
-          return own.pairs([&](int row) { return own_labels[row * p.L + level]; },
-                           [&](int column) { return shared.column_labels[column * p.L + level]; });
+          const int *of_rows = own_labels + level * count, *of_columns = shared.column_labels + level * TILE_COLUMNS;
+          return own.pairs([&](int row) { return of_rows[row]; }, [&](int column) { return of_columns[column]; });
         };
         if (p.rows.ids)
           excluded = own.pairs([&](int row) { return shared.row_ids[warp * WARP_ROWS + row]; },
@@ -228,7 +228,10 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
         if (first + TILE_COLUMNS > end)
           excluded |= own.pairs([](int) { return true; }, [&](int column) { return first + column >= end; });
         if (p.L) marked = level_pairs(0);
-        for (int level = 1; level < p.L; ++level) marked = p.all_levels ? marked & level_pairs(level) : marked | level_pairs(level);
+        for (int level = 1; level < p.L; ++level) {
+          const u32 here = level_pairs(level);
+          marked = p.all_levels ? marked & here : marked | here;
+        }
         marked &= ~excluded;
         const auto loss_pairs = [&](int loss) { return p.losses == 1 ? marked : level_pairs(loss) & marked; };
 #pragma unroll
