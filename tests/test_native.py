@@ -381,22 +381,26 @@ def test_values_of_assignment_ties_take_the_lowest_index():
         assert confidence.max() <= 1 / 3 + 1e-6
 
 
-UP, DOWN = 1 + 1.02 * 2.0**-8, 1 + 0.98 * 2.0**-8  # bfloat16 rounds them so, to 1 + 2^-7 and to 1
+UP, DOWN = 0.51, 0.49  # to whole numbers they are rounded to 1 and to 0
 
 
 def misrounded(which: str) -> tuple[Tensor, Tensor]:
-    """Rows and centroids: nearest by a hair is centroid 37, but far from it once `which` is rounded to bfloat16."""
-    x, c = torch.ones(70, 64), torch.full((100, 64), 0.25)
+    """Rows and centroids: nearest by a hair is centroid 37, but far from it once `which` is rounded to 8 bits."""
+    x, c = torch.ones(70, 64), torch.zeros(100, 64)
     if which == "centroids":
-        c[[3, 90]], c[37] = UP, DOWN
-        c[[3, 90], 0] = 0.98
+        c[[3, 90], :61], c[37] = UP / 127, DOWN / 127
+        c[[3, 37, 90], 0] = 1.0
     else:
-        x[:, ::2], x[:, 1::2] = DOWN, UP
-        c[[3, 37, 90]] = 0.0
-        c[[3, 90], 1::2] = 1.0
-        c[37, ::2] = 1.0
-        c[37, 0] += 2.0**-7
+        x[:, ::2], x[:, 1::2], x[:, 0] = UP, DOWN, 127.0
+        c[[3, 90], 2::2] = c[37, 1::2] = 1.0
+        c[37, 0] = 0.002
     return x, c
+
+
+def in_8_bits(rows: Tensor) -> Tensor:
+    """Each row as whole numbers from -127 to 127 times a scale of its own."""
+    scale = rows.abs().amax(1, keepdim=True).double() / 127
+    return (rows / scale.clamp_min(1e-30)).round() * scale
 
 
 SCREENED = {
@@ -417,7 +421,7 @@ SCREENED = {
 @pytest.mark.parametrize("kind", ["spread", "near each other", "duplicated", "mixed lengths", "unit lengths"])
 @pytest.mark.parametrize("features", SCREENED)
 def test_values_of_labels_alone_are_those_with_confidence(features, kind, metric):
-    """Labels without confidence may be found by bfloat16 screening: they are the same, ties included."""
+    """Labels without confidence may be found by 8-bit screening: they are the same, ties included."""
     generator = torch.Generator().manual_seed(0)
     c, noise = torch.randn(700, 64, generator=generator), torch.randn(500, 64, generator=generator)
     if kind == "near each other":
@@ -435,21 +439,24 @@ def test_values_of_labels_alone_are_those_with_confidence(features, kind, metric
 
 
 @pytest.mark.parametrize("which", ["features", "centroids"])
-def test_values_of_labels_where_bfloat16_orders_centroids_wrongly(which):
+def test_values_of_labels_where_8_bits_order_centroids_wrongly(which):
     x, c = misrounded(which)
     assert ((x.double() @ c.double().T).argmax(1) == 37).all()
-    assert not ((x.bfloat16().double() @ c.bfloat16().double().T).argmax(1) == 37).any()
+    rounded = (in_8_bits(x), c.double()) if which == "features" else (x.double(), in_8_bits(c))
+    assert not ((rounded[0] @ rounded[1].T).argmax(1) == 37).any()
     labels, _ = native_assign(x, c, with_confidence=False)
     assert (labels == 37).all()
 
 
 @pytest.mark.parametrize("metric", [0, 1])
 def test_values_of_labels_decided_by_float32_rounding(metric):
-    """Exact in bfloat16, and equally near: which sum of the same terms is the largest depends on their order."""
+    """Centroids exact in 8 bits and equally near: which sum of the same terms is the largest depends on their order."""
     generator = torch.Generator().manual_seed(0)
-    x = (10.0 ** (8 * torch.rand(3000, 1, generator=generator) - 7)).bfloat16().float().repeat(1, 512)
-    terms = torch.randn(512, generator=generator).bfloat16().float() + 1
+    x = (10.0 ** (8 * torch.rand(3000, 1, generator=generator) - 4)).repeat(1, 512)
+    terms = torch.randint(-40, 128, (512,), generator=generator).float()
+    terms[0] = 127
     c = torch.stack([terms[torch.randperm(512, generator=generator)] for _ in range(20)] + [0 * terms] * 60)
+    assert torch.equal(in_8_bits(c), c.double())
     labels, _ = native_assign(x, c, metric)
     bare, _ = native_assign(x, c, metric, with_confidence=False)
     assert torch.equal(bare, labels) and len(labels.unique()) > 2
