@@ -6,7 +6,7 @@ second-level cache larger than that keeps from the memory. Share of peak: instru
 the cycles that they take of each unit, counted in SASS for triton, in PTX for cuda (whose branches that load rows anew,
 for rows wider than 128, are left out, all others counted as taken). The higher figure is for units that overlap wholly,
 the lower for tensor cores that wait while anything else is issued. Both suppose a full card, and the loss of 32 queries
-does not fill it: a block of its rows holds 32 on the V100, one warp, and on the others 64, half of them empty.
+does not fill it: V100's multiprocessors then hold 4 warps in place of 8, and half of the others' 64 rows are empty.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Loss:
         """The splits' parts, written and read: gradients twice, as the false negatives' part is added to each."""
         rows = 128 if card.backend == "cuda" else 64
         blocks = -(-self.B // min(rows, -(-self.B // 32) * 32))
-        splits = -(-2 * card.multiprocessors // blocks)
+        resident = 4 if card.backend == "cuda" and self.B <= 64 else 2
+        splits = -(-resident * card.multiprocessors // blocks)
         return 2 * splits * self.B * (2 * 4 * self.D + 12 * self.L + 12)
 
 

@@ -18,7 +18,7 @@ PIECE = 8  # numbers in the 16 bytes that the kernels read at a time
 WARP_ROWS = 32
 TILE_COLUMNS = 32
 MAX_WARPS = 4
-BLOCKS_PER_MULTIPROCESSOR = 2  # by registers
+BLOCKS_PER_MULTIPROCESSOR = 2  # of 4 warps, by registers; of one warp twice as many, by Volta's shared memory
 MAX_PARTS = 64  # of a cluster, in the sums
 # Weights in (0, 1] are rounded to float16 to be multiplied, where those below 2^-14 would lose digits.
 FLOAT16_SHIFT = 15
@@ -136,7 +136,8 @@ def info_nce_forward(
 
     tiles = max(1, -(-K // TILE_COLUMNS))
     blocks = -(-B // (warps * WARP_ROWS)) * (-(-dim // 128) if with_grad else 1)
-    splits = min(tiles, -(-BLOCKS_PER_MULTIPROCESSOR * _multiprocessors(query.device) // blocks))
+    resident = BLOCKS_PER_MULTIPROCESSOR * min(2, MAX_WARPS // warps) * _multiprocessors(query.device)
+    splits = min(tiles, -(-resident // blocks))
     split_tiles = -(-tiles // splits)
     splits = -(-tiles // split_tiles)
 
