@@ -19,7 +19,7 @@ class Tile:
     """rows x columns of similarities, `warps` of 32 threads, `stages` of the software pipeline.
 
     `marked` columns at a time where levels are told apart, `negatives` where their gradient is summed: both take more
-    registers. A thread may have `registers` of them; without a number ptxas chooses, now and then too few.
+    registers. A thread may have `registers` of them; without a number ptxas chooses, now and then too few or too many.
     """
 
     rows: int
@@ -36,7 +36,7 @@ class Tile:
 # behind the other's products. Wide tiles of keys spread the rescaling of the loss's gradient (rows x 128) over more
 # products; 128 keys would spill. Where levels are told apart ptxas spills at 64 keys, on 8.0 also at 32.
 # Assignment holds scores alone: 128 rows read each centroid from the second-level cache for 128 products; 64 where a
-# multiprocessor's 100 KiB of shared memory would not hold two such programs.
+# multiprocessor's 100 KiB of shared memory would not hold two such programs; with over 128 registers two don't fit.
 # float32 has no tensor-core path at full precision, and its operands take twice the registers.
 TILES: dict[tuple[str, int], dict[tuple[int, int] | None, Tile]] = {
     ("info_nce", 2): {

@@ -13,6 +13,9 @@ from PIL import Image
 
 from tests import scenes
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with OpenMP threads each share the cores: don't spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 @pytest.fixture(scope="session")
 def digits() -> tuple[np.ndarray, np.ndarray]:
