@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +44,34 @@ def _interpreted_bfloat16():
     builder.create_dot = lambda self, a, b, *rest: create_dot(self, widened(a), widened(b), *rest)
     builder.cast_impl = rounded
     builder.create_fp_trunc = rounded
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _builtins_replaced_once():
+    """Triton's interpreter (3.8) puts its own functions in the place of triton.language's at every call of one function
+    by another, which takes a quarter of its time. Here it does so once for a kernel."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    replace = interpreter._patch_lang
+    done = set()
+
+    def once(function):
+        modules = frozenset(
+            name for name, value in vars(inspect.getmodule(function)).items()
+            if inspect.ismodule(value) and value.__name__.startswith("triton.language")
+        )  # fmt: skip
+        if modules in done:
+            return SimpleNamespace(restore=lambda: None)
+        of_kernel, scope = not done, replace(function)
+        done.add(modules)
+        if of_kernel:
+            restore = scope.restore
+            scope.restore = lambda: (done.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = once
 
 
 @pytest.fixture(scope="session")

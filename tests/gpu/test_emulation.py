@@ -36,6 +36,7 @@ for dtype in (torch.float16, torch.float32):
     for B, K, D, L in ((1, 1, 1, 1), (37, 331, 65, 3), (9, 70, 140, 16), (33, 64, 8, 5)):
         for strategy in STRATEGIES:
             make_case(B, K, D, L, dtype=dtype, false_negatives=strategy).check("cuda")
+    make_case(33, 64, 8, 5, dtype=dtype, false_negatives="attract", level_combination="all").check("cuda")
     for N, C, D in ((1, 1, 1), (37, 53, 33), (257, 17, 300)):
         for metric in ("inner_product", "l2"):
             x, c = torch.randn(N, D).to(dtype), torch.randn(C, D).to(dtype)
