@@ -107,7 +107,7 @@ def main(options: Options) -> None:
     lines = [
         f"# {options.title}",
         "",
-        f"`{' '.join(['python', 'bench/learning.py', *sys.argv[1:]])}`, {datetime.date.today()}, torch "
+        f"`{shlex.join(['python', 'bench/learning.py', *sys.argv[1:]])}`, {datetime.date.today()}, torch "
         f"{torch.__version__}, {platform.machine()} with {os.cpu_count()} cores.",
         "",
         f"Weighted kNN (k = 20) top-1 in percent on the test images (or those held out), {len(options.seeds)} paired "
