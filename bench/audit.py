@@ -200,14 +200,19 @@ def audit_of(
     return Audit(name, dtype, card, registers, spills, stack, shared, blocks, instruction, levels)
 
 
-def ptxas(ptx: str, assembler: str | Path) -> tuple[int, int, int]:
-    """Registers, bytes spilled (stores and loads) and bytes of stack."""
+def assemble(ptx: str, assembler: str | Path, cubin: str | Path) -> str:
+    """Write machine code for the PTX's own target; what `ptxas -v` reports."""
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [assembler, "-v", f"-arch={target}", str(source), "-o", os.devnull]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [assembler, "-v", f"-arch={target}", str(source), "-o", str(cubin)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def ptxas(ptx: str, assembler: str | Path) -> tuple[int, int, int]:
+    """Registers, bytes spilled (stores and loads) and bytes of stack."""
+    report = assemble(ptx, assembler, os.devnull)
     return (
         max(map(int, re.findall(r"Used (\d+) registers", report))),
         sum(map(int, re.findall(r"(\d+) bytes spill", report))),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from audit import Shape, only_entry, triton_ptx
+from audit import Shape, assemble, only_entry, triton_ptx
 from nvrtc import ptx_of
 
 MMA = re.compile(r"mma(?:_async)?\.sync\.aligned\.m(\d+)n(\d+)k(\d+)|HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(16)")
@@ -75,7 +75,7 @@ class Loss:
         """The splits' parts, written and read: gradients twice, as the false negatives' part is added to each."""
         rows = 128 if card.backend == "cuda" else 64
         blocks = -(-self.B // min(rows, -(-self.B // 32) * 32))
-        resident = 4 if card.backend == "cuda" and self.B <= 64 else 2
+        resident = 4 if card.backend == "cuda" and self.B <= 32 else 2
         splits = -(-resident * card.multiprocessors // blocks)
         return 2 * splits * self.B * (2 * 4 * self.D + 12 * self.L + 12)
 
@@ -156,11 +156,9 @@ def mix_of(shape: Loss | Assignment, card: Card) -> Mix:
 
 
 def sass_of(ptx: str) -> str:
-    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(ptx)
-        subprocess.run([triton.knobs.nvidia.ptxas.path, f"-arch={target}", source, "-o", cubin], check=True)
+        cubin = Path(folder) / "kernel.cubin"
+        assemble(ptx, triton.knobs.nvidia.ptxas.path, cubin)
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -179,14 +177,13 @@ def first_loop(code: str) -> list[str]:
 
 
 def waves(line: str) -> int:
-    """Times 128 bytes that a warp's access to shared memory takes."""
-    if found := re.search(r"\b(?:LDS|STS|LDGSTS)\b\S*|\bLDSM\.\d+\.\w+\.(\d)|\bLDSM\b", line):
-        width = re.search(r"\.(64|128)\b", line)
-        return int(found.group(1) or 1) if "LDSM" in line else int(width.group(1)) // 32 if width else 1
-    if ".shared" not in line:
+    """Times 128 bytes that a warp's access to shared memory takes: by PTX's .v4 or .x4, SASS's .M88.4 or .128."""
+    if not re.search(r"\.shared|\b(LDS|STS|LDGSTS|LDSM)\b", line):
         return 0
-    width = re.search(r"\.[vx]([24])", line)
-    return int(width.group(1)) if width else 1
+    if bits := re.search(r"\.(64|128)\b", line):
+        return int(bits.group(1)) // 32
+    words = re.search(r"\.(?:[vx]|\w+88\.)([24])\b", line)
+    return int(words.group(1)) if words else 1
 
 
 def hot(loop: list[str]) -> list[str]:

@@ -451,8 +451,7 @@ def info_nce_forward(
     of_losses = {"LOSSES": losses, "PADDED": triton.next_power_of_2(losses)}
     products = {
         "ROWS": tile.rows, "KEYS": tile.columns, "L": L, "ALL": level_combination == "all", "HAS_IDS": has_ids,
-        "PRECISION": "ieee",
-        "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
+        "PRECISION": "ieee", "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
     }  # fmt: skip
     of_marked = {**products, "KEYS": tile.marked, "FLAG_KEYS": tile.columns}
     shift = shift_of(query.dtype)

@@ -46,7 +46,7 @@ struct InfoNceArguments {
   float *level_max, *level_sum;               // (splits, B, losses)
   int* level_count;                           // (splits, B, losses)
   const float *split_factor, *log_normalizer;  // (splits, B), (B, losses)
-  const int* counts;                           // (B, L)
+  const int* counts;                           // (B, losses)
   const float* loss_grad;                      // NEGATIVES: (B,)
   float* negatives_grad;                       // NEGATIVES: (K, D)
 };

@@ -33,7 +33,7 @@ struct LossShared {
   long long *row_ids, *column_ids;  // (32 * warps,), (32,)
   int *row_labels, *column_labels;  // (L, .): a lane then reads its columns at fixed distances
   float *column_shift, *column_factor;  // NEGATIVES: min_l lse_l, and g mean_l e^{min - lse_l}
-  float *level_max, *level_sum;         // MARKED_SUMS: (32 * warps, L)
+  float *level_max, *level_sum;         // MARKED_SUMS: (32 * warps, losses), L at most
   int* level_count;
 
   __host__ __device__ static constexpr int bytes(int warps, int L, bool level_sums) {

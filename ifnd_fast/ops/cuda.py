@@ -136,7 +136,7 @@ def info_nce_forward(
 
     tiles = max(1, -(-K // TILE_COLUMNS))
     blocks = -(-B // (warps * WARP_ROWS)) * (-(-dim // 128) if with_grad else 1)
-    resident = BLOCKS_PER_MULTIPROCESSOR * min(2, MAX_WARPS // warps) * _multiprocessors(query.device)
+    resident = BLOCKS_PER_MULTIPROCESSOR * (2 if warps == 1 else 1) * _multiprocessors(query.device)
     splits = min(tiles, -(-resident // blocks))
     split_tiles = -(-tiles // splits)
     splits = -(-tiles // split_tiles)

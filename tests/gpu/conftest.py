@@ -59,7 +59,7 @@ def _builtins_replaced_once():
 
     def once(function):
         modules = frozenset(
-            name for name, value in vars(inspect.getmodule(function)).items()
+            name for name, value in function.__globals__.items()
             if inspect.ismodule(value) and value.__name__.startswith("triton.language")
         )  # fmt: skip
         if modules in done:
