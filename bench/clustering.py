@@ -27,8 +27,9 @@ from roofline import CARDS, Assignment, mix_of
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ifnd_fast import KMeans, distributed
+from ifnd_fast import KMeans
 from ifnd_fast.kmeans import chunks
+from ifnd_fast.runtime import distributed
 
 RESULTS = Path(__file__).parent / "results" / "clustering.md"
 D, ITERATIONS = 128, 20

@@ -24,13 +24,13 @@ import tyro
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ifnd_fast import checkpoint
+from ifnd_fast.runtime import checkpoint
 
 PHASES = {  # name: the function that it is, and for how many seconds it lasts here, at most
     "step": ("ifnd_fast.train.Trainer._train_step", 0.05),
     "features": ("ifnd_fast.features.extract_share", 0.1),
     "clustering": ("ifnd_fast.labels.cluster_levels", 0.05),
-    "checkpoint": ("ifnd_fast.checkpoint.write_atomically", 0.02),
+    "checkpoint": ("ifnd_fast.runtime.checkpoint.write_atomically", 0.02),
 }
 TRAIN = """
 import functools, importlib, sys

@@ -26,8 +26,9 @@ from conftest import machine
 from report import table
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from ifnd_fast import run_folder, train
+from ifnd_fast import train
 from ifnd_fast.config import PRESETS, Config
+from ifnd_fast.runtime import run_folder
 from ifnd_fast.train import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "throughput.md"

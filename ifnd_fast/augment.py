@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from ifnd_fast.config import DataConfig
-from ifnd_fast.errors import UsageError
+from ifnd_fast.runtime.errors import UsageError
 
 TRIES = 10  # of v2.RandomResizedCrop to find a crop inside the image, before it takes the middle
 RATIO = (3 / 4, 4 / 3)  # of a crop's sides

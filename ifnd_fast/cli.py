@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from ifnd_fast import config as configs
-from ifnd_fast import distributed, run_folder
 from ifnd_fast.config import PRESETS, Config
-from ifnd_fast.console import errors, say, table, warn
-from ifnd_fast.errors import CommandError, PeerError, Stopped, UsageError
-from ifnd_fast.stop import explained
+from ifnd_fast.runtime import distributed, run_folder
+from ifnd_fast.runtime.console import errors, say, table, warn
+from ifnd_fast.runtime.errors import CommandError, PeerError, Stopped, UsageError
+from ifnd_fast.runtime.stop import explained
 
 if TYPE_CHECKING:
     from ifnd_fast.train import Trainer
@@ -124,7 +124,7 @@ def _description(preset: str) -> str:
 
 
 def _train(settings: Config) -> None:
-    from ifnd_fast.device import leave_cores_to_workers, pick_device
+    from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_device
     from ifnd_fast.train import Trainer  # after --help: this takes seconds to import
 
     started = time.perf_counter()

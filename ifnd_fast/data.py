@@ -21,9 +21,9 @@ from torchvision.transforms import v2
 
 from ifnd_fast.augment import NUMBERS, blur_kernel
 from ifnd_fast.config import DataConfig
-from ifnd_fast.console import warn
-from ifnd_fast.errors import CommandError, UsageError
-from ifnd_fast.stop import ignore_stop_signals
+from ifnd_fast.runtime.console import warn
+from ifnd_fast.runtime.errors import CommandError, UsageError
+from ifnd_fast.runtime.stop import ignore_stop_signals
 
 
 class Images(Protocol):

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ifnd_fast import distributed
 from ifnd_fast.config import DataConfig
-from ifnd_fast.console import track
 from ifnd_fast.data import Images, centre_loader, to_input
 from ifnd_fast.knn import knn_accuracy
+from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime.console import track
 
 
 @torch.inference_mode()

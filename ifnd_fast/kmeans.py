@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ifnd_fast import distributed
-from ifnd_fast.distributed import Shards
 from ifnd_fast.ops import assign_clusters, backends, checks, cpu
+from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime.distributed import Shards
 
 Callback = Callable[[int, float], object]
 

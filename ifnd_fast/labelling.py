@@ -13,15 +13,16 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ifnd_fast import distributed, features
-from ifnd_fast.background import Background
+from ifnd_fast import features
 from ifnd_fast.config import Config
-from ifnd_fast.console import progress, warn
 from ifnd_fast.data import Images, Unreadable
-from ifnd_fast.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.labels import PseudoLabels, acceptance_rate
 from ifnd_fast.levels import scale_levels
 from ifnd_fast.model import Encoder
+from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime.background import Background
+from ifnd_fast.runtime.console import progress, warn
+from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.whitening import whiten
 
 AGREEMENT_IMAGES = 10_000  # its time grows with the square of the clusters that they fall in

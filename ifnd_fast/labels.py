@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ifnd_fast.distributed import Shards
 from ifnd_fast.levels import Progress, check_levels, cluster_levels
 from ifnd_fast.ops import checks
+from ifnd_fast.runtime.distributed import Shards
 
 
 class PseudoLabels:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ifnd_fast import distributed as ranks
-from ifnd_fast.distributed import Shards
 from ifnd_fast.kmeans import KMeans, as_matrix, centroids_of, check_rows, operator_chunks
 from ifnd_fast.ops import assign_clusters, checks
+from ifnd_fast.runtime import distributed as ranks
+from ifnd_fast.runtime.distributed import Shards
 
 Progress = Callable[[int, int, float], object]
 

@@ -11,9 +11,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from ifnd_fast import distributed
 from ifnd_fast.config import ModelConfig
-from ifnd_fast.errors import UsageError
+from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime.errors import UsageError
 
 
 class Encoder(nn.Module):

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ifnd_fast.checkpoint import write_atomically
-from ifnd_fast.errors import UsageError
+from ifnd_fast.runtime.checkpoint import write_atomically
+from ifnd_fast.runtime.errors import UsageError
 
 INK, GRID = "#24292f", "#b8bfc6"
 # Okabe and Ito's colours, told apart under the common kinds of colour blindness; markers differ as well.

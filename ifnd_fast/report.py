@@ -10,10 +10,8 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from ifnd_fast.checkpoint import write_atomically
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data import Images, open_for_run
-from ifnd_fast.errors import CommandError
 from ifnd_fast.evaluate.detection_by_rate import detection_of, draw_detection_by_rate
 from ifnd_fast.labelling import Clustering, clustering_in
 from ifnd_fast.plots import Picture, draw_picture
@@ -23,6 +21,8 @@ from ifnd_fast.report_figures import draw_figures
 from ifnd_fast.report_run import Run, duration, number, read_run
 from ifnd_fast.report_sheets import detection_sheets
 from ifnd_fast.report_thumbnails import Sheet, name_of_class
+from ifnd_fast.runtime.checkpoint import write_atomically
+from ifnd_fast.runtime.errors import CommandError
 
 Sheets = tuple[list[Sheet], str]
 """Contact sheets and what they show; or none, and why."""

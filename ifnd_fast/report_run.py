@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from ifnd_fast.checkpoint import load_latest
-from ifnd_fast.errors import CommandError
+from ifnd_fast.runtime.checkpoint import load_latest
+from ifnd_fast.runtime.errors import CommandError
 
 Epochs = list[dict[str, Any]]
 """The lines of metrics.jsonl, in order of "epoch"."""

@@ -14,20 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ifnd_fast import checkpoint, distributed, features, run_folder
+from ifnd_fast import features
 from ifnd_fast.augment import BatchViews
 from ifnd_fast.config import Config, OptimConfig, from_dict, to_dict
 from ifnd_fast.config import differences as differences_between
-from ifnd_fast.console import progress, say
 from ifnd_fast.data import EpochBatches, Images, Unreadable, open_for_run, pair_loader, running, to_input
-from ifnd_fast.device import pick_amp, pick_contrast_dtype, pick_device
-from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
 from ifnd_fast.evaluate.false_negatives import detection_statistics
 from ifnd_fast.labelling import Labeller
 from ifnd_fast.model import InBatch, MoCo, build
 from ifnd_fast.ops.info_nce import info_nce
 from ifnd_fast.queue import NegativeQueue
-from ifnd_fast.stop import StopSignals
+from ifnd_fast.runtime import checkpoint, distributed, run_folder
+from ifnd_fast.runtime.compute import pick_amp, pick_contrast_dtype, pick_device
+from ifnd_fast.runtime.console import progress, say
+from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
+from ifnd_fast.runtime.stop import StopSignals
 
 # In order of computation: of what turns bad in one step, the first is named.
 WATCHED = ("the queries (the encoder's features) are", "the keys are", "the loss is")

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional
 from ifnd_fast.augment import NUMBERS, ORDERS, PARTS, BatchViews, by_name, crops
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data import PairDataset, open_images
-from ifnd_fast.errors import UsageError
+from ifnd_fast.runtime.errors import UsageError
 
 FULL = DataConfig(image_size=40, crop_min=0.2, color_jitter=0.4, grayscale=0.2, blur=0.5, flip=True, rotation=10.0)
 

@@ -10,9 +10,9 @@ import torchvision
 
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config, ModelConfig
-from ifnd_fast.errors import CommandError, UsageError
 from ifnd_fast.evaluate.backbone import load_backbone
 from ifnd_fast.model import resnet
+from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
 def weights_of(arch: str, **options) -> dict[str, torch.Tensor]:

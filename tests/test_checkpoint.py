@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 
-from ifnd_fast import checkpoint
-from ifnd_fast.errors import CommandError
+from ifnd_fast.runtime import checkpoint
+from ifnd_fast.runtime.errors import CommandError
 
 
 def state(step: int) -> dict:

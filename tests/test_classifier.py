@@ -13,12 +13,12 @@ import time
 import pytest
 import torch
 
-from ifnd_fast import checkpoint
-from ifnd_fast.errors import NonFiniteError, Stopped, UsageError
 from ifnd_fast.evaluate import classifier
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions, top_accuracies
 from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
+from ifnd_fast.runtime import checkpoint
+from ifnd_fast.runtime.errors import NonFiniteError, Stopped, UsageError
 from tests.conftest import command
 
 

@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ifnd_fast import checkpoint, config, data, features
+from ifnd_fast import config, data, features
 from ifnd_fast.config import Config
-from ifnd_fast.errors import UsageError
 from ifnd_fast.evaluate.clustering import ClusterOptions, load_encoder
 from ifnd_fast.evaluate.clusters import agreement, clusters
 from ifnd_fast.evaluate.detection_by_rate import false_negatives
@@ -24,6 +23,8 @@ from ifnd_fast.evaluate.false_negatives import detection_statistics
 from ifnd_fast.evaluate.subject import Options
 from ifnd_fast.labelling import clustering_in
 from ifnd_fast.model import InBatch, build
+from ifnd_fast.runtime import checkpoint
+from ifnd_fast.runtime.errors import UsageError
 from tests.conftest import TINY, command
 
 

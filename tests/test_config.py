@@ -6,7 +6,7 @@ import pytest
 
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config, validate
-from ifnd_fast.errors import CommandError, UsageError
+from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
 def test_imagenet_preset_has_moco_v2_values():

@@ -9,7 +9,7 @@ import torch
 from ifnd_fast.augment import NUMBERS
 from ifnd_fast.config import PRESETS, DataConfig
 from ifnd_fast.data import EpochBatches, PairDataset, centre_loader, open_for_run, open_images, pair_loader, to_input
-from ifnd_fast.errors import UsageError
+from ifnd_fast.runtime.errors import UsageError
 
 SMALL = DataConfig(image_size=16, workers=0)
 

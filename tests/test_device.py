@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ifnd_fast.device import leave_cores_to_workers, pick_amp, pick_device
-from ifnd_fast.errors import UsageError
+from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
+from ifnd_fast.runtime.errors import UsageError
 
 
 @pytest.mark.parametrize("threads, workers, left", [(8, 2, 6), (2, 2, 1), (4, 0, 4)])

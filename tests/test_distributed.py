@@ -14,7 +14,7 @@ from tests.conftest import TINY
 
 COLLECTIVES = """
 import torch, torch.distributed as dist
-from ifnd_fast import distributed as d
+from ifnd_fast.runtime import distributed as d
 from ifnd_fast.model import MoCo
 from ifnd_fast.whitening import whiten
 d.start(torch.device("cpu"))

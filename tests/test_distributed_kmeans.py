@@ -14,7 +14,8 @@ from tests.test_distributed import torchrun
 START = """
 import sys, torch
 from torch.nn.functional import normalize
-from ifnd_fast import KMeans, PseudoLabels, distributed as d
+from ifnd_fast import KMeans, PseudoLabels
+from ifnd_fast.runtime import distributed as d
 d.start(torch.device("cpu"))
 g = torch.Generator().manual_seed(1)
 def clustered(n, k, dim=16):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ifnd_fast import checkpoint
+from ifnd_fast.runtime import checkpoint
 from tests.conftest import TINY, command
 from tests.test_distributed import torchrun
 from tests.test_train import new

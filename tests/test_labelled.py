@@ -9,8 +9,8 @@ import pytest
 
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data import ListImages, open_images
-from ifnd_fast.errors import UsageError
 from ifnd_fast.evaluate.labelled import balanced_share, image_ids, open_labelled, read_ids
+from ifnd_fast.runtime.errors import UsageError
 
 
 def opened(folder):

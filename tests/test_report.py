@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ifnd_fast import checkpoint, run_folder
 from ifnd_fast.config import Config
 from ifnd_fast.report import flatten, headline, write_report
 from ifnd_fast.report_figures import _bins, draw_figures
 from ifnd_fast.report_run import duration, read_run
 from ifnd_fast.report_sheets import choose_anchors, contact_sheets, detected
 from ifnd_fast.report_thumbnails import spread
+from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.train import Trainer
 
 FIGURES = [

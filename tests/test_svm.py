@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ifnd_fast.errors import CommandError, UsageError
 from ifnd_fast.evaluate.svm import Problem, Split, SvmOptions, choose_costs, sample, score
 from ifnd_fast.evaluate.voc import IGNORED, find_voc, open_voc
+from ifnd_fast.runtime.errors import CommandError, UsageError
 from tests.conftest import command
 
 

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from ifnd_fast.errors import UsageError
 from ifnd_fast.evaluate.linear import LinearOptions, linear
 from ifnd_fast.evaluate.semi import SemiOptions, semi
 from ifnd_fast.evaluate.subject import Options
 from ifnd_fast.evaluate.svm import SvmOptions, svm
 from ifnd_fast.evaluate.tasks import TASKS
 from ifnd_fast.evaluate.transfer import ListOptions, transfer
+from ifnd_fast.runtime.errors import UsageError
 from tests.conftest import command
 
 

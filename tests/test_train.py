@@ -12,10 +12,10 @@ import torchvision
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ifnd_fast import checkpoint, run_folder
 from ifnd_fast.cli import parse_train
 from ifnd_fast.config import OptimConfig
-from ifnd_fast.errors import CommandError, NonFiniteError, UsageError
+from ifnd_fast.runtime import checkpoint, run_folder
+from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.train import Trainer, learning_rate
 from tests.conftest import TINY
 

@@ -12,12 +12,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from ifnd_fast import checkpoint as checkpoints
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config, ModelConfig
-from ifnd_fast.console import warn
-from ifnd_fast.errors import CommandError
 from ifnd_fast.model import resnet
+from ifnd_fast.runtime import checkpoint as checkpoints
+from ifnd_fast.runtime.console import warn
+from ifnd_fast.runtime.errors import CommandError
 
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep the weights beside other things
 QUERY_ENCODERS = ("encoder_q.", "query_encoder.")  # of the two encoders in a MoCo checkpoint, the one to measure

@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ifnd_fast import checkpoint as checkpoints
-from ifnd_fast import features, run_folder
+from ifnd_fast import features
 from ifnd_fast.config import DataConfig
-from ifnd_fast.console import progress, say
 from ifnd_fast.data import EpochBatches, Images, Unreadable, ViewDataset, random_view, running, to_input, view_loader
-from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
 from ifnd_fast.evaluate.subject import Subject
-from ifnd_fast.stop import StopSignals
+from ifnd_fast.runtime import checkpoint as checkpoints
+from ifnd_fast.runtime import run_folder
+from ifnd_fast.runtime.console import progress, say
+from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
+from ifnd_fast.runtime.stop import StopSignals
 
 SECONDS_BETWEEN_CHECKPOINTS = 600.0  # within an epoch; one is also written at its end
 

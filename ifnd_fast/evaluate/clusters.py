@@ -8,10 +8,10 @@ import tyro
 from sklearn import metrics
 from sklearn.metrics.cluster import contingency_matrix
 
-from ifnd_fast.console import track
 from ifnd_fast.evaluate.clustering import ClusterOptions, cluster_images, labelled_training_images
 from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.labelling import quality
+from ifnd_fast.runtime.console import track
 
 SHARES = {
     "adjusted_mutual_information": "AMI",

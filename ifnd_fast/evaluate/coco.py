@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from ifnd_fast.console import warn
-from ifnd_fast.errors import UsageError
+from ifnd_fast.runtime.console import warn
+from ifnd_fast.runtime.errors import UsageError
 
 FIELDS = {
     "images": ("id", "file_name", "height", "width"),

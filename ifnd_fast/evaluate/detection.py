@@ -18,18 +18,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops._utils import split_normalization_params
 
-from ifnd_fast import checkpoint as checkpoints
-from ifnd_fast import distributed, run_folder
-from ifnd_fast.console import progress, say, table, track
 from ifnd_fast.data import EpochBatches
-from ifnd_fast.device import leave_cores_to_workers, pick_amp, pick_device
-from ifnd_fast.errors import CommandError, NonFiniteError, Stopped, UsageError
 from ifnd_fast.evaluate import coco, detectron2
 from ifnd_fast.evaluate.backbone import Backbone, load_backbone
 from ifnd_fast.evaluate.coco_metrics import NAMES, average_precision, to_results
 from ifnd_fast.evaluate.detection_options import DetectionOptions, decisive, learning_rate, resolve
 from ifnd_fast.evaluate.mask_rcnn import mask_rcnn
-from ifnd_fast.stop import StopSignals, explained, ignore_stop_signals
+from ifnd_fast.runtime import checkpoint as checkpoints
+from ifnd_fast.runtime import distributed, run_folder
+from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
+from ifnd_fast.runtime.console import progress, say, table, track
+from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
+from ifnd_fast.runtime.stop import StopSignals, explained, ignore_stop_signals
 
 
 def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:

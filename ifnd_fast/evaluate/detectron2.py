@@ -11,9 +11,9 @@ import numpy as np
 import yaml
 from torchvision.models import ResNet
 
-from ifnd_fast import checkpoint
-from ifnd_fast.errors import UsageError
 from ifnd_fast.evaluate.backbone import Backbone
+from ifnd_fast.runtime import checkpoint
+from ifnd_fast.runtime.errors import UsageError
 
 DEPTHS = (18, 34, 50, 101, 152)
 """of the ResNets that detectron2 builds"""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tyro
 
 from ifnd_fast import features
-from ifnd_fast.errors import UsageError
 from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
+from ifnd_fast.runtime.errors import UsageError
 
 
 def knn(common: tyro.conf.OmitArgPrefixes[Options], k: int = 20, temperature: float = 0.07) -> None:

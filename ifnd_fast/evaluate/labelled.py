@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ifnd_fast.config import DataConfig
-from ifnd_fast.console import warn
 from ifnd_fast.data import Images, Subset, number_as, open_for_run, rank_in_class
-from ifnd_fast.errors import UsageError
+from ifnd_fast.runtime.console import warn
+from ifnd_fast.runtime.errors import UsageError
 
 
 def open_labelled(data: DataConfig) -> tuple[Images, Images]:

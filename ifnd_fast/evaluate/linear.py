@@ -10,13 +10,13 @@ import numpy as np
 import torch
 import tyro
 
-from ifnd_fast import run_folder
-from ifnd_fast.console import say, track, warn
 from ifnd_fast.data import Images, rank_in_class
-from ifnd_fast.errors import UsageError
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions, top_accuracies
 from ifnd_fast.evaluate.labelled import number_of_classes, open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
+from ifnd_fast.runtime import run_folder
+from ifnd_fast.runtime.console import say, track, warn
+from ifnd_fast.runtime.errors import UsageError
 
 PENALTIES = tuple(10.0**power for power in range(-3, 4))
 

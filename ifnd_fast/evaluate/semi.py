@@ -10,11 +10,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from ifnd_fast import checkpoint as checkpoints
-from ifnd_fast import run_folder
-from ifnd_fast.console import say
 from ifnd_fast.data import Images, Subset
-from ifnd_fast.errors import UsageError
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions
 from ifnd_fast.evaluate.labelled import (
     balanced_share,
@@ -25,6 +21,10 @@ from ifnd_fast.evaluate.labelled import (
     warn_of_lacking,
 )  # fmt: skip
 from ifnd_fast.evaluate.subject import Options, Subject
+from ifnd_fast.runtime import checkpoint as checkpoints
+from ifnd_fast.runtime import run_folder
+from ifnd_fast.runtime.console import say
+from ifnd_fast.runtime.errors import UsageError
 
 FEW = 0.05  # up to this share of the labels, the learning rates are those for 1 %
 

@@ -12,13 +12,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from ifnd_fast import features, run_folder
+from ifnd_fast import features
 from ifnd_fast.config import DataConfig
-from ifnd_fast.console import table
 from ifnd_fast.data import Images, Unreadable
-from ifnd_fast.device import leave_cores_to_workers, pick_amp, pick_device
-from ifnd_fast.errors import CommandError, UsageError
 from ifnd_fast.evaluate.backbone import load_backbone
+from ifnd_fast.runtime import run_folder
+from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
+from ifnd_fast.runtime.console import table
+from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
 @dataclass

@@ -8,10 +8,10 @@ from pathlib import Path
 import tyro
 
 from ifnd_fast.data import ListImages
-from ifnd_fast.errors import UsageError
 from ifnd_fast.evaluate.labelled import matched, open_labelled
 from ifnd_fast.evaluate.linear import LinearOptions, measure
 from ifnd_fast.evaluate.subject import Options, Subject
+from ifnd_fast.runtime.errors import UsageError
 
 
 @dataclass

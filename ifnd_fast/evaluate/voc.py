@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import numpy as np
 from torchvision.datasets import VOCDetection
 
-from ifnd_fast.console import track
 from ifnd_fast.data import FileImages
-from ifnd_fast.errors import CommandError, UsageError
+from ifnd_fast.runtime.console import track
+from ifnd_fast.runtime.errors import CommandError, UsageError
 
 IGNORED = -1
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ifnd_fast import distributed
+from ifnd_fast.runtime import distributed
 
 T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 
-from ifnd_fast import distributed
+from ifnd_fast.runtime import distributed
 
 
 class Background:

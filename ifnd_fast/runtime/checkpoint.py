@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifnd_fast.errors import CommandError
+from ifnd_fast.runtime.errors import CommandError
 
 FORMAT = "ifnd_fast checkpoint 1"
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ifnd_fast import checkpoint, distributed
-from ifnd_fast.errors import CommandError, Stopped
+from ifnd_fast.runtime import checkpoint, distributed
+from ifnd_fast.runtime.errors import CommandError, Stopped
 
 
 class StopSignals:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ifnd_fast.errors import CommandError, PeerError
+from ifnd_fast.runtime.errors import CommandError, PeerError
 
 T = TypeVar("T")
 _store: dist.Store | None = None  # a board that all ranks read and write

@@ -6,9 +6,9 @@ import os
 
 import torch
 
-from ifnd_fast import distributed
-from ifnd_fast.errors import UsageError
 from ifnd_fast.ops import backends
+from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime.errors import UsageError
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,10 +10,11 @@ from typing import Any
 
 import filelock
 
-from ifnd_fast import checkpoint, config, distributed
+from ifnd_fast import config
 from ifnd_fast.config import Config
-from ifnd_fast.console import say
-from ifnd_fast.errors import CommandError, UsageError
+from ifnd_fast.runtime import checkpoint, distributed
+from ifnd_fast.runtime.console import say
+from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
 @contextmanager

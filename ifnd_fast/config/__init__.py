@@ -1,0 +1,32 @@
+"""A run's options: what they are, their presets, their ranges, and how they are saved."""
+
+from ifnd_fast.config.options import (
+    ClusterConfig,
+    Config,
+    ContrastConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
+from ifnd_fast.config.presets import PRESETS
+from ifnd_fast.config.ranges import validate
+from ifnd_fast.config.saved import MAY_CHANGE, differences, from_dict, load, to_dict, to_yaml
+
+__all__ = [
+    "MAY_CHANGE",
+    "PRESETS",
+    "ClusterConfig",
+    "Config",
+    "ContrastConfig",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "differences",
+    "from_dict",
+    "load",
+    "to_dict",
+    "to_yaml",
+    "validate",
+]
