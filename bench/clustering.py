@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ifnd_fast import KMeans
-from ifnd_fast.kmeans import chunks
+from ifnd_fast.ops.chunks import chunks
 from ifnd_fast.runtime import distributed
 
 RESULTS = Path(__file__).parent / "results" / "clustering.md"

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 import torch as _torch  # noqa: F401  first: the extension then shares torch's OpenMP runtime
 
-from ifnd_fast.kmeans import KMeans
-from ifnd_fast.labels import PseudoLabels
-from ifnd_fast.levels import cluster_levels
+from ifnd_fast.clustering.kmeans import KMeans
+from ifnd_fast.clustering.levels import cluster_levels
+from ifnd_fast.clustering.pseudo_labels import PseudoLabels
 from ifnd_fast.loss import IFNDLoss
 from ifnd_fast.ops import assign_clusters, info_nce
 from ifnd_fast.queue import NegativeQueue

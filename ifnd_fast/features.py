@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data import Images, centre_loader, to_input
 from ifnd_fast.knn import knn_accuracy
@@ -31,7 +32,7 @@ def extract(
     Under torch.distributed each rank computes a contiguous share of the images, and all get all of them.
     """
     features, readable = extract_share(encoder, images, config, device, autocast, description, batch_size)
-    shards = distributed.Shards(len(features), device)
+    shards = Shards(len(features), device)
     return shards.gather(features), shards.gather(readable)
 
 

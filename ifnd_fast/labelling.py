@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ifnd_fast import features
+from ifnd_fast.clustering.acceptance import acceptance_rate
+from ifnd_fast.clustering.image_clusters import Clustering
+from ifnd_fast.clustering.levels import scale_levels
+from ifnd_fast.clustering.pseudo_labels import PseudoLabels
+from ifnd_fast.clustering.shards import Shards
+from ifnd_fast.clustering.whitening import whiten
 from ifnd_fast.config import Config
 from ifnd_fast.data import Images, Unreadable
-from ifnd_fast.labels import PseudoLabels, acceptance_rate
-from ifnd_fast.levels import scale_levels
 from ifnd_fast.model import Encoder
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.background import Background
 from ifnd_fast.runtime.console import progress, warn
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
-from ifnd_fast.whitening import whiten
 
 AGREEMENT_IMAGES = 10_000  # its time grows with the square of the clusters that they fall in
 
@@ -152,7 +155,7 @@ class Labeller:
         if not self._everywhere(bool(torch.isfinite(vectors).all())):
             raise NonFiniteError(f"the features are not finite after epoch {epoch}")
         vectors = self._prepared(vectors[own_usable])
-        self.usable = distributed.Shards(len(own_usable), self.device).gather(own_usable)
+        self.usable = Shards(len(own_usable), self.device).gather(own_usable)
         fit = partial(self._fit, vectors, self.clustered[self.usable], epoch)
         self.seconds["feature_seconds"] += time.perf_counter() - started
         self.waiting = True
@@ -192,7 +195,7 @@ class Labeller:
             return self.bank[:-1], self.bank[:-1].any(dim=1)
         network = cast(Encoder, encoder).backbone if self.config.cluster.cluster_space == "backbone" else encoder
         vectors, readable = features.extract_share(network, self.images, self.config.data, self.device, autocast)
-        everyones = distributed.Shards(len(readable), self.device).gather(readable)
+        everyones = Shards(len(readable), self.device).gather(readable)
         for index in (~everyones).nonzero().flatten().tolist():
             unreadable.add(index)
         return vectors, readable
@@ -200,17 +203,17 @@ class Labeller:
     def _prepared(self, vectors: Tensor) -> Tensor:
         """Unit rows to cluster, of this rank's features (n, D)."""
         if self.config.cluster.whiten:
-            vectors = whiten(vectors, self.config.cluster.whiten, distributed.Shards(len(vectors), self.device))
+            vectors = whiten(vectors, self.config.cluster.whiten, Shards(len(vectors), self.device))
         return F.normalize(vectors.float(), dim=1).to(self.dtype)
 
     def _everywhere(self, holds: bool) -> bool:
-        return distributed.Shards(len(self.own), self.device).every(holds, self.device)
+        return Shards(len(self.own), self.device).every(holds, self.device)
 
     def _fit(self, vectors: Tensor, before: Tensor, epoch: int) -> None:
         """Cluster this rank's vectors (n, dim); `before` are all ranks' labels of the last clustering, -1 for none."""
         iterations, own, warm = self.config.cluster.kmeans_iterations, None, self.config.cluster.warm_iterations
         if warm and bool((before >= 0).any()):
-            iterations, shards = warm, distributed.Shards(len(vectors), self.device)
+            iterations, shards = warm, Shards(len(vectors), self.device)
             own = before[shards.first : shards.first + len(vectors)]
         inertia: list[list[float]] = [[] for _ in self.levels]
         beside = self.config.cluster.cluster_async  # the epoch's bar, and there is room for one
@@ -234,7 +237,7 @@ class Labeller:
         """Every rank has to call it: the bank is brought together, so that any number of ranks can go on. A clustering
         in the background is waited for."""
         self._wait()
-        shards = distributed.Shards(len(self.own), self.device)
+        shards = Shards(len(self.own), self.device)
         return {
             "pseudo_labels": self.pseudo_labels.state_dict(),
             "accepted": self.accepted,
@@ -281,19 +284,6 @@ def quality(labels: Tensor, before: Tensor, levels: tuple[int, ...]) -> dict[str
             agreement.append(float(adjusted_mutual_info_score(then[both].cpu(), now[both].cpu())))
     found = {"cluster_largest": largest, "cluster_empty": empty}
     return found | ({"cluster_agreement": agreement} if agreement else {})
-
-
-class Clustering(NamedTuple):
-    """The last clustering in a checkpoint, of N images at L levels."""
-
-    levels: tuple[int, ...]  # clusters at each
-    labels: Tensor  # (N, L) int32, accepted or not; -1 for images that had no features
-    confidence: Tensor  # (N, L) float32; 0 for those
-
-    def gave(self, accepted: Tensor) -> bool:
-        """Whether the accepted labels (N, L) are of this clustering: with --cluster-async the ones in use can be older.
-        """
-        return bool((accepted == self.labels)[accepted >= 0].all())
 
 
 def clustering_in(state: Mapping[str, Any]) -> Clustering | None:

@@ -10,10 +10,11 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data import Images, open_for_run
 from ifnd_fast.evaluate.detection_by_rate import detection_of, draw_detection_by_rate
-from ifnd_fast.labelling import Clustering, clustering_in
+from ifnd_fast.labelling import clustering_in
 from ifnd_fast.plots import Picture, draw_picture
 from ifnd_fast.report_clusters import cluster_sheets
 from ifnd_fast.report_embedding import draw_embedding, stored_features

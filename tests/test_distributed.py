@@ -16,7 +16,7 @@ COLLECTIVES = """
 import torch, torch.distributed as dist
 from ifnd_fast.runtime import distributed as d
 from ifnd_fast.model import MoCo
-from ifnd_fast.whitening import whiten
+from ifnd_fast.clustering.whitening import whiten
 d.start(torch.device("cpu"))
 r, w = d.rank(), d.world_size()
 x = torch.arange(4.0).view(2, 2) + 10 * r

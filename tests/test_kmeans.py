@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.nn.functional import normalize
 
-from ifnd_fast import kmeans
-from ifnd_fast.kmeans import KMeans
+from ifnd_fast.clustering import kmeans
+from ifnd_fast.clustering.faiss_engine import faiss_lloyd
+from ifnd_fast.clustering.kmeans import KMeans
+from ifnd_fast.clustering.lloyd import Nearest, assign, centroids_of, lloyd, reassign, repair
+from ifnd_fast.clustering.seeding import initial_centroids
+from ifnd_fast.ops.cluster_sums import cluster_sums, squared_distances
 
 
 def blobs(n: int, d: int, k: int, seed: int = 0, spread: float = 0.3) -> torch.Tensor:
@@ -101,7 +105,7 @@ def test_initial_centroids_are_as_good_as_scikit_learns(k):
     ours, theirs, random = [], [], []
     for seed in range(16):
         generator = torch.Generator().manual_seed(seed)
-        ours.append(inertia(x, kmeans.initial_centroids(x, k, generator)))
+        ours.append(inertia(x, initial_centroids(x, k, generator)))
         picked, _ = sklearn.cluster.kmeans_plusplus(x.numpy(), k, n_local_trials=1, random_state=seed)
         theirs.append(inertia(x, torch.from_numpy(picked)))
         random.append(inertia(x, x[torch.randperm(len(x), generator=generator)[:k]]))
@@ -110,9 +114,9 @@ def test_initial_centroids_are_as_good_as_scikit_learns(k):
 
 
 def test_initial_centroids_are_distinct_rows_of_a_sample(monkeypatch):
-    monkeypatch.setattr(kmeans, "INIT_SAMPLE", 64)
+    monkeypatch.setattr("ifnd_fast.clustering.seeding.INIT_SAMPLE", 64)
     x = blobs(1000, 3, 5).repeat(2, 1)
-    chosen = kmeans.initial_centroids(x, 30, torch.Generator().manual_seed(3))
+    chosen = initial_centroids(x, 30, torch.Generator().manual_seed(3))
     assert len(torch.unique(chosen, dim=0)) == 30
     assert (torch.cdist(chosen, x, compute_mode="donot_use_mm_for_euclid_dist") == 0).any(1).all()
 
@@ -120,13 +124,13 @@ def test_initial_centroids_are_distinct_rows_of_a_sample(monkeypatch):
 @pytest.mark.parametrize("seed", range(5))
 def test_initial_centroids_are_distinct_even_where_squares_underflow(seed):
     x = torch.tensor([[1.0], [0.0], [1e-30], [2e-30], [3e-30]])
-    chosen = kmeans.initial_centroids(x, 5, torch.Generator().manual_seed(seed))
+    chosen = initial_centroids(x, 5, torch.Generator().manual_seed(seed))
     assert torch.equal(chosen.sort(dim=0).values, x.sort(dim=0).values)
 
 
 def test_initial_centroids_look_beyond_a_sample_of_duplicates(monkeypatch):
-    monkeypatch.setattr(kmeans, "INIT_SAMPLE", 16)
-    monkeypatch.setattr(kmeans, "INIT_ROWS_PER_CLUSTER", 1)
+    monkeypatch.setattr("ifnd_fast.clustering.seeding.INIT_SAMPLE", 16)
+    monkeypatch.setattr("ifnd_fast.clustering.seeding.INIT_ROWS_PER_CLUSTER", 1)
     x = torch.zeros(5000, 2)
     x[[17, 1234, 4321], 0] = torch.tensor([1.0, 2.0, 3.0])
     assert KMeans(4).fit(x).inertia_ == 0
@@ -165,8 +169,8 @@ def test_chunking_does_not_change_the_result(seed, chunk, k):
     x = blobs(200, 4, 6, seed=seed)
     whole = KMeans(k, seed=seed).fit(x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kmeans, "CHUNK_ELEMENTS", chunk)
-        patch.setattr(kmeans, "SIMILARITY_ELEMENTS", 5 * chunk)
+        patch.setattr("ifnd_fast.ops.chunks.CHUNK_ELEMENTS", chunk)
+        patch.setattr("ifnd_fast.ops.chunks.SIMILARITY_ELEMENTS", 5 * chunk)
         parts = KMeans(k, seed=seed).fit(x)
     torch.testing.assert_close(parts.cluster_centers_, whole.cluster_centers_, atol=1e-5, rtol=1e-5)
     assert (parts.labels_ == whole.labels_).all()
@@ -186,10 +190,10 @@ def sums_backend(request, monkeypatch):
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 @pytest.mark.parametrize("dim", [1, 5, 70])
 def test_cluster_sums(dim, dtype, chunk, sums_backend, monkeypatch):
-    monkeypatch.setattr(kmeans, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("ifnd_fast.ops.chunks.CHUNK_ELEMENTS", chunk)
     x, centroids = torch.randn(1000, dim).to(dtype), torch.randn(7, dim)
     labels = torch.randint(3, (1000,), dtype=torch.int32) * 2  # clusters 1, 3, 5 and 6 stay empty
-    sums, counts, distances = kmeans.cluster_sums(x, labels, centroids)
+    sums, counts, distances = cluster_sums(x, labels, centroids)
     expected = torch.zeros(7, dim, dtype=torch.float64).index_add(0, labels.long(), x.double())
     torch.testing.assert_close(sums, expected, atol=1e-4, rtol=1e-5)
     assert counts.tolist() == torch.bincount(labels, minlength=7).tolist()
@@ -199,7 +203,7 @@ def test_cluster_sums(dim, dtype, chunk, sums_backend, monkeypatch):
 
 def test_sums_of_a_large_cluster_keep_their_digits(sums_backend):  # float32 throughout is off by 3e-3
     x = torch.full((300_000, 1), 0.1)
-    sums, _, distances = kmeans.cluster_sums(x, torch.zeros(len(x), dtype=torch.int32), x[:1])
+    sums, _, distances = cluster_sums(x, torch.zeros(len(x), dtype=torch.int32), x[:1])
     assert float(sums) == pytest.approx(300_000 * float(x[0, 0].double()), rel=1e-5)
     assert not distances.any()
 
@@ -209,7 +213,7 @@ def test_sums_refuse_labels_out_of_range(label):
     if kmeans.backends._cpu is None:
         pytest.skip("extension not built")
     with pytest.raises(ValueError, match="labels must be 0 to C - 1"):
-        kmeans.cluster_sums(torch.ones(2, 1), torch.tensor([0, label], dtype=torch.int32), torch.ones(3, 1))
+        cluster_sums(torch.ones(2, 1), torch.tensor([0, label], dtype=torch.int32), torch.ones(3, 1))
 
 
 def test_cluster_sums_do_not_depend_on_the_number_of_threads():
@@ -219,7 +223,7 @@ def test_cluster_sums_do_not_depend_on_the_number_of_threads():
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(kmeans.cluster_sums(x, labels, centroids))
+            results.append(cluster_sums(x, labels, centroids))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -230,13 +234,13 @@ def test_repair_takes_the_farthest_distinct_points():
     x = torch.tensor([[0.0], [1.0], [9.0], [9.0], [7.0], [-8.0]])
     centroids = torch.tensor([[0.0], [50.0], [60.0], [70.0]])
     distances = (x - centroids[0]).square().sum(1)
-    repaired = kmeans.repair(x, distances, centroids, torch.tensor([6, 0, 0, 0]))
+    repaired = repair(x, distances, centroids, torch.tensor([6, 0, 0, 0]))
     assert repaired.flatten().tolist() == [0.0, 9.0, -8.0, 7.0]
 
 
 def test_repair_leaves_centroids_alone_when_no_point_is_off_its_own():
     x, centroids = torch.ones(3, 1), torch.tensor([[1.0], [5.0]])
-    repaired = kmeans.repair(x, torch.zeros(3), centroids, torch.tensor([3, 0]))
+    repaired = repair(x, torch.zeros(3), centroids, torch.tensor([3, 0]))
     assert torch.equal(repaired, centroids)
 
 
@@ -262,7 +266,7 @@ def test_auto_is_faiss_only_where_assignment_has_no_kernel(monkeypatch):
     fused = KMeans(10).fit(x).cluster_centers_
     monkeypatch.setattr(kmeans.backends, "choose", lambda *_: "reference")
     assert kmeans.pick_engine(x) == "faiss" and kmeans.pick_engine(x, tol=0.1) == "fused"
-    called, faiss_lloyd = [], kmeans.faiss_lloyd
+    called = []
     monkeypatch.setattr(kmeans, "faiss_lloyd", lambda *given: called.append(1) or faiss_lloyd(*given))
     torch.testing.assert_close(KMeans(10).fit(x).cluster_centers_, fused, atol=1e-3, rtol=1e-3)
     assert called
@@ -283,12 +287,13 @@ def test_inertia_never_rises_and_the_callback_counts():
 def test_settled_clusters_change_nothing_but_the_time(spherical, monkeypatch):
     x, calls = normalize(blobs(2000, 8, 40)), []
     start = x[:60].clone()
-    monkeypatch.setattr(kmeans, "FEW_MOVED", 0.0)
-    plain = kmeans.lloyd(x, start, 50, spherical=spherical)
-    monkeypatch.setattr(kmeans, "FEW_MOVED", 1.0)
-    reassign = kmeans.reassign
-    monkeypatch.setattr(kmeans, "reassign", lambda *given: calls.append(given[-1]) or reassign(*given))
-    quick = kmeans.lloyd(x, start, 50, spherical=spherical)
+    monkeypatch.setattr("ifnd_fast.clustering.lloyd.FEW_MOVED", 0.0)
+    plain = lloyd(x, start, 50, spherical=spherical)
+    monkeypatch.setattr("ifnd_fast.clustering.lloyd.FEW_MOVED", 1.0)
+    monkeypatch.setattr(
+        "ifnd_fast.clustering.lloyd.reassign", lambda *given: calls.append(given[-1]) or reassign(*given)
+    )
+    quick = lloyd(x, start, 50, spherical=spherical)
     calls = [moved for moved in calls if not moved.all()]
     assert len(calls) > 5 and any(0 < moved.sum() < 30 for moved in calls)
     assert torch.equal(quick.labels, plain.labels) and torch.equal(quick.centroids, plain.centroids)
@@ -302,10 +307,10 @@ def test_reassign_is_assign(seed, k, share):  # on a grid, where ties abound and
     x = torch.randint(-2, 3, (50, 2), generator=generator).float()
     before = torch.randint(-2, 3, (k, 2), generator=generator).float()
     after = before + torch.randint(-1, 2, (k, 2), generator=generator) * (torch.rand(k, 1, generator=generator) < share)
-    labels = kmeans.assign(x, before)
-    distances = kmeans.squared_distances(x, labels, before)
-    found = kmeans.reassign(x, labels, distances, after, (before != after).any(dim=1))
-    assert torch.equal(found, kmeans.assign(x, after))
+    labels = assign(x, before)
+    distances = squared_distances(x, labels, before)
+    found = reassign(x, labels, distances, after, (before != after).any(dim=1))
+    assert torch.equal(found, assign(x, after))
 
 
 def moving(kind: str, n: int, k: int, dim: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -331,10 +336,10 @@ def test_bounds_leave_out_nothing_that_matters(seed, k, dim, kind, step, share):
     generator = torch.Generator().manual_seed(seed)
     x, c = moving(kind, 300 + seed % 7, k, dim, generator)
     x[seed % 300] = 0
-    nearest = kmeans.Nearest(x)
+    nearest = Nearest(x)
     for _ in range(5):
-        labels = nearest.update(c, kmeans.squared_distances(x, nearest.labels, c) if len(nearest.labels) else None)
-        assert torch.equal(labels, kmeans.assign(x, c))
+        labels = nearest.update(c, squared_distances(x, nearest.labels, c) if len(nearest.labels) else None)
+        assert torch.equal(labels, assign(x, c))
         if nearest.bounds is not None:
             distance = torch.cdist(x.double(), c.double(), compute_mode="donot_use_mm_for_euclid_dist")
             others = distance.scatter(1, labels.long()[:, None], torch.inf).min(1).values
@@ -347,7 +352,7 @@ def test_settling_rows_are_compared_with_few_centroids():
     if kmeans.backends._cpu is None or not kmeans.backends._cpu.isa().startswith(("avx512vnni", "avx512bf16")):
         pytest.skip("no 8-bit dot products")
     x, c = moving("unit", 3000, 300, 64, torch.Generator().manual_seed(0))
-    nearest = kmeans.Nearest(x)
+    nearest = Nearest(x)
     nearest.update(c, None)
     c = c.clone()
     c[5] *= 0.99
@@ -358,7 +363,7 @@ def test_settling_rows_are_compared_with_few_centroids():
 def test_centroids_of_labels_are_means_and_fill_the_empty():
     x = blobs(300, 4, 6)
     labels = (torch.arange(300) % 5).int()
-    centroids = kmeans.centroids_of(x, labels, 7)
+    centroids = centroids_of(x, labels, 7)
     for label in range(5):
         torch.testing.assert_close(centroids[label], x[labels == label].mean(0))
     for added in centroids[5:]:

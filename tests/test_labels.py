@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
-from ifnd_fast.labels import PseudoLabels, acceptance_rate, accepted_count
+from ifnd_fast.clustering.acceptance import acceptance_rate, accepted_count
+from ifnd_fast.clustering.pseudo_labels import PseudoLabels
 
 
 def features(n: int = 120, d: int = 8, seed: int = 0) -> torch.Tensor:

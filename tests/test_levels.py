@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from ifnd_fast import KMeans, assign_clusters
-from ifnd_fast.levels import cluster_levels, scale_levels
+from ifnd_fast.clustering.levels import cluster_levels, scale_levels
 
 
 def features(n: int = 300, d: int = 8) -> torch.Tensor:

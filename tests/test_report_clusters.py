@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ifnd_fast.labelling import Clustering
+from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.plots import draw_picture
 from ifnd_fast.report_clusters import choose_clusters, cluster_sheets
 from ifnd_fast.report_embedding import draw_embedding, embed, stored_features

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ifnd_fast.whitening import whiten
+from ifnd_fast.clustering.whitening import whiten
 
 
 def features(n: int = 400, dim: int = 6) -> torch.Tensor:

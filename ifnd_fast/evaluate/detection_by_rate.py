@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ifnd_fast import config as configs
+from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.config import DataConfig
 from ifnd_fast.evaluate.clustering import ClusterOptions, cluster_images, labelled_training_images
 from ifnd_fast.evaluate.false_negatives import DetectionByRate, detection_by_rate
 from ifnd_fast.evaluate.subject import Options, Subject, tell
-from ifnd_fast.labelling import Clustering, clustering_in
+from ifnd_fast.labelling import clustering_in
 from ifnd_fast.plots import INK, Texts, check_file_kind, percent_axis, plot_line, save_picture
 from ifnd_fast.runtime.checkpoint import list_checkpoints, load_latest
 from ifnd_fast.runtime.console import say

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ifnd_fast.labels import accepted_count
+from ifnd_fast.clustering.acceptance import accepted_count
 from ifnd_fast.ops import checks
 
 

@@ -1,6 +1,6 @@
 """The two operators, each with a definition in plain torch and fused backends."""
 
-from ifnd_fast.ops.assign import assign_clusters
+from ifnd_fast.ops.assign_clusters import assign_clusters
 from ifnd_fast.ops.info_nce import info_nce
 
 __all__ = ["assign_clusters", "info_nce"]

@@ -5,15 +5,15 @@ Chen et al., Incremental False Negative Detection for Contrastive Learning, ICLR
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ifnd_fast.levels import Progress, check_levels, cluster_levels
+from ifnd_fast.clustering.acceptance import _check_fraction, accepted_count
+from ifnd_fast.clustering.levels import Progress, check_levels, cluster_levels
+from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops import checks
-from ifnd_fast.runtime.distributed import Shards
 
 
 class PseudoLabels:
@@ -164,30 +164,3 @@ class PseudoLabels:
                 f"rows; got {tuple(labels.shape)}, {tuple(confidence.shape)}, {[len(c) for c in centroids]}"
             )
         self.labels, self.confidence, self.centroids = labels, confidence, centroids
-
-
-def acceptance_rate(progress: float, acceptance_end: float = 1.0) -> float:
-    """The share of labels to accept: linear from 0 to 1 over the first `acceptance_end` of the training.
-
-    min(1, progress / acceptance_end), with progress the fraction of the training that is done, 0..1.
-
-    Raises:
-        ValueError: progress is not in 0..1, or acceptance_end not above 0 and at most 1.
-    """
-    _check_fraction("progress", progress)
-    if not 0 < acceptance_end <= 1:
-        raise ValueError(f"acceptance_end must be above 0 and at most 1, got {acceptance_end}")
-    return min(1.0, progress / acceptance_end)
-
-
-def accepted_count(rate: float, n: int) -> int:
-    """ceil(rate n) for a rate in 0..1, as if rate were the number that its float stands for.
-
-    0.07 * 100 is 7.000000000000001 in floats and must give 7, so 1e-12 of n is forgiven.
-    """
-    return max(0, math.ceil(rate * n - 1e-12 * n))
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in 0..1, got {value}")

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ifnd_fast.kmeans import KMeans, as_matrix, centroids_of, check_rows, operator_chunks
+from ifnd_fast.clustering.kmeans import KMeans
+from ifnd_fast.clustering.lloyd import centroids_of
+from ifnd_fast.clustering.rows import as_matrix, check_rows
+from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops import assign_clusters, checks
+from ifnd_fast.ops.chunks import operator_chunks
 from ifnd_fast.runtime import distributed as ranks
-from ifnd_fast.runtime.distributed import Shards
 
 Progress = Callable[[int, int, float], object]
 

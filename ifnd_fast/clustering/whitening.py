@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ifnd_fast.runtime.distributed import Shards
+from ifnd_fast.clustering.shards import Shards
 
 SMALLEST_VARIANCE = 1e-6  # of the largest: directions below it hold rounding
 

@@ -1,0 +1,242 @@
+"""Lloyd's algorithm: nearest centroids kept up as centroids move, means, empty clusters refilled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ifnd_fast.clustering.distinct import _too_few_distinct, distinct_rows, first_occurrences
+from ifnd_fast.clustering.rows import SMALLEST_NORM
+from ifnd_fast.clustering.shards import Shards
+from ifnd_fast.ops import assign_clusters, backends, cpu
+from ifnd_fast.ops.chunks import chunk_rows, operator_chunks
+from ifnd_fast.ops.cluster_sums import cluster_sums, squared_distances
+
+Callback = Callable[[int, float], object]
+FEW_MOVED = 0.5  # of the centroids: then rows whose own stood still are compared with those that moved alone
+MANY_UNDECIDED = 0.5  # of the rows: then bounds cost more than they save
+SHIFT_RATIO = 1e3  # centroids this far from the origin (squared, in squared spreads) are centred to assign
+
+
+class Clustering(NamedTuple):
+    """What one run found: centroids (C, D) float32, labels (N,) int32, and the iterations it took."""
+
+    centroids: Tensor
+    labels: Tensor
+    n_iter: int
+
+
+def lloyd(
+    x: Tensor,
+    centroids: Tensor,
+    max_iter: int,
+    tol: float = 0.0,
+    spherical: bool = False,
+    callback: Callback | None = None,
+    shards: Shards | None = None,
+) -> Clustering:
+    """Lloyd's algorithm from the given centroids; the labels are those of the centroids returned.
+
+    Clusters settle long before the last one does: `Nearest` finds the labels by what has moved.
+    """
+    shards = shards or Shards(len(x), x.device, together=False)
+    nearest, distances = Nearest(x), None
+    previous_labels, previous_inertia = None, torch.inf
+    for iteration in range(1, max_iter + 1):
+        labels = nearest.update(centroids, distances)
+        sums, counts, distances = cluster_sums(x, labels, centroids)
+        sums, counts, inertia = add_ranks(sums, counts, distances, shards)
+        if callback is not None:
+            callback(iteration, inertia)
+        # The previous centroids came from these very labels (and refills, which change labels).
+        same = previous_labels is not None and torch.equal(labels, previous_labels)
+        if shards.every(same, x.device):
+            return Clustering(centroids, labels, iteration)
+        centroids = repair(x, distances, update(sums, counts, centroids, spherical), counts, shards)
+        if tol > 0 and previous_inertia - inertia <= tol * previous_inertia < torch.inf:
+            break
+        previous_labels, previous_inertia = labels, inertia
+    return Clustering(centroids, nearest.update(centroids, distances), iteration)
+
+
+class Nearest:
+    """Each row's nearest centroid, the labels of `assign` to the bit, kept up as centroids move.
+
+    The kernel for float32 on the CPU keeps for every row less than its distance to all centroids but its own. That
+    shrinks by no more than centroids move, so that most rows are soon compared with the few that move far alone.
+    Elsewhere rows of centroids that stood still are compared with those that moved: see `reassign`.
+    """
+
+    def __init__(self, x: Tensor):
+        self.x = x
+        self.labels = torch.empty(0, dtype=torch.int32)
+        self.centroids: Tensor | None = None
+        kernel = backends.choose("auto", "assign_clusters", x.device, x.dtype) == "cpu" and x.dtype == torch.float32
+        self.bounds = torch.empty(len(x)) if kernel else None
+
+    def update(self, centroids: Tensor, distances: Tensor | None) -> Tensor:
+        """(N,) int32. `distances` (N,): squared, of the rows to their nearest before; None the first time."""
+        if not self._updated_by_bounds(centroids):
+            if self.centroids is None:
+                self.labels = assign(self.x, centroids)
+            else:
+                moved = (centroids != self.centroids).any(dim=1)
+                self.labels = reassign(self.x, self.labels, cast(Tensor, distances), centroids, moved)
+        self.centroids = centroids
+        return self.labels
+
+    def _updated_by_bounds(self, centroids: Tensor) -> bool:
+        if self.bounds is None or _shift(centroids) is not None:
+            self.bounds = None
+            return False
+        labels = torch.empty(len(self.x), dtype=torch.int32) if self.centroids is None else self.labels.clone()
+        undecided = cpu.reassign(self.x, self.centroids, centroids, labels, self.bounds)
+        if undecided < 0 or undecided > MANY_UNDECIDED * len(self.x):
+            self.bounds = None
+        if undecided >= 0:
+            self.labels = labels
+        return undecided >= 0
+
+
+def reassign(x: Tensor, labels: Tensor, distances: Tensor, centroids: Tensor, moved: Tensor) -> Tensor:
+    """`assign(x, centroids)`, (N,) int32, after some centroids have `moved` (C,), from the rows' nearest before.
+
+    `labels` (N,) and squared `distances` (N,) are of those. A row whose own centroid stood still is nearest to it or
+    to one that moved: to no other, as these were no nearer before either. Rows that rounding could decide otherwise
+    are compared with all centroids, so that the labels are the same to the bit.
+    """
+    if x.dtype != torch.float32 or float(moved.float().mean()) >= FEW_MOVED or _shift(centroids) is not None:
+        return assign(x, centroids)
+    movers = moved.nonzero().flatten()
+    if len(movers) == 0:
+        return labels
+    nearest = movers.int()[assign(x, centroids[movers])]
+    to_nearest = squared_distances(x, nearest, centroids)
+    # |x|, |c| <= |x - c| + max |c|, and a sum of D products is off by at most D eps |x| |c|.
+    length = torch.maximum(distances, to_nearest).sqrt_().add_(centroids.norm(dim=1).max())
+    rounding = length.square_().mul_(4 * x.shape[1] * torch.finfo(torch.float32).eps)
+    unsure = (moved[labels] | ((to_nearest - distances).abs() <= rounding)).nonzero().flatten()
+    nearest = torch.where(to_nearest < distances, nearest, labels)
+    for part in unsure.split(chunk_rows(x)):
+        nearest[part] = assign(x[part], centroids)
+    return nearest
+
+
+def add_ranks(sums: Tensor, counts: Tensor, distances: Tensor, shards: Shards) -> tuple[Tensor, Tensor, float]:
+    """The sums (C, D) float64, counts (C,) and inertia of all ranks' rows, in one collective."""
+    inertia = distances.sum(dtype=torch.float64)
+    if not shards.together:
+        return sums, counts, float(inertia)
+    packed = shards.sum(torch.cat([sums.flatten(), counts.double(), inertia[None]]))
+    added, numbers, inertia = packed.split([sums.numel(), len(counts), 1])
+    return added.view_as(sums), numbers.long(), float(inertia)
+
+
+def assign(x: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest centroid of every row by Euclidean distance, (N,) int32; ties to the lowest index.
+
+    The operator compares x.c - |c|^2 / 2, which loses digits when the data lie far from the origin. Distances
+    don't change when both sides are shifted, so then rows are centred chunk by chunk, in float32.
+    """
+    shift = _shift(centroids)
+    dtype = x.dtype if shift is None else torch.float32
+    centroids = (centroids if shift is None else centroids - shift).to(dtype)
+
+    labels = torch.empty(len(x), dtype=torch.int32, device=x.device)
+    for part in operator_chunks(x, len(centroids), dtype, None if shift is None else chunk_rows(x)):
+        features = x[part] if shift is None else x[part].float() - shift
+        nearest = assign_clusters(features, centroids, metric="l2", return_confidence=False)
+        labels[part] = cast(Tensor, nearest)
+    return labels
+
+
+def _shift(centroids: Tensor) -> Tensor | None:
+    """Their mean (D,), where they lie so far from the origin that it has to be taken off."""
+    shift = centroids.mean(0)
+    spread = centroids.norm(dim=1).square().mean() - shift.square().sum()
+    return shift if bool(shift.square().sum() > SHIFT_RATIO * spread) else None
+
+
+def centroids_of(
+    x: Tensor, labels: Tensor, n_clusters: int, spherical: bool = False, shards: Shards | None = None
+) -> Tensor:
+    """Means (C, D) float32 of the rows that bear each label; of labels no row bears, rows far from their own mean.
+
+    What to start from when rows (N, D) have moved since they got their labels (N,) int32, -1 for none.
+    """
+    if bool((labels < 0).any()):
+        x, labels = x[labels >= 0], labels[labels >= 0]
+    shards = shards or Shards(len(x), x.device, together=False)
+    nothing = torch.zeros(n_clusters, x.shape[1], device=x.device)
+    sums, counts, _ = add_ranks(*cluster_sums(x, labels, nothing), shards)
+    centroids = update(sums, counts, nothing, spherical)
+    return repair(x, squared_distances(x, labels, centroids), centroids, counts, shards)
+
+
+def update(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: bool = False) -> Tensor:
+    """Mean of each cluster, (C, D) float32, in spherical mode of unit length; computed in place of `sums`.
+
+    A cluster without points, or whose unit rows cancel out, keeps its centroid.
+    """
+    means = sums.div_(counts.clamp_min(1)[:, None])
+    kept = counts == 0
+    if spherical:
+        norms = means.norm(dim=1)
+        kept |= norms < SMALLEST_NORM
+        means.div_(norms.clamp_min(SMALLEST_NORM)[:, None])
+    return torch.where(kept[:, None], centroids, means.float())
+
+
+def repair(
+    x: Tensor, distances: Tensor, centroids: Tensor, counts: Tensor, shards: Shards | None = None
+) -> Tensor:
+    """Put the centroid of each empty cluster on a point: the ones farthest from their own centroid.
+
+    `distances` (N,) are the squared ones to the rows' own centroids, `counts` (C,) the clusters' sizes. Distinct
+    points, the lowest index first among equals. Where too few differ from their centroid, the rest stay where
+    they are.
+    """
+    shards = shards or Shards(len(x), x.device, together=False)
+    empty = (counts == 0).nonzero().flatten()
+    if len(empty) == 0:
+        return centroids
+    distances, order = distances.sort(descending=True, stable=True)
+    order = order[distances > 0]
+    movable = int(shards.sum(torch.tensor(len(order), device=x.device)))
+    look = len(empty)
+    while True:  # look further down the order until enough of the rows are distinct
+        rows, far = shards.gather(x[order[:look]]), shards.gather(distances[: min(look, len(order))])
+        # The ranks' rows follow one another, so that among equals the stable sort keeps the lowest index first.
+        rows = rows[far.sort(descending=True, stable=True).indices[:look]].float()
+        first = first_occurrences(rows)[0]
+        if len(first) >= len(empty) or look >= movable:
+            break
+        look *= 4
+    chosen = rows[first[: len(empty)]]
+    return centroids.index_copy(0, empty[: len(chosen)], chosen)
+
+
+def fill(x: Tensor, run: Clustering, shards: Shards) -> Clustering:
+    """The run with its last empty clusters filled, other centroids unmoved.
+
+    A centroid on a point keeps that point, so C rounds are enough; more than one or two are rare.
+
+    Raises:
+        ValueError: x has fewer distinct rows than clusters.
+    """
+    centroids, labels, n_iter = run
+    for _ in range(len(centroids)):
+        counts = shards.sum(torch.bincount(labels, minlength=len(centroids)))
+        if bool(counts.all()):
+            break
+        centroids = repair(x, squared_distances(x, labels, centroids), centroids, counts, shards)
+        previous, labels = labels, assign(x, centroids)
+        if shards.every(torch.equal(labels, previous), x.device):
+            distinct = len(distinct_rows(x, len(centroids), shards))
+            if distinct < len(centroids):
+                raise _too_few_distinct(distinct, len(centroids))
+            break  # rows that differ, but not to the operator
+    return Clustering(centroids, labels, n_iter)
