@@ -19,7 +19,8 @@ from report import table
 from roofline import CARDS, Assignment, Card, Loss, mix_of
 
 from ifnd_fast.config import PRESETS
-from ifnd_fast.data import PairDataset, open_images
+from ifnd_fast.data.loading import PairDataset
+from ifnd_fast.data.sources import open_images
 
 RESULTS = Path(__file__).parent / "results" / "scaling.md"
 IMAGES, BATCH, LEVELS, ITERATIONS, DIM = 1_281_167, 256, (25_000, 50_000, 100_000), 20, 128

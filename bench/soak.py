@@ -28,7 +28,7 @@ from ifnd_fast.runtime import checkpoint
 
 PHASES = {  # name: the function that it is, and for how many seconds it lasts here, at most
     "step": ("ifnd_fast.train.Trainer._train_step", 0.05),
-    "features": ("ifnd_fast.features.extract_share", 0.1),
+    "features": ("ifnd_fast.data.features.extract_share", 0.1),
     "clustering": ("ifnd_fast.clustering.pseudo_labels.cluster_levels", 0.05),
     "checkpoint": ("ifnd_fast.runtime.checkpoint.write_atomically", 0.02),
 }

@@ -9,11 +9,9 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ifnd_fast import features
 from ifnd_fast.clustering.acceptance import acceptance_rate
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.clustering.levels import scale_levels
@@ -21,14 +19,15 @@ from ifnd_fast.clustering.pseudo_labels import PseudoLabels
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.clustering.whitening import whiten
 from ifnd_fast.config import Config
-from ifnd_fast.data import Images, Unreadable
-from ifnd_fast.model import Encoder
+from ifnd_fast.contrast.encoder import Encoder
+from ifnd_fast.data import features
+from ifnd_fast.data.images import Images
+from ifnd_fast.data.unreadable import Unreadable
+from ifnd_fast.metrics.clusters import quality
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.background import Background
 from ifnd_fast.runtime.console import progress, warn
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
-
-AGREEMENT_IMAGES = 10_000  # its time grows with the square of the clusters that they fall in
 
 
 class Labeller:
@@ -262,28 +261,6 @@ class Labeller:
         self.waiting, self.usable, self.found = waiting["waiting"], waiting["usable"].to(self.device), waiting["found"]
         if self.bank is not None:
             self.bank[:-1].copy_(state["bank"][self.own.start : self.own.stop])
-
-
-def quality(labels: Tensor, before: Tensor, levels: tuple[int, ...]) -> dict[str, Any]:
-    """How a clustering looks, at each level, from labels (N, L) now and before, -1 for none.
-
-    `cluster_largest`: share of the images in the largest 1 % of the clusters (at least one), 0.01 were all alike.
-    `cluster_empty`: clusters without an image. `cluster_agreement`: adjusted mutual information with the labels before,
-    of at most AGREEMENT_IMAGES images evenly spread, 1 for the same clusters; absent the first time.
-    """
-    largest, empty, agreement = [], [], []
-    for level, n_clusters in enumerate(levels):
-        now, then = labels[:, level], before[:, level]
-        sizes = torch.bincount(now[now >= 0], minlength=n_clusters)
-        top = sizes.sort(descending=True).values[: max(1, n_clusters // 100)]
-        largest.append(float(top.sum() / sizes.sum()))
-        empty.append(int((sizes == 0).sum()))
-        both = ((now >= 0) & (then >= 0)).nonzero().flatten()
-        both = both[:: max(1, len(both) // AGREEMENT_IMAGES)]
-        if len(both):
-            agreement.append(float(adjusted_mutual_info_score(then[both].cpu(), now[both].cpu())))
-    found = {"cluster_largest": largest, "cluster_empty": empty}
-    return found | ({"cluster_agreement": agreement} if agreement else {})
 
 
 def clustering_in(state: Mapping[str, Any]) -> Clustering | None:

@@ -12,9 +12,11 @@ from markupsafe import Markup
 
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data import Images, open_for_run
-from ifnd_fast.evaluate.detection_by_rate import detection_of, draw_detection_by_rate
+from ifnd_fast.data.images import Images
+from ifnd_fast.data.sources import open_for_run
+from ifnd_fast.evaluate.detection_by_rate import draw_detection_by_rate
 from ifnd_fast.labelling import clustering_in
+from ifnd_fast.metrics.false_negatives import detection_of
 from ifnd_fast.plots import Picture, draw_picture
 from ifnd_fast.report_clusters import cluster_sheets
 from ifnd_fast.report_embedding import draw_embedding, stored_features

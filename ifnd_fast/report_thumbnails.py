@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from ifnd_fast.data import Images
+from ifnd_fast.data.images import Images
 
 SIDE = 64  # largest thumbnail, pixels
 

@@ -14,16 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ifnd_fast import features
-from ifnd_fast.augment import BatchViews
 from ifnd_fast.config import Config, OptimConfig, from_dict, to_dict
 from ifnd_fast.config import differences as differences_between
-from ifnd_fast.data import EpochBatches, Images, Unreadable, open_for_run, pair_loader, running, to_input
-from ifnd_fast.evaluate.false_negatives import detection_statistics
+from ifnd_fast.contrast.encoder import build
+from ifnd_fast.contrast.models import InBatch, MoCo
+from ifnd_fast.contrast.queue import NegativeQueue
+from ifnd_fast.data import features
+from ifnd_fast.data.batch_views import BatchViews
+from ifnd_fast.data.images import Images
+from ifnd_fast.data.loading import EpochBatches, pair_loader, running
+from ifnd_fast.data.sources import open_for_run
+from ifnd_fast.data.unreadable import Unreadable
+from ifnd_fast.data.views import to_input
 from ifnd_fast.labelling import Labeller
-from ifnd_fast.model import InBatch, MoCo, build
+from ifnd_fast.metrics.false_negatives import detection_statistics
+from ifnd_fast.metrics.knn import KnnProbe
 from ifnd_fast.ops.info_nce import info_nce
-from ifnd_fast.queue import NegativeQueue
 from ifnd_fast.runtime import checkpoint, distributed, run_folder
 from ifnd_fast.runtime.compute import pick_amp, pick_contrast_dtype, pick_device
 from ifnd_fast.runtime.console import progress, say
@@ -83,7 +89,7 @@ class Trainer:
         self.stop = StopSignals()
         self.stopping = False  # every rank knows that one was asked to stop
 
-    def _open_images(self) -> tuple[Images, features.KnnProbe | None]:
+    def _open_images(self) -> tuple[Images, KnnProbe | None]:
         data, batch = self.config.data, self.config.optim.batch_size
         images, tests = open_for_run(data)
         if images is None or batch > len(images):
@@ -92,7 +98,7 @@ class Trainer:
         if batch % distributed.world_size():
             raise UsageError(f"--batch-size {batch} must divide by the {distributed.world_size()} ranks")
         measurable = images.labels is not None and (tests is None or tests.labels is not None)
-        return images, features.KnnProbe(images, tests) if measurable else None
+        return images, KnnProbe(images, tests) if measurable else None
 
     def _build_model(self) -> tuple[MoCo | InBatch, NegativeQueue | None]:
         contrast = self.config.contrast
@@ -267,7 +273,7 @@ class Trainer:
             )
         self.result["knn_top1_untrained"] = self._knn_top1(self.probe)
 
-    def _knn_top1(self, probe: features.KnnProbe) -> float:
+    def _knn_top1(self, probe: KnnProbe) -> float:
         """kNN accuracy of the query encoder's backbone, percent."""
         return probe.accuracy(
             lambda images: features.extract(

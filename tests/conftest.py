@@ -54,7 +54,7 @@ def untrained_run(tmp_path_factory) -> Path:
 
     from ifnd_fast import config as configs
     from ifnd_fast.config import Config, DataConfig, ModelConfig
-    from ifnd_fast.model import resnet
+    from ifnd_fast.contrast.encoder import resnet
 
     root = tmp_path_factory.mktemp("untrained")
     config = Config(model=ModelConfig(width=8), data=DataConfig(image_size=16, workers=0))

@@ -10,9 +10,10 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from ifnd_fast.augment import NUMBERS, ORDERS, PARTS, BatchViews, by_name, crops
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data import PairDataset, open_images
+from ifnd_fast.data.batch_views import NUMBERS, ORDERS, PARTS, BatchViews, by_name, crops
+from ifnd_fast.data.loading import PairDataset
+from ifnd_fast.data.sources import open_images
 from ifnd_fast.runtime.errors import UsageError
 
 FULL = DataConfig(image_size=40, crop_min=0.2, color_jitter=0.4, grayscale=0.2, blur=0.5, flip=True, rotation=10.0)

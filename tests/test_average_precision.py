@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ifnd_fast.evaluate.average_precision import average_precision
+from ifnd_fast.metrics.average_precision import average_precision
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import torchvision
 
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config, ModelConfig
+from ifnd_fast.contrast.encoder import resnet
 from ifnd_fast.evaluate.backbone import load_backbone
-from ifnd_fast.model import resnet
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
 

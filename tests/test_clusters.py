@@ -14,15 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ifnd_fast import config, data, features
+from ifnd_fast import config
 from ifnd_fast.config import Config
+from ifnd_fast.contrast.encoder import build
+from ifnd_fast.contrast.models import InBatch
+from ifnd_fast.data import features
+from ifnd_fast.data.sources import open_images
 from ifnd_fast.evaluate.clustering import ClusterOptions, load_encoder
-from ifnd_fast.evaluate.clusters import agreement, clusters
+from ifnd_fast.evaluate.clusters import clusters
 from ifnd_fast.evaluate.detection_by_rate import false_negatives
-from ifnd_fast.evaluate.false_negatives import detection_statistics
 from ifnd_fast.evaluate.subject import Options
 from ifnd_fast.labelling import clustering_in
-from ifnd_fast.model import InBatch, build
+from ifnd_fast.metrics.clusters import agreement
+from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import UsageError
 from tests.conftest import TINY, command
@@ -126,7 +130,7 @@ def test_the_momentum_encoder_is_loaded(run, digit_folder):
     weights = checkpoint.load_latest(run)["model"]
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, weights[f"key_encoder.{name}"])
-    images = data.open_images(str(digit_folder))
+    images = open_images(str(digit_folder))
     found, _ = features.extract(encoder, images, settings_.data, torch.device("cpu"), torch.no_grad)
     assert torch.allclose(found.norm(dim=1), torch.ones(120), atol=1e-5)
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ifnd_fast.augment import NUMBERS
 from ifnd_fast.config import PRESETS, DataConfig
-from ifnd_fast.data import EpochBatches, PairDataset, centre_loader, open_for_run, open_images, pair_loader, to_input
+from ifnd_fast.data.batch_views import NUMBERS
+from ifnd_fast.data.loading import EpochBatches, PairDataset, centre_loader, pair_loader
+from ifnd_fast.data.sources import open_for_run, open_images
+from ifnd_fast.data.views import to_input
 from ifnd_fast.runtime.errors import UsageError
 
 SMALL = DataConfig(image_size=16, workers=0)

@@ -13,11 +13,11 @@ import torch
 import yaml
 
 from ifnd_fast.config import PRESETS
+from ifnd_fast.contrast.encoder import resnet
 from ifnd_fast.evaluate import detectron2
 from ifnd_fast.evaluate.backbone import Backbone
 from ifnd_fast.evaluate.detection import detection
 from ifnd_fast.evaluate.detection_options import DetectionOptions
-from ifnd_fast.model import resnet
 from ifnd_fast.runtime.errors import UsageError
 
 PUBLISHED = {

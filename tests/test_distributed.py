@@ -15,7 +15,7 @@ from tests.conftest import TINY
 COLLECTIVES = """
 import torch, torch.distributed as dist
 from ifnd_fast.runtime import distributed as d
-from ifnd_fast.model import MoCo
+from ifnd_fast.contrast.models import MoCo
 from ifnd_fast.clustering.whitening import whiten
 d.start(torch.device("cpu"))
 r, w = d.rank(), d.world_size()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ifnd_fast.clustering.pseudo_labels import PseudoLabels
-from ifnd_fast.evaluate.false_negatives import detection_by_rate, detection_statistics
+from ifnd_fast.metrics.false_negatives import detection_by_rate, detection_statistics
 
 
 def brute_force(labels, queue_labels, queue_indices, truth):

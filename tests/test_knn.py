@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ifnd_fast.knn import knn_accuracy, knn_classify
+from ifnd_fast.metrics.knn import knn_accuracy, knn_classify
 
 
 def brute_force(train, labels, test, k, temperature):

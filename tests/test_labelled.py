@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data import ListImages, open_images
+from ifnd_fast.data.images import ListImages
+from ifnd_fast.data.sources import open_images
 from ifnd_fast.evaluate.labelled import balanced_share, image_ids, open_labelled, read_ids
 from ifnd_fast.runtime.errors import UsageError
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ifnd_fast import InBatch, MoCo
 from ifnd_fast.config import ModelConfig
-from ifnd_fast.model import Encoder, build, resnet
+from ifnd_fast.contrast.encoder import Encoder, build, resnet
 from ifnd_fast.runtime.errors import UsageError
 
 SMALL = ModelConfig(width=8, dim=16)

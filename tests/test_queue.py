@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifnd_fast.queue import NegativeQueue
+from ifnd_fast.contrast.queue import NegativeQueue
 
 
 def batch(first: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config, ModelConfig
-from ifnd_fast.model import resnet
+from ifnd_fast.contrast.encoder import resnet
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import CommandError

@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ifnd_fast import features
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data import EpochBatches, Images, Unreadable, ViewDataset, random_view, running, to_input, view_loader
+from ifnd_fast.data import features
+from ifnd_fast.data.images import Images
+from ifnd_fast.data.loading import EpochBatches, ViewDataset, running, view_loader
+from ifnd_fast.data.unreadable import Unreadable
+from ifnd_fast.data.views import random_view, to_input
 from ifnd_fast.evaluate.subject import Subject
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime import run_folder

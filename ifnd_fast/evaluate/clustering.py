@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.clustering.levels import cluster_levels, scale_levels
 from ifnd_fast.config import Config, DataConfig
-from ifnd_fast.data import Images, open_for_run
+from ifnd_fast.contrast.encoder import build
+from ifnd_fast.data.images import Images
+from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.evaluate.subject import Subject
-from ifnd_fast.model import build
 from ifnd_fast.runtime.checkpoint import list_checkpoints, load_latest
 from ifnd_fast.runtime.console import progress, warn
 from ifnd_fast.runtime.errors import CommandError, UsageError

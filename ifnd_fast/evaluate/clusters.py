@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import tyro
-from sklearn import metrics
-from sklearn.metrics.cluster import contingency_matrix
 
 from ifnd_fast.evaluate.clustering import ClusterOptions, cluster_images, labelled_training_images
 from ifnd_fast.evaluate.subject import Options, Subject
-from ifnd_fast.labelling import quality
+from ifnd_fast.metrics.clusters import agreement, quality
 from ifnd_fast.runtime.console import track
 
 SHARES = {
@@ -50,17 +47,3 @@ def clusters(
         ],
         {"features": kind, "levels": list(found.levels)} | {key: [of[key] for of in levels] for key in levels[0]},
     )
-
-
-def agreement(truth: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Figures of clusters (N,) against classes (N,), by scikit-learn; each at most 1.
-
-    Mutual information is normalised by the arithmetic mean of the entropies.
-    """
-    table = contingency_matrix(truth, labels, sparse=True)  # (classes, clusters)
-    return {
-        "adjusted_mutual_information": float(metrics.adjusted_mutual_info_score(truth, labels)),
-        "normalized_mutual_information": float(metrics.normalized_mutual_info_score(truth, labels)),
-        "adjusted_rand_index": float(metrics.adjusted_rand_score(truth, labels)),
-        "purity": float(table.max(axis=0).sum() / len(truth)),
-    }

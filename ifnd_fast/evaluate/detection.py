@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops._utils import split_normalization_params
 
-from ifnd_fast.data import EpochBatches
+from ifnd_fast.data.loading import EpochBatches
 from ifnd_fast.evaluate import coco, detectron2
 from ifnd_fast.evaluate.backbone import Backbone, load_backbone
 from ifnd_fast.evaluate.coco_metrics import NAMES, average_precision, to_results

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -18,15 +16,13 @@ from ifnd_fast import config as configs
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.config import DataConfig
 from ifnd_fast.evaluate.clustering import ClusterOptions, cluster_images, labelled_training_images
-from ifnd_fast.evaluate.false_negatives import DetectionByRate, detection_by_rate
 from ifnd_fast.evaluate.subject import Options, Subject, tell
 from ifnd_fast.labelling import clustering_in
+from ifnd_fast.metrics.false_negatives import DetectionByRate, detection_of
 from ifnd_fast.plots import INK, Texts, check_file_kind, percent_axis, plot_line, save_picture
 from ifnd_fast.runtime.checkpoint import list_checkpoints, load_latest
 from ifnd_fast.runtime.console import say
 from ifnd_fast.runtime.errors import UsageError
-
-RATES = [rate / 100 for rate in range(101)]
 
 
 def false_negatives(
@@ -97,13 +93,6 @@ def _rows(detected: DetectionByRate, every: int) -> list[list[str]]:
         ]
         rows.append([f"{detected.rates[at]:.0%}", *("-" if s is None else f"{s:.3f}" for s in shares)])
     return rows
-
-
-def detection_of(clustering: Clustering, true_labels: np.ndarray) -> DetectionByRate:
-    """At RATES, of the images that were clustered; those that had no features are neither queries nor keys."""
-    clustered = (clustering.labels >= 0).all(dim=1)
-    truth = torch.from_numpy(true_labels)[clustered]
-    return detection_by_rate(clustering.labels[clustered], clustering.confidence[clustered], truth, RATES)
 
 
 def draw_detection_by_rate(

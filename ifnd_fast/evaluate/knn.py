@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tyro
 
-from ifnd_fast import features
 from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
+from ifnd_fast.metrics.knn import KnnProbe
 from ifnd_fast.runtime.errors import UsageError
 
 
@@ -22,7 +22,7 @@ def knn(common: tyro.conf.OmitArgPrefixes[Options], k: int = 20, temperature: fl
     if not temperature > 0:
         raise UsageError(f"--temperature must be above 0, got {temperature}")
     subject = Subject(common)
-    probe = features.KnnProbe(*open_labelled(subject.data))
+    probe = KnnProbe(*open_labelled(subject.data))
     accuracy = probe.accuracy(lambda images: subject.features(images)[0], k=k, temperature=temperature)
     subject.tell(
         f"kNN on {subject.data.data}",

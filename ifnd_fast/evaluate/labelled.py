@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data import Images, Subset, number_as, open_for_run, rank_in_class
+from ifnd_fast.data.images import Images, Subset
+from ifnd_fast.data.sources import number_as, open_for_run, rank_in_class
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import UsageError
 

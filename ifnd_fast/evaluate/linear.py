@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import tyro
 
-from ifnd_fast.data import Images, rank_in_class
+from ifnd_fast.data.images import Images
+from ifnd_fast.data.sources import rank_in_class
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions, top_accuracies
 from ifnd_fast.evaluate.labelled import number_of_classes, open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject

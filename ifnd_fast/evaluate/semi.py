@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from ifnd_fast.data import Images, Subset
+from ifnd_fast.data.images import Images, Subset
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions
 from ifnd_fast.evaluate.labelled import (
     balanced_share,

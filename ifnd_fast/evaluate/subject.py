@@ -12,9 +12,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from ifnd_fast import features
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data import Images, Unreadable
+from ifnd_fast.data import features
+from ifnd_fast.data.images import Images
+from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.evaluate.backbone import load_backbone
 from ifnd_fast.runtime import run_folder
 from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device

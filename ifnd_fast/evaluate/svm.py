@@ -13,11 +13,11 @@ from sklearn.model_selection import cross_val_score
 from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 
-from ifnd_fast.data import Images
-from ifnd_fast.evaluate.average_precision import RULES, average_precision
+from ifnd_fast.data.images import Images
 from ifnd_fast.evaluate.labelled import number_of_classes, open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.evaluate.voc import IGNORED, VocImages, find_voc, open_voc
+from ifnd_fast.metrics.average_precision import RULES, average_precision
 from ifnd_fast.runtime.console import say, track, warn
 from ifnd_fast.runtime.errors import UsageError
 

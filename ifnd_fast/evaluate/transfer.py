@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from ifnd_fast.data import ListImages
+from ifnd_fast.data.images import ListImages
 from ifnd_fast.evaluate.labelled import matched, open_labelled
 from ifnd_fast.evaluate.linear import LinearOptions, measure
 from ifnd_fast.evaluate.subject import Options, Subject

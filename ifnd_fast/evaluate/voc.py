@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 from torchvision.datasets import VOCDetection
 
-from ifnd_fast.data import FileImages
+from ifnd_fast.data.images import FileImages
 from ifnd_fast.runtime.console import track
 from ifnd_fast.runtime.errors import CommandError, UsageError
 

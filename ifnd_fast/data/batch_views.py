@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from ifnd_fast.config import DataConfig
+from ifnd_fast.data.views import blur_kernel
 from ifnd_fast.runtime.errors import UsageError
 
 TRIES = 10  # of v2.RandomResizedCrop to find a crop inside the image, before it takes the middle
@@ -101,11 +102,6 @@ def by_name(numbers: Tensor) -> dict[str, np.ndarray]:
     """The numbers (B, NUMBERS) by what they are for, (B, n) each."""
     parts = np.split(numbers.double().numpy(), np.cumsum([*PARTS.values()])[:-1], axis=1)
     return dict(zip(PARTS, parts, strict=True))
-
-
-def blur_kernel(size: int) -> int:
-    """A tenth of the side, odd."""
-    return 2 * (size // 20) + 1
 
 
 def _change(

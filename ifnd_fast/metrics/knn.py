@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ifnd_fast.data.images import Images
 
 
 @torch.no_grad()
@@ -188,3 +193,32 @@ def _check_count(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+class KnnProbe:
+    """Weighted kNN accuracy of features of the training images, measured on the test images.
+
+    Without test images every tenth training image is classified by the other nine tenths.
+    """
+
+    def __init__(self, images: Images, test_images: Images | None):
+        assert images.labels is not None
+        self.images, self.test_images, self.labels = images, test_images, images.labels
+        if test_images is not None:
+            assert test_images.labels is not None
+            self.test_labels = test_images.labels
+
+    def accuracy(
+        self, features_of: Callable[[Images], Tensor], k: int = 20, temperature: float = 0.07
+    ) -> float:
+        """Top-1 in percent, with `features_of(images)` -> (N, D)."""
+        features, labels = features_of(self.images), torch.from_numpy(self.labels)
+        if self.test_images is not None:
+            tests, test_labels = features_of(self.test_images), torch.from_numpy(self.test_labels)
+        else:
+            held_out = torch.from_numpy(np.arange(len(labels)) % 10 == 9)
+            tests, test_labels = features[held_out], labels[held_out]
+            features, labels = features[~held_out], labels[~held_out]
+        device = features.device
+        labels, test_labels = labels.to(device), test_labels.to(device)
+        return knn_accuracy(features, labels, tests, test_labels, k=k, temperature=temperature)

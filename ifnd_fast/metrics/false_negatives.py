@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ifnd_fast.clustering.acceptance import accepted_count
+from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.ops import checks
 
 
@@ -171,3 +172,13 @@ def _check(
     if int(truth.max()) >= 1 << 31:
         raise ValueError(f"true_labels must be below 2^31, got {int(truth.max())}")
     return truth
+
+
+RATES = [rate / 100 for rate in range(101)]
+
+
+def detection_of(clustering: Clustering, true_labels: np.ndarray) -> DetectionByRate:
+    """At RATES, of the images that were clustered; those that had no features are neither queries nor keys."""
+    clustered = (clustering.labels >= 0).all(dim=1)
+    truth = torch.from_numpy(true_labels)[clustered]
+    return detection_by_rate(clustering.labels[clustered], clustering.confidence[clustered], truth, RATES)

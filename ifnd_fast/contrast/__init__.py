@@ -1,0 +1,1 @@
+"""Contrastive learning: encoders, MoCo and its in-batch cousin, the queue, the loss."""

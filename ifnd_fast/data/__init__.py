@@ -1,0 +1,1 @@
+"""Images, their views, and their way to the encoder."""
