@@ -156,8 +156,8 @@ def _take(trainer: Trainer, held: ExitStack) -> None:
 
 
 def _write_report(runs: tuple[Path, ...], path: Path | None = None) -> None:
-    from ifnd_fast.report import write_report
-    from ifnd_fast.report_comparison import write_comparison
+    from ifnd_fast.report.comparison import write_comparison
+    from ifnd_fast.report.page import write_report
 
     try:
         if len(runs) == 1:

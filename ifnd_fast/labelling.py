@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ifnd_fast.clustering.acceptance import acceptance_rate
-from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.clustering.levels import scale_levels
 from ifnd_fast.clustering.pseudo_labels import PseudoLabels
 from ifnd_fast.clustering.shards import Shards
@@ -261,16 +260,3 @@ class Labeller:
         self.waiting, self.usable, self.found = waiting["waiting"], waiting["usable"].to(self.device), waiting["found"]
         if self.bank is not None:
             self.bank[:-1].copy_(state["bank"][self.own.start : self.own.stop])
-
-
-def clustering_in(state: Mapping[str, Any]) -> Clustering | None:
-    """The clustering that a checkpoint (see `Labeller.state_dict`) holds; None before the first and where there is
-    none (keep, oracle)."""
-    found = state.get("pseudo_labels", {})
-    usable = state.get("cluster_waiting", {}).get("usable")
-    if "labels" not in found or usable is None or int(usable.sum()) != len(found["labels"]):
-        return None
-    labels = torch.full((len(usable), len(found["levels"])), -1, dtype=torch.int32)
-    confidence = torch.zeros(labels.shape)
-    labels[usable], confidence[usable] = found["labels"], found["confidence"]
-    return Clustering(tuple(found["levels"].tolist()), labels, confidence)

@@ -20,15 +20,15 @@ from ifnd_fast.contrast.encoder import build
 from ifnd_fast.contrast.models import InBatch
 from ifnd_fast.data import features
 from ifnd_fast.data.sources import open_images
-from ifnd_fast.evaluate.clustering import ClusterOptions, load_encoder
+from ifnd_fast.evaluate.clustering import ClusterOptions
 from ifnd_fast.evaluate.clusters import clusters
 from ifnd_fast.evaluate.detection_by_rate import false_negatives
 from ifnd_fast.evaluate.subject import Options
-from ifnd_fast.labelling import clustering_in
 from ifnd_fast.metrics.clusters import agreement
 from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.training.saved_run import clustering_in, load_encoder
 from tests.conftest import TINY, command
 
 

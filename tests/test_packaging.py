@@ -82,7 +82,7 @@ def test_wheel_from_the_sdist_with_a_failing_nvcc(source, tmp_path):
     assert [name for name in names if name.startswith("ifnd_fast/_cpu.") and name.endswith((".so", ".pyd"))]
     assert not [name for name in names if name.startswith("ifnd_fast/_cuda.") and not name.endswith(".pyi")]
     assert not [name for name in names if not name.startswith(("ifnd_fast/", "ifnd_fast-", "ifnd_fast.dist"))]
-    assert "ifnd_fast/templates/report.html" in names
+    assert "ifnd_fast/report/templates/report.html" in names
     assert "License-Expression: Apache-2.0" in metadata
     script = "import ifnd_fast; from ifnd_fast import _cpu; print(_cpu.__file__, _cpu.isa())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}

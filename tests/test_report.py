@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ifnd_fast.config import Config
-from ifnd_fast.report import flatten, headline, write_report
-from ifnd_fast.report_figures import _bins, draw_figures
-from ifnd_fast.report_run import duration, read_run
-from ifnd_fast.report_sheets import choose_anchors, contact_sheets, detected
-from ifnd_fast.report_thumbnails import spread
+from ifnd_fast.report.curves import _bins, draw_figures
+from ifnd_fast.report.detections import choose_anchors, contact_sheets, detected
+from ifnd_fast.report.html import flatten
+from ifnd_fast.report.page import headline, write_report
+from ifnd_fast.report.thumbnails import spread
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.train import Trainer
+from ifnd_fast.training.saved_run import duration, read_run
 
 FIGURES = [
     "Loss", "kNN accuracy", "Acceptance rate", "False negatives per query",
@@ -375,7 +376,7 @@ def test_names_are_escaped(make_run):
 def test_in_batch_mode_says_what_is_shown(make_run, monkeypatch):
     out = make_run(queue=False)
     assert "images among all 60 (in-batch negatives" in write_report(out).read_text()
-    monkeypatch.setattr("ifnd_fast.report_sheets.IN_BATCH_SAMPLE", 40)
+    monkeypatch.setattr("ifnd_fast.report.detections.IN_BATCH_SAMPLE", 40)
     page = write_report(out).read_text()
     assert "images in a fixed random sample of 40 (in-batch" in page
     assert write_report(out).read_text() == page
@@ -387,7 +388,7 @@ def test_matplotlib_is_left_as_it_was(make_run):
 import sys, matplotlib
 matplotlib.rcParams["font.size"] = 31
 before = matplotlib.rcParams.copy()  # dict() would import pyplot, to choose a backend
-from ifnd_fast.report import write_report
+from ifnd_fast.report.page import write_report
 from pathlib import Path
 write_report(Path(sys.argv[1]))
 assert matplotlib.rcParams.copy() == before

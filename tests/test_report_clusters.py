@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ifnd_fast.clustering.image_clusters import Clustering
-from ifnd_fast.plots import draw_picture
-from ifnd_fast.report_clusters import choose_clusters, cluster_sheets
-from ifnd_fast.report_embedding import draw_embedding, embed, stored_features
+from ifnd_fast.report.clusters import choose_clusters, cluster_sheets
+from ifnd_fast.report.embedding import draw_embedding, embed
+from ifnd_fast.report.plots import draw_picture
+from ifnd_fast.training.saved_run import stored_features
 
 
 class Grey:

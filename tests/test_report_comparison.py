@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ifnd_fast.report_comparison import differing_settings, group_by_settings, mean_curve, write_comparison
-from ifnd_fast.report_run import read_run
+from ifnd_fast.report.comparison import differing_settings, group_by_settings, mean_curve, write_comparison
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.training.saved_run import read_run
 from tests.conftest import TINY, command
 
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.clustering.levels import cluster_levels, scale_levels
 from ifnd_fast.config import Config, DataConfig
-from ifnd_fast.contrast.encoder import build
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.evaluate.subject import Subject
-from ifnd_fast.runtime.checkpoint import list_checkpoints, load_latest
+from ifnd_fast.runtime.checkpoint import list_checkpoints
 from ifnd_fast.runtime.console import progress, warn
 from ifnd_fast.runtime.errors import CommandError, UsageError
+from ifnd_fast.training.saved_run import load_encoder
 
 
 @dataclass
@@ -104,23 +103,3 @@ def _cluster(
     labels = torch.stack([level.labels for level in found], dim=1)
     confidence = torch.stack([level.confidence for level in found], dim=1)
     return labels.cpu(), confidence.cpu()
-
-
-def load_encoder(out: Path, config: Config) -> nn.Module:
-    """The momentum encoder of a run's newest checkpoint, on the CPU; of an in-batch run its only encoder.
-
-    Raises:
-        CommandError: `out` is no run's folder, or has no readable checkpoint, or it does not fit the config.
-    """
-    if not out.is_dir():
-        raise UsageError(f"--features encoder: {out} is not the folder of a run; --features backbone works on it")
-    weights = load_latest(out)["model"]
-    prefix = "key_encoder." if any(name.startswith("key_encoder.") for name in weights) else "query_encoder."
-    encoder = build(config.model)()
-    try:
-        encoder.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        )
-    except RuntimeError as error:
-        raise CommandError(f"the newest checkpoint in {out} does not fit its config.yaml: {error}") from error
-    return encoder

@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from ifnd_fast.plots import GRID, SERIES, Texts, shortened
+from ifnd_fast.report.plots import GRID, SERIES, Texts, shortened
+from ifnd_fast.training.saved_run import StoredFeatures
 
-POINTS = 1000  # t-SNE takes some seconds for them
 FEWEST_FOR_TSNE = 50
 MARKERS = "o^"
 MOST_GROUPS = len(SERIES) * len(MARKERS)
-
-
-class StoredFeatures(NamedTuple):
-    """Unit features of n different images that a checkpoint holds."""
-
-    features: np.ndarray  # (n, D) float32
-    indices: np.ndarray  # (n,) int64, of the images
-    source: str
-
-
-def stored_features(state: Mapping[str, Any], most: int = POINTS, seed: int = 0) -> StoredFeatures | None:
-    """Of at most `most` images, always the same ones: their newest keys in the queue, else what the bank holds of them;
-    None where the checkpoint has neither."""
-    queue, bank = state.get("negatives"), state.get("bank")
-    if queue is not None and "features" in queue:
-        features, indices = queue["features"], queue["indices"].numpy()
-        pointer = int(queue["_extra_state"][0]) if "_extra_state" in queue else 0
-        newest_first = (pointer - 1 - np.arange(len(indices))) % len(indices)
-        newest_first = newest_first[indices[newest_first] >= 0]
-        distinct, at = np.unique(indices[newest_first], return_index=True)
-        rows, source = newest_first[at], "newest key in the queue"
-    elif bank is not None:
-        features, source = bank, "newest key in the bank"
-        distinct = rows = bank.any(dim=1).nonzero().flatten().numpy()
-    else:
-        return None
-    kept = np.sort(np.random.default_rng(seed).permutation(len(rows))[:most])
-    found = features[torch.from_numpy(rows[kept])].float().numpy()
-    finite = np.isfinite(found).all(axis=1)
-    return StoredFeatures(found[finite], distinct[kept][finite], source)
 
 
 def embed(features: np.ndarray) -> tuple[np.ndarray, str]:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 import yaml
+from torch import nn
 
+from ifnd_fast.clustering.image_clusters import Clustering
+from ifnd_fast.config import Config, DataConfig
+from ifnd_fast.contrast.encoder import build
+from ifnd_fast.data.images import Images
+from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.runtime.checkpoint import load_latest
-from ifnd_fast.runtime.errors import CommandError
+from ifnd_fast.runtime.errors import CommandError, UsageError
 
 Epochs = list[dict[str, Any]]
 """The lines of metrics.jsonl, in order of "epoch"."""
@@ -151,3 +159,89 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"
+
+
+def load_encoder(out: Path, config: Config) -> nn.Module:
+    """The momentum encoder of a run's newest checkpoint, on the CPU; of an in-batch run its only encoder.
+
+    Raises:
+        CommandError: `out` is no run's folder, or has no readable checkpoint, or it does not fit the config.
+    """
+    if not out.is_dir():
+        raise UsageError(f"--features encoder: {out} is not the folder of a run; --features backbone works on it")
+    weights = load_latest(out)["model"]
+    prefix = "key_encoder." if any(name.startswith("key_encoder.") for name in weights) else "query_encoder."
+    encoder = build(config.model)()
+    try:
+        encoder.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        )
+    except RuntimeError as error:
+        raise CommandError(f"the newest checkpoint in {out} does not fit its config.yaml: {error}") from error
+    return encoder
+
+
+def clustering_in(state: Mapping[str, Any]) -> Clustering | None:
+    """The clustering that a checkpoint (see `Labeller.state_dict`) holds; None before the first and where there is
+    none (keep, oracle)."""
+    found = state.get("pseudo_labels", {})
+    usable = state.get("cluster_waiting", {}).get("usable")
+    if "labels" not in found or usable is None or int(usable.sum()) != len(found["labels"]):
+        return None
+    labels = torch.full((len(usable), len(found["levels"])), -1, dtype=torch.int32)
+    confidence = torch.zeros(labels.shape)
+    labels[usable], confidence[usable] = found["labels"], found["confidence"]
+    return Clustering(tuple(found["levels"].tolist()), labels, confidence)
+
+
+def images_of(run: Run) -> tuple[Images | None, str]:
+    """The images that the run's checkpoint is of, if they can be read and are as many; or None and the reason."""
+    if "accepted" not in run.state:
+        return None, "there is no readable checkpoint with accepted labels."
+    then = len(run.state["accepted"])
+    try:
+        data = run.option("data", "data")
+        if not data:
+            raise ValueError("config.yaml does not name them.")
+        root, held_out = Path(run.option("data", "data_root", "data")), float(run.option("data", "hold_out", 0.0))
+        images, _ = open_for_run(DataConfig(data=str(data), data_root=root, hold_out=held_out))
+        if images is None:
+            raise ValueError(f"{data} has no training images.")
+    except (CommandError, OSError, ImportError, ValueError) as error:
+        return None, f"the images can't be read now: {error}"
+    if len(images) != then:
+        return None, f"the data set has {len(images):,} images now, {then:,} when the run was made."
+    return images, ""
+
+
+POINTS = 1000  # t-SNE takes some seconds for them
+
+
+class StoredFeatures(NamedTuple):
+    """Unit features of n different images that a checkpoint holds."""
+
+    features: np.ndarray  # (n, D) float32
+    indices: np.ndarray  # (n,) int64, of the images
+    source: str
+
+
+def stored_features(state: Mapping[str, Any], most: int = POINTS, seed: int = 0) -> StoredFeatures | None:
+    """Of at most `most` images, always the same ones: their newest keys in the queue, else what the bank holds of them;
+    None where the checkpoint has neither."""
+    queue, bank = state.get("negatives"), state.get("bank")
+    if queue is not None and "features" in queue:
+        features, indices = queue["features"], queue["indices"].numpy()
+        pointer = int(queue["_extra_state"][0]) if "_extra_state" in queue else 0
+        newest_first = (pointer - 1 - np.arange(len(indices))) % len(indices)
+        newest_first = newest_first[indices[newest_first] >= 0]
+        distinct, at = np.unique(indices[newest_first], return_index=True)
+        rows, source = newest_first[at], "newest key in the queue"
+    elif bank is not None:
+        features, source = bank, "newest key in the bank"
+        distinct = rows = bank.any(dim=1).nonzero().flatten().numpy()
+    else:
+        return None
+    kept = np.sort(np.random.default_rng(seed).permutation(len(rows))[:most])
+    found = features[torch.from_numpy(rows[kept])].float().numpy()
+    finite = np.isfinite(found).all(axis=1)
+    return StoredFeatures(found[finite], distinct[kept][finite], source)

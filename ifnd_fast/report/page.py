@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from ifnd_fast.clustering.image_clusters import Clustering
-from ifnd_fast.config import DataConfig
 from ifnd_fast.data.images import Images
-from ifnd_fast.data.sources import open_for_run
-from ifnd_fast.evaluate.detection_by_rate import draw_detection_by_rate
-from ifnd_fast.labelling import clustering_in
 from ifnd_fast.metrics.false_negatives import detection_of
-from ifnd_fast.plots import Picture, draw_picture
-from ifnd_fast.report_clusters import cluster_sheets
-from ifnd_fast.report_embedding import draw_embedding, stored_features
-from ifnd_fast.report_figures import draw_figures
-from ifnd_fast.report_run import Run, duration, number, read_run
-from ifnd_fast.report_sheets import detection_sheets
-from ifnd_fast.report_thumbnails import Sheet, name_of_class
-from ifnd_fast.runtime.checkpoint import write_atomically
-from ifnd_fast.runtime.errors import CommandError
+from ifnd_fast.report.clusters import cluster_sheets
+from ifnd_fast.report.curves import draw_figures
+from ifnd_fast.report.detection_by_rate import draw_detection_by_rate
+from ifnd_fast.report.detections import detection_sheets
+from ifnd_fast.report.embedding import draw_embedding
+from ifnd_fast.report.html import flatten, inline, render_template, write_page
+from ifnd_fast.report.plots import Picture, draw_picture
+from ifnd_fast.report.thumbnails import Sheet, name_of_class
+from ifnd_fast.training.saved_run import Run, clustering_in, duration, images_of, number, read_run, stored_features
 
 Sheets = tuple[list[Sheet], str]
 """Contact sheets and what they show; or none, and why."""
@@ -48,20 +40,6 @@ def write_report(out: Path, path: Path | None = None) -> Path:
     return write_page(out / "report.html" if path is None else path, render(run))
 
 
-def write_page(path: Path, page: str) -> Path:
-    """Raises CommandError: it can't be written."""
-    write_atomically(path, lambda file: file.write(page.encode(errors="replace")))  # a path that isn't text
-    return path
-
-
-def render_template(name: str, **values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ifnd_fast"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    return environment.get_template(name).render(**values)
-
-
 def render(run: Run) -> str:
     """The page as HTML."""
     images, missing = images_of(run)
@@ -81,31 +59,6 @@ def render(run: Run) -> str:
         clusters_explanation=clusters_explanation,
         settings=flatten(run.config),
     )
-
-
-def inline(pictures: Sequence[Picture | None]) -> list[tuple[Picture, Markup]]:
-    """Those that there are, each with its SVG as markup."""
-    return [(picture, Markup(picture.svg)) for picture in pictures if picture]
-
-
-def images_of(run: Run) -> tuple[Images | None, str]:
-    """The images that the run's checkpoint is of, if they can be read and are as many; or None and the reason."""
-    if "accepted" not in run.state:
-        return None, "there is no readable checkpoint with accepted labels."
-    then = len(run.state["accepted"])
-    try:
-        data = run.option("data", "data")
-        if not data:
-            raise ValueError("config.yaml does not name them.")
-        root, held_out = Path(run.option("data", "data_root", "data")), float(run.option("data", "hold_out", 0.0))
-        images, _ = open_for_run(DataConfig(data=str(data), data_root=root, hold_out=held_out))
-        if images is None:
-            raise ValueError(f"{data} has no training images.")
-    except (CommandError, OSError, ImportError, ValueError) as error:
-        return None, f"the images can't be read now: {error}"
-    if len(images) != then:
-        return None, f"the data set has {len(images):,} images now, {then:,} when the run was made."
-    return images, ""
 
 
 def _detections(run: Run, images: Images | None, missing: str, clustering: Clustering | None) -> Sheets:
@@ -181,16 +134,3 @@ def _subtitle(run: Run) -> str:
     parts += [", ".join(run.levels).replace(" clusters,", ",")] if run.levels else []
     parts.append(run.progress)
     return " · ".join(parts)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as ("section.name", value) pairs, in their order."""
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            rows += flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) or "none"))
-        else:
-            rows.append((f"{prefix}{key}", "none" if value is None else str(value)))
-    return rows

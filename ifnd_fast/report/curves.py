@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ifnd_fast.plots import (
+from ifnd_fast.report.plots import (
     INK,
     SERIES,
     Picture,
@@ -24,7 +24,7 @@ from ifnd_fast.plots import (
     plot_line,
     tell,
 )
-from ifnd_fast.report_run import SECONDS, Epochs, number
+from ifnd_fast.training.saved_run import SECONDS, Epochs, number
 
 Series = tuple[list[float], list[float]]
 """Epochs and values."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.data.images import Images
-from ifnd_fast.report_thumbnails import Row, Sheet, name_of_class, spread, thumbnails
+from ifnd_fast.report.thumbnails import Row, Sheet, name_of_class, spread, thumbnails
 
 ROWS, COLUMNS = 12, 10
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.data.images import Images
-from ifnd_fast.report_thumbnails import Row, Sheet, Thumbnail, class_name, describe, spread, thumbnail, thumbnails
+from ifnd_fast.report.thumbnails import Row, Sheet, Thumbnail, class_name, describe, spread, thumbnail, thumbnails
 
 IN_BATCH_SAMPLE = 4096
 
