@@ -20,9 +20,9 @@ from ifnd_fast.contrast.encoder import build
 from ifnd_fast.contrast.models import InBatch
 from ifnd_fast.data import features
 from ifnd_fast.data.sources import open_images
-from ifnd_fast.evaluate.clustering import ClusterOptions
+from ifnd_fast.evaluate.cluster_images import ClusterOptions
 from ifnd_fast.evaluate.clusters import clusters
-from ifnd_fast.evaluate.detection_by_rate import false_negatives
+from ifnd_fast.evaluate.false_negatives import false_negatives
 from ifnd_fast.evaluate.subject import Options
 from ifnd_fast.metrics.clusters import agreement
 from ifnd_fast.metrics.false_negatives import detection_statistics

@@ -13,8 +13,8 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ifnd_fast.evaluate import coco
-from ifnd_fast.evaluate.coco_metrics import average_precision, to_results
+from ifnd_fast.evaluate.detection import coco
+from ifnd_fast.evaluate.detection.metrics import average_precision, to_results
 from ifnd_fast.runtime.errors import UsageError
 from tests import scenes
 

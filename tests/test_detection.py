@@ -21,10 +21,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from ifnd_fast.config import PRESETS
 from ifnd_fast.contrast.encoder import resnet
 from ifnd_fast.data.views import to_input
-from ifnd_fast.evaluate import coco, mask_rcnn
 from ifnd_fast.evaluate.backbone import load_backbone
-from ifnd_fast.evaluate.detection import FineTuning
-from ifnd_fast.evaluate.detection_options import DetectionOptions, learning_rate, resolve
+from ifnd_fast.evaluate.detection import coco, mask_rcnn
+from ifnd_fast.evaluate.detection.fine_tuning import FineTuning
+from ifnd_fast.evaluate.detection.options import DetectionOptions, learning_rate, resolve
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
 from tests.test_distributed import torchrun
@@ -88,7 +88,7 @@ evaluate()
 
 KILLED = """
 import os, signal
-from ifnd_fast.evaluate.detection import FineTuning
+from ifnd_fast.evaluate.detection.fine_tuning import FineTuning
 train_step = FineTuning._train_step
 def deadly(self, *args):
     if self.step == 4:

@@ -14,10 +14,10 @@ import yaml
 
 from ifnd_fast.config import PRESETS
 from ifnd_fast.contrast.encoder import resnet
-from ifnd_fast.evaluate import detectron2
 from ifnd_fast.evaluate.backbone import Backbone
-from ifnd_fast.evaluate.detection import detection
-from ifnd_fast.evaluate.detection_options import DetectionOptions
+from ifnd_fast.evaluate.detection import detectron2
+from ifnd_fast.evaluate.detection.command import detection
+from ifnd_fast.evaluate.detection.options import DetectionOptions
 from ifnd_fast.runtime.errors import UsageError
 
 PUBLISHED = {

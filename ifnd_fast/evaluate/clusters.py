@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import tyro
 
-from ifnd_fast.evaluate.clustering import ClusterOptions, cluster_images, labelled_training_images
+from ifnd_fast.evaluate.cluster_images import ClusterOptions, cluster_images, labelled_training_images
 from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.metrics.clusters import agreement, quality
 from ifnd_fast.runtime.console import track

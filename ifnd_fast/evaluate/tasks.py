@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ifnd_fast.evaluate.clusters import clusters
-from ifnd_fast.evaluate.detection import detection
-from ifnd_fast.evaluate.detection_by_rate import false_negatives
+from ifnd_fast.evaluate.detection.command import detection
+from ifnd_fast.evaluate.false_negatives import false_negatives
 from ifnd_fast.evaluate.knn import knn
 from ifnd_fast.evaluate.linear import linear
 from ifnd_fast.evaluate.semi import semi

@@ -12,7 +12,7 @@ import tyro
 from ifnd_fast import config as configs
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.config import DataConfig
-from ifnd_fast.evaluate.clustering import ClusterOptions, cluster_images, labelled_training_images
+from ifnd_fast.evaluate.cluster_images import ClusterOptions, cluster_images, labelled_training_images
 from ifnd_fast.evaluate.subject import Options, Subject, tell
 from ifnd_fast.metrics.false_negatives import DetectionByRate, detection_of
 from ifnd_fast.report.detection_by_rate import draw_detection_by_rate

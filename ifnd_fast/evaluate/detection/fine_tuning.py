@@ -7,67 +7,27 @@ import math
 import signal
 import time
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.ops._utils import split_normalization_params
 
 from ifnd_fast.data.loading import EpochBatches
-from ifnd_fast.evaluate import coco, detectron2
-from ifnd_fast.evaluate.backbone import Backbone, load_backbone
-from ifnd_fast.evaluate.coco_metrics import NAMES, average_precision, to_results
-from ifnd_fast.evaluate.detection_options import DetectionOptions, decisive, learning_rate, resolve
-from ifnd_fast.evaluate.mask_rcnn import mask_rcnn
+from ifnd_fast.evaluate.backbone import Backbone
+from ifnd_fast.evaluate.detection import coco
+from ifnd_fast.evaluate.detection.mask_rcnn import mask_rcnn
+from ifnd_fast.evaluate.detection.metrics import average_precision, to_results
+from ifnd_fast.evaluate.detection.options import DetectionOptions, decisive, learning_rate, resolve
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime import distributed, run_folder
-from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
-from ifnd_fast.runtime.console import progress, say, table, track
+from ifnd_fast.runtime.compute import pick_amp
+from ifnd_fast.runtime.console import progress, say, track
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
-from ifnd_fast.runtime.stop import StopSignals, explained, ignore_stop_signals
-
-
-def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
-    """COCO detection and instance segmentation: Mask R-CNN with a feature pyramid, fine-tuned from a backbone.
-
-    The model is torchvision's, so its figures are to be compared among backbones; for detectron2's own take
-    --export-detectron2. On several GPUs: torchrun --nproc-per-node 8 $(which ifnd-fast-eval) detection ...
-    """
-    device = pick_device(options.device)
-    leave_cores_to_workers(device, options.workers)
-    distributed.start(device, options.rank_timeout)
-    backbone = load_backbone(options.checkpoint, options.arch)
-    if options.export_detectron2 is not None:
-        if distributed.rank() == 0:
-            _export(backbone, options.export_detectron2)
-        if options.data is None and options.train_annotations is None:
-            return
-    tuning = FineTuning(backbone, options, device)
-    with tuning.stop, explained(tuning.out, tuning.stop), ExitStack() as held:
-        tuning.take(held)
-        figures = tuning.fit()
-    if distributed.rank() == 0:
-        _tell(figures, options.json_file)
-
-
-def _tell(figures: dict[str, Any], json_file: Path | None) -> None:
-    rows = [
-        [kind, *("-" if (value := figures[f"{kind}_{name}"]) is None else f"{value:.2f}" for name in NAMES)]
-        for kind in ("box", "mask")
-    ]
-    table(f"COCO average precision on {figures['data']}, percent", ["", *NAMES], rows)
-    if json_file is not None:
-        run_folder.write_json(json_file, figures)
-
-
-def _export(backbone: Backbone, path: Path) -> None:
-    settings = detectron2.export(backbone, path)
-    say(f"{path}: in detectron2's configuration (of Base-RCNN-FPN.yaml, say) it needs\n{settings}")
+from ifnd_fast.runtime.stop import StopSignals, ignore_stop_signals
 
 
 class FineTuning:

@@ -1,0 +1,57 @@
+"""`ifnd-fast-eval detection`: COCO detection and segmentation from a backbone, or its export to detectron2."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ifnd_fast.evaluate.backbone import Backbone, load_backbone
+from ifnd_fast.evaluate.detection import detectron2
+from ifnd_fast.evaluate.detection.fine_tuning import FineTuning
+from ifnd_fast.evaluate.detection.metrics import NAMES
+from ifnd_fast.evaluate.detection.options import DetectionOptions
+from ifnd_fast.runtime import distributed, run_folder
+from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_device
+from ifnd_fast.runtime.console import say, table
+from ifnd_fast.runtime.stop import explained
+
+
+def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
+    """COCO detection and instance segmentation: Mask R-CNN with a feature pyramid, fine-tuned from a backbone.
+
+    The model is torchvision's, so its figures are to be compared among backbones; for detectron2's own take
+    --export-detectron2. On several GPUs: torchrun --nproc-per-node 8 $(which ifnd-fast-eval) detection ...
+    """
+    device = pick_device(options.device)
+    leave_cores_to_workers(device, options.workers)
+    distributed.start(device, options.rank_timeout)
+    backbone = load_backbone(options.checkpoint, options.arch)
+    if options.export_detectron2 is not None:
+        if distributed.rank() == 0:
+            _export(backbone, options.export_detectron2)
+        if options.data is None and options.train_annotations is None:
+            return
+    tuning = FineTuning(backbone, options, device)
+    with tuning.stop, explained(tuning.out, tuning.stop), ExitStack() as held:
+        tuning.take(held)
+        figures = tuning.fit()
+    if distributed.rank() == 0:
+        _tell(figures, options.json_file)
+
+
+def _tell(figures: dict[str, Any], json_file: Path | None) -> None:
+    rows = [
+        [kind, *("-" if (value := figures[f"{kind}_{name}"]) is None else f"{value:.2f}" for name in NAMES)]
+        for kind in ("box", "mask")
+    ]
+    table(f"COCO average precision on {figures['data']}, percent", ["", *NAMES], rows)
+    if json_file is not None:
+        run_folder.write_json(json_file, figures)
+
+
+def _export(backbone: Backbone, path: Path) -> None:
+    settings = detectron2.export(backbone, path)
+    say(f"{path}: in detectron2's configuration (of Base-RCNN-FPN.yaml, say) it needs\n{settings}")
