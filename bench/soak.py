@@ -27,14 +27,15 @@ from sklearn.datasets import load_digits
 from ifnd_fast.runtime import checkpoint
 
 PHASES = {  # name: the function that it is, and for how many seconds it lasts here, at most
-    "step": ("ifnd_fast.train.Trainer._train_step", 0.05),
+    "step": ("ifnd_fast.training.trainer.Trainer._train_step", 0.05),
     "features": ("ifnd_fast.data.features.extract_share", 0.1),
     "clustering": ("ifnd_fast.clustering.pseudo_labels.cluster_levels", 0.05),
     "checkpoint": ("ifnd_fast.runtime.checkpoint.write_atomically", 0.02),
 }
 TRAIN = """
 import functools, importlib, sys
-from ifnd_fast import cli, labelling, train
+from ifnd_fast import cli
+from ifnd_fast.training import labeller, trainer
 phases, file = {phases!r}, {file!r}
 def watched(function, name):
     @functools.wraps(function)

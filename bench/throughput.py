@@ -26,10 +26,10 @@ from conftest import machine
 from report import table
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from ifnd_fast import train
 from ifnd_fast.config import PRESETS, Config
 from ifnd_fast.runtime import run_folder
-from ifnd_fast.train import Trainer
+from ifnd_fast.training import trainer as trainer_module
+from ifnd_fast.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "throughput.md"
 RECLUSTER = 4  # epochs between the demo's clusterings: a round of so many epochs holds one of them
@@ -136,7 +136,7 @@ def watch(trainer: Trainer, pieces: Pieces) -> None:
         (trainer.model.key_encoder, "forward", ENCODER[1]),
         (trainer.optimizer, "zero_grad", UPDATE),
         (trainer.scaler, "step", UPDATE),
-        (train, "to_input", "pixels to the encoder's input"),
+        (trainer_module, "to_input", "pixels to the encoder's input"),
         (trainer.model, "keys", "shuffling and gathering for batch norm"),
         (trainer.model, "update_key_encoder", "moving average of the key encoder"),
         (trainer.queue, "enqueue", "queue"),

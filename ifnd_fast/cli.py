@@ -21,7 +21,7 @@ from ifnd_fast.runtime.errors import CommandError, PeerError, Stopped, UsageErro
 from ifnd_fast.runtime.stop import explained
 
 if TYPE_CHECKING:
-    from ifnd_fast.train import Trainer
+    from ifnd_fast.training.trainer import Trainer
 
 
 def train() -> None:
@@ -125,7 +125,7 @@ def _description(preset: str) -> str:
 
 def _train(settings: Config) -> None:
     from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_device
-    from ifnd_fast.train import Trainer  # after --help: this takes seconds to import
+    from ifnd_fast.training.trainer import Trainer  # after --help: this takes seconds to import
 
     started = time.perf_counter()
     device = pick_device(settings.run.device)

@@ -86,7 +86,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
 
 def test_a_second_ctrl_c_ends_it_at_once(digit_folder, tmp_path):
     out = tmp_path / "run"
-    slow = "import ifnd_fast.train as t, time\nstep = t.Trainer._train_step\n"
+    slow = "import ifnd_fast.training.trainer as t, time\nstep = t.Trainer._train_step\n"
     slow += "def sleepy(*args):\n    time.sleep(30)\n    return step(*args)\nt.Trainer._train_step = sleepy"
     process = start("--data", digit_folder, "--out", out, *LONG, prelude=slow)
     wait_for(out / "config.yaml", process)
@@ -169,7 +169,7 @@ def test_a_loading_process_that_dies_is_named(digit_folder, tmp_path):
 
 
 def test_an_error_that_nobody_expects_ends_the_run_with_its_loading_processes(digit_folder, tmp_path):
-    broken = "import ifnd_fast.train as t\ndef fail(*args):\n    raise ZeroDivisionError('odd')\n"
+    broken = "import ifnd_fast.training.trainer as t\ndef fail(*args):\n    raise ZeroDivisionError('odd')\n"
     broken += "t.Trainer._loss = fail"
     process = start("--data", digit_folder, "--out", tmp_path / "run", *LONG, "--workers", 2, prelude=broken)
     _, told = process.communicate(timeout=90)  # they ignore what asks them to stop: Python's exit once waited for them

@@ -23,8 +23,8 @@ from ifnd_fast.report.html import flatten
 from ifnd_fast.report.page import headline, write_report
 from ifnd_fast.report.thumbnails import spread
 from ifnd_fast.runtime import checkpoint, run_folder
-from ifnd_fast.train import Trainer
 from ifnd_fast.training.saved_run import duration, read_run
+from ifnd_fast.training.trainer import Trainer
 
 FIGURES = [
     "Loss", "kNN accuracy", "Acceptance rate", "False negatives per query",

@@ -16,7 +16,7 @@ from ifnd_fast.cli import parse_train
 from ifnd_fast.config import OptimConfig
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
-from ifnd_fast.train import Trainer, learning_rate
+from ifnd_fast.training.trainer import Trainer, learning_rate
 from tests.conftest import TINY
 
 
@@ -322,7 +322,7 @@ def test_steps_that_the_scaler_skips_are_counted(digit_folder, tmp_path, capsys)
 def test_contrast_in_half_precision(options, digit_folder, tmp_path, monkeypatch):
     """What GPUs with mixed precision do, here on the CPU: queries, keys, queue and features in float16."""
     new(tmp_path / "single", digit_folder, *options).fit()
-    monkeypatch.setattr("ifnd_fast.train.pick_contrast_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr("ifnd_fast.training.trainer.pick_contrast_dtype", lambda *_: torch.float16)
     trainer = new(tmp_path / "half", digit_folder, *options)
     trainer.fit()
     if trainer.queue is not None:

@@ -12,8 +12,7 @@ import filelock
 
 from ifnd_fast import config
 from ifnd_fast.config import Config
-from ifnd_fast.runtime import checkpoint, distributed
-from ifnd_fast.runtime.console import say
+from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
@@ -75,28 +74,6 @@ def _complete_lines(path: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def report_epoch(settings: Config, metrics: dict[str, Any]) -> None:
-    """An epoch's line of metrics.jsonl, its TensorBoard scalars if asked for, and a line for the person.
-
-    Raises:
-        CommandError: the disk is full or not writable.
-        UsageError: tensorboard is not installed.
-    """
-    counts = " ".join(f"{count:.1f}" for count in metrics["false_negatives_per_query"])
-    knn = f"  kNN {metrics['knn_top1']:.2f} %" if "knn_top1" in metrics else ""
-    skipped = f"  {metrics['skipped_steps']} steps skipped" if metrics.get("skipped_steps") else ""
-    say(
-        f"epoch {metrics['epoch']}/{settings.optim.epochs}  loss {metrics['loss']:.3f}"
-        f"  accepted {metrics['acceptance_rate']:.0%}  false negatives/query {counts}"
-        f"  {metrics['images_per_second']:.0f} images/s{knn}{skipped}"
-    )
-    if distributed.rank() != 0:
-        return
-    append_metrics(settings.run.out, metrics)
-    if settings.run.tensorboard:
-        _write_scalars(settings.run.out / "tensorboard", metrics)
-
-
 def append_metrics(out: Path, metrics: dict[str, Any]) -> None:
     """A line of metrics.jsonl. Raises CommandError: the disk is full or not writable."""
     path = out / "metrics.jsonl"
@@ -105,23 +82,6 @@ def append_metrics(out: Path, metrics: dict[str, Any]) -> None:
             file.write(json.dumps(metrics) + "\n")
     except OSError as error:
         raise CommandError(f"could not write {path}: {error}") from error
-
-
-def _write_scalars(folder: Path, metrics: dict[str, Any]) -> None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError("--tensorboard: pip install 'ifnd-fast[tensorboard]' first") from error
-    with SummaryWriter(str(folder)) as writer:
-        for name, value in metrics.items():
-            if isinstance(value, list):
-                for level, item in enumerate(value):
-                    if isinstance(item, list):  # a figure per iteration: where it ended
-                        item = item[-1]
-                    if item is not None:
-                        writer.add_scalar(f"{name}/level_{level}", item, metrics["epoch"])
-            elif name not in ("epoch", "step"):
-                writer.add_scalar(name, value, metrics["epoch"])
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:

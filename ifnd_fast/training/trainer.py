@@ -26,7 +26,6 @@ from ifnd_fast.data.loading import EpochBatches, pair_loader, running
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import to_input
-from ifnd_fast.labelling import Labeller
 from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.metrics.knn import KnnProbe
 from ifnd_fast.ops.info_nce import info_nce
@@ -35,6 +34,8 @@ from ifnd_fast.runtime.compute import pick_amp, pick_contrast_dtype, pick_device
 from ifnd_fast.runtime.console import progress, say
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
 from ifnd_fast.runtime.stop import StopSignals
+from ifnd_fast.training.labeller import Labeller
+from ifnd_fast.training.measuring import report_epoch
 
 # In order of computation: of what turns bad in one step, the first is named.
 WATCHED = ("the queries (the encoder's features) are", "the keys are", "the loss is")
@@ -292,7 +293,7 @@ class Trainer:
             metrics["knn_top1"] = self._knn_top1(self.probe)
             if last:
                 self.result["knn_top1"] = metrics["knn_top1"]
-        run_folder.report_epoch(self.config, metrics)
+        report_epoch(self.config, metrics)
         if self.queue is not None and not distributed.same_everywhere(*self.queue.negatives()):
             raise CommandError(f"the ranks' queues differ after epoch {self.epoch}: a memory or network fault")
         self.seconds += self.totals["seconds"] + sum(self.labeller.seconds.values())
