@@ -18,8 +18,8 @@ import torch
 
 from ifnd_fast.runtime import checkpoint
 from tests.conftest import TINY, command
-from tests.test_distributed import torchrun
-from tests.test_train import new
+from tests.training.test_distributed import torchrun
+from tests.training.test_trainer import new
 
 PR_CAPBSET_DROP = 24  # <linux/prctl.h>
 TRAIN = "from ifnd_fast.cli import train; train()"

@@ -7,9 +7,9 @@ import torch
 
 from ifnd_fast import assign_clusters
 from ifnd_fast.ops import backends
-from tests.ops import test_assign
+from tests.ops import test_assign_clusters
 from tests.ops.cases import make_case
-from tests.test_train import STEPS, new
+from tests.training.test_trainer import STEPS, new
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 every_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -45,7 +45,7 @@ def test_loss_in_a_graph(backend):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_assignment_in_a_graph(backend, dtype):
     need(backend, "assign_clusters")
-    x, c = (test_assign.data(n, 128, n, dtype, unit=True).cuda() for n in (5000, 300))
+    x, c = (test_assign_clusters.data(n, 128, n, dtype, unit=True).cuda() for n in (5000, 300))
 
     def step():
         alone = assign_clusters(x, c, return_confidence=False, backend=backend)
@@ -77,7 +77,7 @@ def replayed(step):
 def test_runs_on_the_current_stream(backend):
     """The kernels wait for what the stream computes before them."""
     need(backend, "assign_clusters")
-    x, c = (test_assign.data(n, 128, n, torch.float16, unit=True).cuda() for n in (20000, 1000))
+    x, c = (test_assign_clusters.data(n, 128, n, torch.float16, unit=True).cuda() for n in (20000, 1000))
     right = assign_clusters(x, c, return_confidence=False, backend=backend)
     late = torch.zeros_like(x)
     stream = torch.cuda.Stream()

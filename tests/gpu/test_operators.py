@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 import ifnd_fast
 from ifnd_fast.ops import backends
 from ifnd_fast.ops.info_nce import COMBINATIONS
-from tests.ops import test_assign
+from tests.ops import test_assign_clusters
 from tests.ops.cases import DTYPES, STRATEGIES, make_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-every_metric = pytest.mark.parametrize("metric", test_assign.METRICS)
+every_metric = pytest.mark.parametrize("metric", test_assign_clusters.METRICS)
 case_of = functools.partial(make_case, device=DEVICE)
 
 
@@ -142,30 +142,30 @@ def assign_by(backend):
 
 
 def data(*args, **kwargs):
-    return test_assign.data(*args, **kwargs).to(DEVICE)
+    return test_assign_clusters.data(*args, **kwargs).to(DEVICE)
 
 
 @settings(max_examples=20, deadline=None)
 @given(
     N=st.integers(1, 150), C=st.integers(1, 200), D=st.integers(1, 140), dtype=st.sampled_from(DTYPES),
-    metric=st.sampled_from(test_assign.METRICS), temperature=st.sampled_from([0.05, 0.2, 20.0]), unit=st.booleans(),
-    seed=st.integers(0, 99),
+    metric=st.sampled_from(test_assign_clusters.METRICS), temperature=st.sampled_from([0.05, 0.2, 20.0]),
+    unit=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_assign_ragged_shapes(backend, N, C, D, dtype, metric, temperature, unit, seed):
     x, c = data(N, D, seed, taken(dtype, backend), unit), data(C, D, seed + 100, taken(dtype, backend), unit)
-    test_assign.check(x, c, metric, temperature, assign_by(backend))
+    test_assign_clusters.check(x, c, metric, temperature, assign_by(backend))
 
 
 @every_metric
 @every_dtype
 def test_assign_many_points(backend, metric, dtype):
     x, c = data(700, 96, 0, taken(dtype, backend), unit=True), data(300, 96, 1, taken(dtype, backend), unit=True)
-    assert test_assign.check(x, c, metric, assign=assign_by(backend)) <= 5  # near ties are few
+    assert test_assign_clusters.check(x, c, metric, assign=assign_by(backend)) <= 5  # near ties are few
 
 
 @every_metric
 def test_assign_wide_rows(backend, metric):
-    test_assign.check(data(40, 300), data(17, 300, 1), metric, temperature=50.0, assign=assign_by(backend))
+    test_assign_clusters.check(data(40, 300), data(17, 300, 1), metric, temperature=50.0, assign=assign_by(backend))
 
 
 @every_metric

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.test_distributed import torchrun
+from tests.training.test_distributed import torchrun
 
 START = """
 import sys, torch

@@ -27,7 +27,7 @@ from ifnd_fast.evaluate.detection.fine_tuning import FineTuning
 from ifnd_fast.evaluate.detection.options import DetectionOptions, learning_rate, resolve
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
-from tests.test_distributed import torchrun
+from tests.training.test_distributed import torchrun
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def tuning(run: Path, data: Path, out: Path, **options) -> FineTuning:
 
 
 COMMAND = """
-from tests.test_detection import few_proposals
+from tests.evaluate.detection.test_fine_tuning import few_proposals
 from ifnd_fast.cli import evaluate
 few_proposals()
 evaluate()
@@ -102,7 +102,7 @@ def task(*args: object, before: str = "") -> subprocess.CompletedProcess[str]:
     """ifnd-fast-eval detection in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", before + COMMAND, "detection", *map(str, args)], text=True, capture_output=True,
-        timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[1],
+        timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[3],
     )  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def test_a_perfect_detector_measures_100(run, coco_folder, tmp_path):
 
 def test_two_ranks_write_one_result_of_all_images(run, coco_folder, tmp_path):
     script, out = tmp_path / "detect.py", tmp_path / "out"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r}){COMMAND}")
+    script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[3])!r}){COMMAND}")
     options = [*FLAGS, "--iterations", 2, "--batch-size", 4, "--log-every", 1]
     done = torchrun(2, script, "detection", run, "--data", coco_folder, "--out", out, *options)
     assert done.returncode == 0, done.stderr[-3000:]

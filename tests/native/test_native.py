@@ -21,7 +21,7 @@ from torch import Tensor
 
 _cpu = pytest.importorskip("ifnd_fast._cpu", reason="the extension is not built")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ELIMINATE, ATTRACT, KEEP = 0, 1, 2
 ROUNDING = 4 * 2.0**-24
@@ -593,7 +593,7 @@ def test_scratch_memory_is_small():
     """
     done = run("""
         import ctypes, statistics, torch
-        from tests.test_native import Case
+        from tests.native.test_native import Case
 
         def peak():
             status = open("/proc/self/status").read()
