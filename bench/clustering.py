@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 import tyro
-from conftest import machine
 from peak_memory import new_peak, resident_peak
-from report import table
 from roofline import CARDS, Assignment, mix_of
+from tables import machine, table
 from torch import Tensor
 from torch.nn.functional import normalize
 

@@ -1,42 +1,28 @@
 """What every benchmark shares: the machine in each report, the device, and how a call is timed.
 
 pytest bench/ --benchmark-only        the tables
-python bench/report.py                the same, with floors and ratios, into bench/results
+python bench/cpu.py                   the same, with floors and ratios, into bench/results
 pytest bench/ --benchmark-disable     every body once at small sizes (fixture `small`), results checked
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no worker processes beside what is measured
 
 import pytest
 import torch
+from tables import machine
 
 from ifnd_fast.ops import backends
 
 SECONDS, ROUNDS = 2.0, (3, 400)  # of a timing, after a warm-up; the tables' medians are of so many rounds
-
-
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    return {
-        "torch": torch.__version__,
-        "CPU": names[0] if names else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "instruction set": backends._cpu.isa() if backends._cpu else "extension not built",
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-    }
 
 
 def pytest_report_header() -> str:

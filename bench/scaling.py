@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from conftest import machine
 from PIL import Image
-from report import table
 from roofline import CARDS, Assignment, Card, Loss, mix_of
+from tables import machine, table
 
 from ifnd_fast.config import PRESETS
 from ifnd_fast.data.loading import PairDataset

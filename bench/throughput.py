@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 import tyro
-from conftest import machine
-from report import table
+from tables import machine, table
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from ifnd_fast.config import PRESETS, Config

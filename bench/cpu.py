@@ -1,4 +1,4 @@
-"""python bench/report.py: run the benches, and write what they measured against their floors and targets.
+"""python bench/cpu.py: run the benches, and write what they measured against their floors and targets.
 
 Writes bench/results/cpu.md (the CPU's tables). Let the machine be idle: the figures are ratios within this one run.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import peak_memory
 import tyro
+from tables import table
 
 RESULTS = Path(__file__).parent / "results" / "cpu.md"
 QUEUE = "queue: B=256 K=65536 D=128 L=3 eliminate"
@@ -173,10 +174,6 @@ def assignment_targets(run: Run) -> list[tuple[str, str, str]]:
     return rows
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
-
-
 def group_table(run: Run, group: str) -> list[str]:
     rows = []
     for name, row in run.groups[group].items():
@@ -206,7 +203,7 @@ def main(options: Options) -> None:
     lines = [
         "# CPU kernels, measured",
         "",
-        f"`python bench/report.py`, {run.date}. {machine['CPU']}, {machine['threads']} threads, kernels for "
+        f"`python bench/cpu.py`, {run.date}. {machine['CPU']}, {machine['threads']} threads, kernels for "
         f"{machine['instruction set']}. Python {platform.python_version()}, "
         + ", ".join(map(installed, ("torch", "faiss-gpu", "scikit-learn", "numpy")))
         + ".",
