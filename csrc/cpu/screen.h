@@ -25,8 +25,9 @@ IFND_INLINE bool screens(const AssignClusters& p) {
   return kInteger8Dots && p.dtype == DType::float32 && !p.confidence && p.D >= 32 && p.C >= 64;
 }
 
-// Half as much as for floats: a tile and its scores stay in the first-level cache.
-IFND_INLINE int screen_rows(int D) { return tile_rows(D) / 2; }
+// Half as many as of floats: a tile and its scores stay in the first-level cache. Whole blocks of ROWS, as blocks that
+// began anywhere else would run past the tile, and the last one past the centroids' and the scores' memory.
+IFND_INLINE int screen_rows(int D) { return int(round_up(tile_rows(D) / 2, ROWS)); }
 
 #ifdef __AVX512VNNI__
 

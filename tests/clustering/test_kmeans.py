@@ -348,6 +348,15 @@ def test_bounds_leave_out_nothing_that_matters(seed, k, dim, kind, step, share):
         c = c + goes * step * c.norm(dim=1, keepdim=True) * normalize(torch.randn(k, dim, generator=generator))
 
 
+@pytest.mark.parametrize("dim", [161, 176, 200, 224, 272, 337, 384, 400, 513, 600, 672, 768, 1024])
+def test_rows_of_every_width_go_to_the_nearest_centroid(dim):
+    x = normalize(torch.randn(500, dim, generator=torch.Generator().manual_seed(dim)))
+    fitted = KMeans(70, max_iter=3).fit(x)
+    distance = torch.cdist(x.double(), fitted.cluster_centers_.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    own = distance.gather(1, fitted.labels_.long()[:, None])[:, 0]
+    assert (own - distance.min(1).values <= 1e-6).all()
+
+
 def test_settling_rows_are_compared_with_few_centroids():
     if kmeans.backends._cpu is None or not kmeans.backends._cpu.isa().startswith(("avx512vnni", "avx512bf16")):
         pytest.skip("no 8-bit dot products")

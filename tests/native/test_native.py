@@ -462,6 +462,27 @@ def test_values_of_labels_decided_by_float32_rounding(metric):
     assert torch.equal(bare, labels) and len(labels.unique()) > 2
 
 
+# Widths at which half a tile of floats isn't whole blocks of centroids, and their neighbours; and usual ones.
+TILE_WIDTHS = [
+    *(32, 96, 128, 144, 160, 161, 168, 176, 177, 192, 193, 200, 208, 209, 224, 225, 240, 256, 257, 272, 288, 289),
+    *(304, 320, 336, 337, 352, 368, 383, 384, 385, 399, 400, 401, 448, 480, 512, 513, 576, 640, 672, 673, 768),
+    *(1023, 1024, 2047, 2048),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", [0, 1])
+@pytest.mark.parametrize("D", TILE_WIDTHS)
+def test_values_of_labels_at_every_width_of_a_tile(D, metric):
+    generator = torch.Generator().manual_seed(D)
+    for C in (64, 67, 200, 512):
+        x, c = (torch.nn.functional.normalize(torch.randn(n, D, generator=generator)) for n in (64, C))
+        s = similarity(x, c, metric, torch.float64)
+        best, second = s.topk(2).values.T
+        clear = best - second > 1e-6  # float32 can tell
+        labels, _ = native_assign(x, c, metric, with_confidence=False)
+        assert clear.sum() >= 63 and torch.equal(labels[clear], s.argmax(1).int()[clear])
+
+
 def test_values_of_assignment_do_not_depend_on_the_split():
     torch.manual_seed(0)
     x, c = torch.randn(700, 48), torch.randn(90, 48)
