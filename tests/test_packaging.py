@@ -62,6 +62,7 @@ def test_sdist_holds_all_sources_and_no_binaries(source):
     ):
         wanted = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern) if path.is_file()}
         assert wanted and wanted <= held, wanted - held
+    assert (source / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     assert not [name for name in held if name.endswith((".so", ".pyc", ".o"))]
 
 
@@ -78,12 +79,14 @@ def test_wheel_from_the_sdist_with_a_failing_nvcc(source, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
+        licenses = [archive.read(name).decode() for name in names if name.endswith(".dist-info/licenses/LICENSE")]
         archive.extractall(tmp_path / "installed")
     assert [name for name in names if name.startswith("ifnd_fast/_cpu.") and name.endswith((".so", ".pyd"))]
     assert not [name for name in names if name.startswith("ifnd_fast/_cuda.") and not name.endswith(".pyi")]
     assert not [name for name in names if not name.startswith(("ifnd_fast/", "ifnd_fast-", "ifnd_fast.dist"))]
     assert "ifnd_fast/report/templates/report.html" in names
     assert "License-Expression: Apache-2.0" in metadata
+    assert licenses == [(ROOT / "LICENSE").read_text()]
     script = "import ifnd_fast; from ifnd_fast import _cpu; print(_cpu.__file__, _cpu.isa())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run(
