@@ -59,6 +59,7 @@ def test_sdist_holds_all_sources_and_no_binaries(source):
         ("ifnd_fast", "*.py"),
         ("ifnd_fast", "*.html"),
         ("ifnd_fast", "*.pyi"),
+        ("ifnd_fast", "py.typed"),
     ):
         wanted = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern) if path.is_file()}
         assert wanted and wanted <= held, wanted - held
@@ -85,6 +86,7 @@ def test_wheel_from_the_sdist_with_a_failing_nvcc(source, tmp_path):
     assert not [name for name in names if name.startswith("ifnd_fast/_cuda.") and not name.endswith(".pyi")]
     assert not [name for name in names if not name.startswith(("ifnd_fast/", "ifnd_fast-", "ifnd_fast.dist"))]
     assert "ifnd_fast/report/templates/report.html" in names
+    assert "ifnd_fast/py.typed" in names and "ifnd_fast/_cpu.pyi" in names  # type checkers look for both
     assert "License-Expression: Apache-2.0" in metadata
     assert licenses == [(ROOT / "LICENSE").read_text()]
     script = "import ifnd_fast; from ifnd_fast import _cpu; print(_cpu.__file__, _cpu.isa())"
