@@ -182,7 +182,7 @@ def memory_of(n: int, clusters: int, engine: str) -> None:
 
 
 def memory(options: Options) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for n, engine in ((options.n, "fused"), (10 * options.n, "fused"), (options.n, "faiss")):
         features, centroids = 4 * D * n, 4 * D * options.clusters
         taken = int(child(__file__, "--memory", n, options.clusters, engine))

@@ -32,18 +32,16 @@ def new_peak() -> int:
 def measure(name: str, keys: int) -> int:
     loss = fused_with("cpu") if name == "fused" else implementation_of(name, lambda *_: "cpu", torch.float32)
 
-    def step(K: int) -> None:
+    def growth_of(K: int) -> int:
         batch = queue_batch(B, K, D, LEVELS, torch.float32, torch.device("cpu"))
-        nonlocal before
         before = new_peak()
         torch.autograd.grad(loss(*batch[:3], *batch.labels_and_ids), batch.query)
+        return resident_peak() - before
 
-    before = 0
-    step(64)  # starts threads, loads what is loaded late
+    growth_of(64)  # starts threads, loads what is loaded late
     if name.startswith("compiled"):
-        step(keys)  # compiles for this size
-    step(keys)
-    return resident_peak() - before
+        growth_of(keys)  # compiles for this size
+    return growth_of(keys)
 
 
 def in_subprocess(name: str, keys: int) -> int:

@@ -107,7 +107,7 @@ class Assignment:
         return 0.0
 
 
-SHAPES = (
+SHAPES: tuple[Loss | Assignment, ...] = (
     Loss(256, 65536),
     Loss(32, 65536),
     Loss(4096, 4096),

@@ -97,7 +97,8 @@ def implementation_of(name: str, fused: Callable[..., str], dtype: torch.dtype) 
 def run_queue(
     name, device, small, fused, measure, strategy="eliminate", L=3, dtype=torch.float32, row=None, B=256, K=65536, D=128
 ) -> None:
-    batch = queue_batch(*((32, min(K, 1024), D) if small else (B, K, D)), L, dtype, device)
+    queries, keys = (32, min(K, 1024)) if small else (B, K)
+    batch = queue_batch(queries, keys, D, L, dtype, device)
     if name.endswith("_transposed"):
         batch = batch._replace(negatives=batch.negatives.t().contiguous().t())
     loss = implementation_of(name, fused, dtype)

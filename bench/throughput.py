@@ -13,12 +13,12 @@ import platform
 import statistics
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import tyro
@@ -77,8 +77,8 @@ class Pieces:
     """Wall seconds of named pieces of each step; those of a piece within another count for the inner one alone."""
 
     def __init__(self) -> None:
-        self.steps: list[Counter[str]] = []
-        self.now = Counter[str]()
+        self.steps: list[defaultdict[str, float]] = []
+        self.now = defaultdict[str, float](float)
         self.open: list[str] = []
         self.since = 0.0
 
@@ -103,7 +103,7 @@ class Pieces:
         self.switch()
         if self.now[ENCODER[0]]:  # else no step yet since the last
             self.steps.append(self.now)
-            self.now = Counter[str]()
+            self.now = defaultdict[str, float](float)
 
     def wrap(self, owner: Any, attribute: str, name: str, ends_step: bool = False) -> None:
         """Calls of owner.attribute within an epoch are that piece from here on."""
@@ -163,7 +163,9 @@ def watch(trainer: Trainer, pieces: Pieces) -> None:
         with pieces.piece(LOSS):
             backward(*args, **kwargs)
 
-    trainer._train_epoch, trainer._loss, torch.Tensor.backward = timed_epoch, timed_loss, timed_backward
+    replaced: Any = trainer
+    replaced._train_epoch, replaced._loss = timed_epoch, timed_loss
+    torch.Tensor.backward = timed_backward  # type: ignore[method-assign]
 
 
 def profile(options: Options, out: str) -> list[str]:
@@ -178,8 +180,10 @@ def profile(options: Options, out: str) -> list[str]:
         next(epochs)
     names = sorted({name for step in pieces.steps for name in step}, key=lambda name: -pieces.share(name))
     own = [name for name in names if name not in NOT_OWN]
-    rows = [(name, "yes" if name in own else "") for name in names]
-    rows = [(name, mark, f"{1e3 * pieces.median(name):.3f}", f"{pieces.share(name):.2%}") for name, mark in rows]
+    rows = [
+        (name, "yes" if name in own else "", f"{1e3 * pieces.median(name):.3f}", f"{pieces.share(name):.2%}")
+        for name in names
+    ]
     for what, chosen in (("the trainer's own, all of them", own), ("the same and the loss", [*own, LOSS])):
         rows.append((f"**{what}**", "", f"{1e3 * pieces.median(*chosen):.3f}", f"**{pieces.share(*chosen):.2%}**"))
     rows.append(("a step", "", f"{1e3 * pieces.median(*names):.3f}", "100%"))
@@ -213,7 +217,7 @@ def take_turns(trainers: list[Trainer], rounds: int, warm_up: int, length: int) 
             seconds[i].append(seconds_of(epochs[i], trainers[i]))
     means = [[statistics.mean(s[i : i + length]) for i in range(warm_up, len(s), length)] for s in seconds]
     for running in epochs:
-        running.close()
+        cast(Generator[None], running).close()
     return means
 
 
@@ -224,8 +228,8 @@ def strategies(options: Options, folder: str) -> list[str]:
     more = [b / a - 1 for a, b in zip(keep, eliminate, strict=True)]
     rows = [(f"{n}", f"{a:.3f}", f"{b:.3f}", f"{m:+.1%}") for n, (a, b, m) in
             enumerate(zip(keep, eliminate, more, strict=True), 1)]  # fmt: skip
-    medians = [f"{statistics.median(values):.3f}" for values in (keep, eliminate)]
-    rows.append(("median", *medians, f"**{statistics.median(more):+.1%}**"))
+    keep_median, eliminate_median = (f"{statistics.median(values):.3f}" for values in (keep, eliminate))
+    rows.append(("median", keep_median, eliminate_median, f"**{statistics.median(more):+.1%}**"))
     return [
         "Wall seconds per epoch: steps, clustering, metrics and checkpoint, without measuring accuracy. The two runs "
         f"take turns at every epoch; a round is {RECLUSTER} epochs, one of which begins with a clustering, and the "
@@ -252,7 +256,8 @@ def loading(options: Options, folder: str) -> list[str]:
 def main(options: Options) -> None:
     told = machine()
     with tempfile.TemporaryDirectory() as folder:
-        parts = [("IFND beside plain MoCo", strategies)] * (options.rounds > 0)
+        parts: list[tuple[str, Callable[[Options, str], list[str]]]] = []
+        parts += [("IFND beside plain MoCo", strategies)] * (options.rounds > 0)
         parts += [("Views by the loader and on the device", loading)] * options.images
         parts += [("A training step", lambda o, f: profile(o, f"{f}/profile"))]  # last: it wraps what all share
         sections = [f"\n## {title}\n\n" + "\n".join(part(options, folder)) for title, part in parts]

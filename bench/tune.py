@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import tyro
@@ -48,7 +51,7 @@ def rows(n: int, options: Options, dtype: torch.dtype) -> torch.Tensor:
     return normalize(torch.randn(n, options.D, device="cuda")).to(dtype)
 
 
-def step_of(operator: str, options: Options, dtype: torch.dtype):
+def step_of(operator: str, options: Options, dtype: torch.dtype) -> Callable[[], object]:
     if operator == "assign_clusters":
         x, c = rows(options.N, options, dtype), rows(options.C, options, dtype)
         return lambda: assign_clusters(x, c, backend="triton")
@@ -56,14 +59,14 @@ def step_of(operator: str, options: Options, dtype: torch.dtype):
     query.requires_grad_()
     negatives = rows(options.K, options, dtype)
     labels = [torch.randint(-1, 25_000, (n, 3), device="cuda", dtype=torch.int32) for n in (options.B, options.K)]
-    how = {"query_labels": labels[0], "negative_labels": labels[1], "backend": "triton"}
-    return lambda: torch.autograd.grad(info_nce(query, positive, negatives, **how), query)
+    loss = partial(info_nce, query_labels=labels[0], negative_labels=labels[1], backend="triton")
+    return lambda: torch.autograd.grad(loss(query, positive, negatives), query)
 
 
-def milliseconds(operator: str, step, tile: Tile) -> float | None:
+def milliseconds(operator: str, step: Callable[[], object], tile: Tile) -> float | None:
     """Median; None where the card has too few registers or too little shared memory."""
-    module = assign_kernels if operator == "assign_clusters" else loss_kernels
-    module.tile_of = lambda *_: tile  # type: ignore[assignment]
+    module: Any = assign_kernels if operator == "assign_clusters" else loss_kernels
+    module.tile_of = lambda *_: tile
     try:
         return do_bench(step, return_mode="median")
     except OutOfResources:
