@@ -79,6 +79,12 @@ def cluster_levels(
     Raises:
         TypeError, ValueError: a parameter is unfit, features are not finite unit rows, N is below the largest level
             or there are fewer distinct rows than that (see `scale_levels`).
+
+    Example:
+        >>> features = torch.eye(4).repeat(25, 1)
+        >>> coarse, fine = cluster_levels(features, (2, 4))
+        >>> fine.centroids.shape, fine.labels.shape, fine.labels.unique().tolist()
+        (torch.Size([4, 4]), torch.Size([100]), [0, 1, 2, 3])
     """
     levels, temperature = check_levels(levels), checks.temperature(temperature)
     with ranks.agreed(distributed):

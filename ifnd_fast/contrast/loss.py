@@ -22,11 +22,13 @@ class IFNDLoss(nn.Module):
         ValueError: a setting out of range.
 
     Example:
-        >>> loss_fn = IFNDLoss(temperature=0.2)
-        >>> queue = NegativeQueue(65536, 128, levels=3)
-        >>> keys, key_labels, key_ids = queue.negatives()
-        >>> loss = loss_fn(query, positive, keys, query_labels=labels, negative_labels=key_labels,
-        ...                query_ids=indices, negative_ids=key_ids)
+        >>> loss_fn = IFNDLoss(temperature=0.5)
+        >>> query, positive, keys = torch.eye(2)[:1], torch.eye(2)[:1], torch.eye(2)
+        >>> loss_fn(query, positive, keys)
+        tensor(0.7586)
+        >>> labels, key_labels = torch.tensor([[3]]).int(), torch.tensor([[3], [-1]]).int()
+        >>> loss_fn(query, positive, keys, query_labels=labels, negative_labels=key_labels)  # leaves the first key out
+        tensor(0.1269)
     """
 
     def __init__(

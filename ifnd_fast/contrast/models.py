@@ -23,6 +23,13 @@ class MoCo(nn.Module):
 
     Raises:
         ValueError: momentum outside [0, 1], or bn_groups < 1.
+
+    Example:
+        >>> moco = MoCo(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), momentum=0.99)
+        >>> query, key = moco(torch.randn(8, 3, 2, 2), torch.randn(8, 3, 2, 2))
+        >>> query.requires_grad, key.requires_grad
+        (True, False)
+        >>> moco.update_key_encoder()  # after the optimizer's step
     """
 
     def __init__(self, encoder: nn.Module, momentum: float = 0.999, bn_groups: int = 1):
@@ -80,6 +87,12 @@ class InBatch(nn.Module):
 
     Args:
         encoder: images (B, ...) -> unit features (B, dim).
+
+    Example:
+        >>> in_batch = InBatch(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)))
+        >>> features, other_features = in_batch(torch.randn(8, 3, 2, 2), torch.randn(8, 3, 2, 2))
+        >>> features.shape, other_features.requires_grad
+        (torch.Size([8, 4]), True)
     """
 
     def __init__(self, encoder: nn.Module):
