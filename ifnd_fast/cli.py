@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,12 +17,14 @@ import tyro
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config
 from ifnd_fast.runtime import distributed, run_folder
-from ifnd_fast.runtime.console import errors, say, table, warn
+from ifnd_fast.runtime.console import errors, guard_output, say, stage, table, warn
 from ifnd_fast.runtime.errors import CommandError, PeerError, Stopped, UsageError
-from ifnd_fast.runtime.stop import explained
+from ifnd_fast.runtime.stop import StopSignals, explained
 
 if TYPE_CHECKING:
     from ifnd_fast.training.trainer import Trainer
+
+COMPARISON = Path("comparison.html")
 
 
 def train() -> None:
@@ -63,18 +66,33 @@ def report() -> None:
 
 def _run(command: Callable[[], object], interrupted: str = "interrupted") -> None:
     """Run a command; its failures become a line on standard error and an exit code."""
+    output, code = guard_output(), 0
     try:
-        command()
+        with StopSignals():
+            command()
     except CommandError as error:
         told_by_another = isinstance(error, PeerError) or (isinstance(error, Stopped) and distributed.rank() != 0)
         if not told_by_another:
             errors.print(f"error: {error}", markup=False)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except KeyboardInterrupt:
         errors.print(interrupted)
-        sys.exit(130)
+        code = 130
+    except SystemExit as end:  # after --help, or an option that doesn't parse
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         distributed.stop()
+        output.flush()
+    if code or output.error:
+        sys.exit(code or _lost(output.error))
+
+
+def _lost(error: OSError | None) -> int:
+    """The exit code of a command whose standard output could not be written."""
+    if isinstance(error, BrokenPipeError):  # by `| head`, say: nothing to tell
+        return 128 + getattr(signal, "SIGPIPE", 13)
+    errors.print(f"error: standard output could not be written: {error}", markup=False)
+    return 1
 
 
 def parse_train(args: list[str]) -> Config:
@@ -124,10 +142,12 @@ def _description(preset: str) -> str:
 
 
 def _train(settings: Config) -> None:
+    import ifnd_fast.report.page  # noqa: F401  what it needs is missed now, not after the training
     from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_device
     from ifnd_fast.training.trainer import Trainer  # after --help: this takes seconds to import
 
     started = time.perf_counter()
+    distributed.ranks_in_environment()  # says what is wrong there
     device = pick_device(settings.run.device)
     leave_cores_to_workers(device, settings.data.workers)
     distributed.start(device, settings.run.rank_timeout)
@@ -160,10 +180,10 @@ def _write_report(runs: tuple[Path, ...], path: Path | None = None) -> None:
     from ifnd_fast.report.page import write_report
 
     try:
-        if len(runs) == 1:
-            say(f"report: {write_report(runs[0], path)}")
-        else:
-            say(f"comparison: {write_comparison(runs, path or Path('comparison.html'))}")
+        with stage("report"):
+            what = "report" if len(runs) == 1 else "comparison"
+            written = write_report(runs[0], path) if len(runs) == 1 else write_comparison(runs, path or COMPARISON)
+        say(f"{what}: {written}")
     except (OSError, ValueError) as error:
         raise CommandError(f"no report of {', '.join(map(str, runs))}: {error}") from error
 

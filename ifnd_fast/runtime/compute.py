@@ -12,19 +12,36 @@ from ifnd_fast.runtime.errors import UsageError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto": this rank's GPU if there is one, else the CPU.
+    """The device of that name; "auto": this rank's GPU if there is one, else the CPU; "cuda": this rank's GPU.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: no such device here, or of a kind that nothing here computes on.
     """
     if name == "auto":
-        name = f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: no name of a device; {_possible()}") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise UsageError(f"--device {name}: ifnd_fast computes on the CPU and on CUDA GPUs only; {_possible()}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", distributed.local_rank())
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
+            reason = f"there is no GPU {device.index}; a process takes the one of its LOCAL_RANK where none is named"
+        raise UsageError(f"--device {name}: {reason}; {_possible()}") from error
     return device
+
+
+def _possible() -> str:
+    """What --device can be here."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    why = "" if gpus else f" (torch {torch.__version__} can use no CUDA GPU here)"
+    return f"possible here: {', '.join(['auto', 'cpu', *gpus])}{why}"
 
 
 def pick_amp(amp: str, device: torch.device) -> torch.dtype | None:

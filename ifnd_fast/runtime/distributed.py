@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ifnd_fast.runtime.errors import CommandError, PeerError
+from ifnd_fast.runtime.errors import CommandError, PeerError, UsageError
 
 T = TypeVar("T")
 _store: dist.Store | None = None  # a board that all ranks read and write
@@ -29,13 +29,74 @@ def start(device: torch.device, timeout_minutes: float = 30.0) -> None:
     """Join the other ranks if torchrun started this process: NCCL on GPUs, gloo on CPUs.
 
     A rank that doesn't answer within the timeout counts as lost.
+
+    Raises:
+        UsageError: the environment names a rank only in part, or is one of several processes without ranks.
     """
     global _store
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if ranks_in_environment() > 0 and not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         _store, number, count = next(dist.rendezvous("env://", timeout=timeout))
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=timeout)
+
+
+def ranks_in_environment() -> int:
+    """How many ranks the launcher started, as torchrun tells it: 0 without a launcher.
+
+    Raises:
+        UsageError: part of what torchrun sets is missing or wrong; or srun or mpirun started several processes without
+            it, each of which would do everything alone.
+    """
+    environment = os.environ
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        _refuse_strangers()
+        return 0
+    lacking = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if lacking:
+        given = [f"{name}={environment[name]}" for name in ("RANK", "WORLD_SIZE") if name in environment]
+        raise UsageError(f"{' '.join(given)} in the environment, but no {', '.join(lacking)}: {START_BY_TORCHRUN}")
+    try:
+        number, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        int(environment["MASTER_PORT"]), local_rank()
+    except ValueError as error:
+        names = "RANK, WORLD_SIZE, MASTER_PORT, LOCAL_RANK"
+        raise UsageError(f"{names} in the environment must be numbers: {error}: {START_BY_TORCHRUN}") from None
+    if not 0 <= number < count:
+        raise UsageError(f"RANK={number} must be from 0 to below WORLD_SIZE={count}: {START_BY_TORCHRUN}")
+    return count
+
+
+def refuse_ranks(task: str) -> None:
+    """Raises UsageError: several processes were started for a task that one does."""
+    count = ranks_in_environment()
+    if count > 1:
+        raise UsageError(f"{task} computes in one process, but {count} were started: start it without torchrun")
+
+
+def _refuse_strangers() -> None:
+    """Several processes of another launcher than torchrun would each train the whole run alone, in one folder."""
+    for launcher, number, counts in LAUNCHERS:
+        count = next((os.environ[name] for name in counts if name in os.environ), "1")
+        if number in os.environ and count.isdecimal() and int(count) > 1:
+            raise UsageError(
+                f"{launcher} started {count} processes ({number}={os.environ[number]}), each of which would do "
+                f"everything alone: {START_BY_TORCHRUN}. If this is the only process, run it with env -u {number}"
+            )
+
+
+START_BY_TORCHRUN = (
+    "start one torchrun on each machine, which starts a process for each GPU: srun --ntasks-per-node=1 torchrun "
+    "--nnodes=$SLURM_NNODES --nproc-per-node=GPUS --rdzv-backend=c10d --rdzv-endpoint=FIRST_MACHINE:29500 "
+    "$(which ifnd-fast-train) ...; on one machine torchrun --standalone --nproc-per-node=GPUS $(which ifnd-fast-train)"
+    " ...; for a single process unset RANK and WORLD_SIZE"
+)
+# What tells a process its number, and what tells how many there are: the first that is set counts.
+LAUNCHERS = (
+    ("srun", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",)),
+    ("mpirun", "PMI_RANK", ("PMI_SIZE",)),
+)
 
 
 def stop() -> None:

@@ -11,9 +11,14 @@ from types import FrameType
 from ifnd_fast.runtime import checkpoint, distributed
 from ifnd_fast.runtime.errors import CommandError, Stopped
 
+# What asks to end, apart from Ctrl-C: a scheduler's warnings (Slurm's --signal=USR1@120, say), a terminal that closes.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+NUMBERS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows lacks some
+_HANGUP = getattr(signal, "SIGHUP", None)
+
 
 class StopSignals:
-    """SIGINT and SIGTERM, as a context manager: what they do until it ends.
+    """The signals of NUMBERS, as a context manager: what they do until it ends. SIGHUP stays ignored under nohup.
 
     Within `deferred` the first one only sets `number`, for the loop to see; elsewhere it raises `Stopped` where the run
     is. A second SIGINT raises KeyboardInterrupt at once.
@@ -27,7 +32,8 @@ class StopSignals:
         self._deferring = False
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        wanted = [n for n in NUMBERS if n != _HANGUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,5 +77,5 @@ def explained(out: Path, stop: StopSignals) -> Iterator[None]:
 
 def ignore_stop_signals(_: int = 0) -> None:
     """For processes that load data: Ctrl-C reaches the whole group, and their parent decides when they end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)

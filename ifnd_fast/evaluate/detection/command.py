@@ -25,6 +25,7 @@ def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
     The model is torchvision's, so its figures are to be compared among backbones; for detectron2's own take
     --export-detectron2. On several GPUs: torchrun --nproc-per-node 8 $(which ifnd-fast-eval) detection ...
     """
+    distributed.ranks_in_environment()  # says what is wrong there
     device = pick_device(options.device)
     leave_cores_to_workers(device, options.workers)
     distributed.start(device, options.rank_timeout)
