@@ -1,7 +1,7 @@
 """Inputs of info_nce, and the rule that its fused backends are held to.
 
-The rule (DESIGN, section 4): against the float64 reference on the same inputs, a backend's error is at most that of
-plain torch on the same inputs plus what ROUNDING, 4 units of float32 rounding, of the largest logit changes: that
+The error rule (docs/operators.md): against the float64 reference on the same inputs, a backend's error is at most that
+of plain torch on the same inputs plus what ROUNDING, 4 units of float32 rounding, of the largest logit changes: that
 relative change in every exponential, so in every term of the sums that a gradient is. In half precision these terms'
 weights may also be rounded to the inputs' dtype (dot instructions and tensor cores take them so): half a unit in the
 last place of each term. The loss may not.

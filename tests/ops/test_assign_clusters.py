@@ -1,5 +1,5 @@
 """assign_clusters by its fused backend: labels equal to the float64 reference's but for near ties, confidence by the
-error rule of DESIGN section 4, and how it behaves in torch."""
+error rule of docs/operators.md, and how it behaves in torch."""
 
 from __future__ import annotations
 
