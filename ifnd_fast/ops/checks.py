@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import numbers
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_DIM = 2048
-SMALLEST_TEMPERATURE = 1e-30  # logits of unit rows, and their inverse, stay finite in float32
+# Beyond, a softmax of unit rows in float32 is one-hot, or uniform, to the last bit: no temperature that is meant.
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-6, 1e6
 
 
 def matrix(name: str, value: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
@@ -53,20 +56,47 @@ def integers(
 
 
 def temperature(value: float) -> float:
+    """As a float, from 1e-6 to 1e6. Whatever takes a temperature of these operators checks it here."""
     if isinstance(value, Tensor):
         raise TypeError(
             f"temperature must be a number, got a {tuple(value.shape)} tensor, which would get no gradient: "
             "pass its float(), or for a learned temperature scale query by it"
         )
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"temperature must be a number, got {value!r}") from None
-    if not SMALLEST_TEMPERATURE <= value < math.inf:
-        raise ValueError(f"temperature must be a finite number of {SMALLEST_TEMPERATURE} or more, got {value}")
+    value = number("temperature", value)
+    if not SMALLEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:
+        raise ValueError(f"temperature must be a number from 1e-6 to 1e6, got {value}")
     return value
 
 
+def number(name: str, value: Any) -> float:
+    """Python's and NumPy's real numbers as a float; not True and False, which are meant for another argument."""
+    if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def fraction(name: str, value: Any) -> float:
+    """A number from 0 to 1."""
+    value = number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in 0..1, got {value}")
+    return value
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """Python's and NumPy's integers of at least `least` as an int; not True and False."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Python's and NumPy's True and False as a bool; no other thing that is true or false to `if`."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")

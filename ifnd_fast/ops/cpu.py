@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ifnd_fast.ops.address import address, plain
 from ifnd_fast.ops.backends import _cpu
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -12,13 +15,31 @@ _STRATEGIES = {"eliminate": 0, "attract": 1, "keep": 2}
 _COMBINATIONS = {"mean": 0, "any": 1, "all": 2}
 _METRICS = {"inner_product": 0, "l2": 1}
 
+# Everything made here says its dtype and device: torch's defaults are the user's to set.
+_CPU = torch.device("cpu")
+_LABELS_AND_IDS = ("query_labels", "negative_labels", "query_ids", "negative_ids")
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+
+def _call(function: Callable, *arguments: int | float | tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]) -> int:
+    """`function` of numbers, and of tensors as (name, tensor, dtype, shape)."""
+    return function(*(address(*a[:3], "cpu", a[3]) if isinstance(a, tuple) else a for a in arguments))
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
 def _columns(labels: Tensor | None) -> int:
     return 1 if labels is None else labels.shape[1]
+
+
+def _extra(labels_and_ids: tuple[Tensor | None, ...], rows: int, keys: int) -> list:
+    """Labels (rows or keys, L) int32 and ids (rows or keys,) int64 as `_call` takes them."""
+    columns = _columns(labels_and_ids[0])
+    shapes = ((rows, columns), (keys, columns), (rows,), (keys,))
+    dtypes = (torch.int32, torch.int32, torch.int64, torch.int64)
+    tensors = (None if t is None else plain(t) for t in labels_and_ids)
+    return list(zip(_LABELS_AND_IDS, tensors, dtypes, shapes, strict=True))
 
 
 def info_nce_forward(
@@ -32,30 +53,30 @@ def info_nce_forward(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, losses)."""
-    query, positive, negatives = query.contiguous(), positive.contiguous(), negatives.contiguous()
-    extra = [None if t is None else t.contiguous() for t in labels_and_ids]
-    (rows, dim), columns = query.shape, _columns(extra[0])
+    (rows, dim), keys, dtype, columns = query.shape, len(negatives), query.dtype, _columns(labels_and_ids[0])
     losses = columns if level_combination == "mean" else 1
-    loss = torch.empty(rows)
-    query_grad = torch.empty(rows if with_grad else 0, dim)
-    positive_weight = torch.empty(rows)
-    log_normalizer = torch.empty(rows, losses)
-    counts = torch.empty(rows, losses, dtype=torch.int32)
-    _cpu.info_nce_forward(
-        *map(_address, (query, positive, negatives, *extra)),  # type: ignore[call-arg]
+    loss, positive_weight, log_normalizer = _empty(rows), _empty(rows), _empty(rows, losses)
+    query_grad = _empty(rows if with_grad else 0, dim)
+    counts = _empty(rows, losses, dtype=torch.int32)
+    _call(
+        _cpu.info_nce_forward,
+        ("query", plain(query), dtype, (rows, dim)),
+        ("positive", plain(positive), dtype, (rows, dim)),
+        ("negatives", plain(negatives), dtype, (keys, dim)),
+        *_extra(labels_and_ids, rows, keys),
         rows,
-        len(negatives),
+        keys,
         dim,
         columns,
-        _DTYPES[query.dtype],
+        _DTYPES[dtype],
         temperature,
         _STRATEGIES[false_negatives],
         _COMBINATIONS[level_combination],
-        loss.data_ptr(),
-        query_grad.data_ptr() if with_grad else 0,
-        positive_weight.data_ptr(),
-        log_normalizer.data_ptr(),
-        counts.data_ptr(),
+        ("loss", loss, torch.float32, (rows,)),
+        ("query_grad", query_grad if with_grad else None, torch.float32, (rows, dim)),
+        ("positive_weight", positive_weight, torch.float32, (rows,)),
+        ("log_normalizer", log_normalizer, torch.float32, (rows, losses)),
+        ("counts", counts, torch.int32, (rows, losses)),
         torch.get_num_threads(),
     )
     return loss, query_grad, positive_weight, log_normalizer, counts
@@ -73,23 +94,26 @@ def info_nce_negatives_grad(
     level_combination: str,
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
-    loss_grad, query, negatives = loss_grad.contiguous(), query.contiguous(), negatives.contiguous()
-    extra = [None if t is None else t.contiguous() for t in labels_and_ids]
-    negatives_grad = torch.empty(negatives.shape)
-    _cpu.info_nce_negatives_grad(
-        *map(_address, (query, negatives, *extra)),  # type: ignore[call-arg]
-        len(query),
-        len(negatives),
-        query.shape[1],
-        _columns(extra[0]),
-        _DTYPES[query.dtype],
+    (rows, dim), keys, dtype, columns = query.shape, len(negatives), query.dtype, _columns(labels_and_ids[0])
+    losses = columns if level_combination == "mean" else 1
+    negatives_grad = _empty(keys, dim)
+    _call(
+        _cpu.info_nce_negatives_grad,
+        ("query", plain(query), dtype, (rows, dim)),
+        ("negatives", plain(negatives), dtype, (keys, dim)),
+        *_extra(labels_and_ids, rows, keys),
+        rows,
+        keys,
+        dim,
+        columns,
+        _DTYPES[dtype],
         temperature,
         _STRATEGIES[false_negatives],
         _COMBINATIONS[level_combination],
-        loss_grad.data_ptr(),
-        log_normalizer.data_ptr(),
-        counts.data_ptr(),
-        negatives_grad.data_ptr(),
+        ("loss_grad", plain(loss_grad), torch.float32, (rows,)),
+        ("log_normalizer", plain(log_normalizer), torch.float32, (rows, losses)),
+        ("counts", plain(counts), torch.int32, (rows, losses)),
+        ("negatives_grad", negatives_grad, torch.float32, (keys, dim)),
         torch.get_num_threads(),
     )
     return negatives_grad
@@ -99,20 +123,20 @@ def assign_clusters(
     features: Tensor, centroids: Tensor, temperature: float, metric: str, return_confidence: bool
 ) -> tuple[Tensor, Tensor]:
     """Labels (N,) int32 and confidences (N,) float32, or an empty tensor in their place."""
-    features, centroids = features.contiguous(), centroids.contiguous()
-    labels = torch.empty(len(features), dtype=torch.int32)
-    confidence = torch.empty(len(features) if return_confidence else 0)
-    _cpu.assign_clusters(
-        features.data_ptr(),
-        centroids.data_ptr(),
-        len(features),
-        len(centroids),
-        features.shape[1],
-        _DTYPES[features.dtype],
+    (rows, dim), clusters, dtype = features.shape, len(centroids), features.dtype
+    labels, confidence = _empty(rows, dtype=torch.int32), _empty(rows if return_confidence else 0)
+    _call(
+        _cpu.assign_clusters,
+        ("features", plain(features), dtype, (rows, dim)),
+        ("centroids", plain(centroids), dtype, (clusters, dim)),
+        rows,
+        clusters,
+        dim,
+        _DTYPES[dtype],
         _METRICS[metric],
         temperature,
-        labels.data_ptr(),
-        confidence.data_ptr() if return_confidence else 0,
+        ("labels", labels, torch.int32, (rows,)),
+        ("confidence", confidence if return_confidence else None, torch.float32, (rows,)),
         torch.get_num_threads(),
     )
     return labels, confidence
@@ -127,38 +151,42 @@ def reassign(features: Tensor, previous: Tensor | None, centroids: Tensor, label
     Returns:
         How many rows screening could not decide, which makes this slow; -1, and nothing done, where there is none.
     """
-    features, centroids = features.contiguous(), centroids.contiguous()
-    previous = None if previous is None else previous.contiguous()
-    return _cpu.reassign(
-        features.data_ptr(),
-        _address(previous),
-        centroids.data_ptr(),
-        len(features),
-        len(centroids),
-        features.shape[1],
-        labels.data_ptr(),
-        bounds.data_ptr(),
+    (rows, dim), clusters = features.shape, len(centroids)
+    return _call(
+        _cpu.reassign,
+        ("features", plain(features), torch.float32, (rows, dim)),
+        ("previous", None if previous is None else plain(previous), torch.float32, (clusters, dim)),
+        ("centroids", plain(centroids), torch.float32, (clusters, dim)),
+        rows,
+        clusters,
+        dim,
+        ("labels", labels, torch.int32, (rows,)),
+        ("bounds", bounds, torch.float32, (rows,)),
         torch.get_num_threads(),
     )
 
 
 def cluster_sums(features: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums (C, D) float64, counts (C,) int64, and squared distances (N,) float32 to the own centroid."""
-    features, labels, centroids = features.contiguous(), labels.contiguous(), centroids.contiguous()
-    sums = torch.empty(centroids.shape, dtype=torch.float64)
-    counts = torch.empty(len(centroids), dtype=torch.int64)
-    distances = torch.empty(len(features))
-    _cpu.cluster_sums(
-        features.data_ptr(),
-        labels.data_ptr(),
-        centroids.data_ptr(),
-        len(features),
-        len(centroids),
-        features.shape[1],
-        _DTYPES[features.dtype],
-        sums.data_ptr(),
-        counts.data_ptr(),
-        distances.data_ptr(),
+    """Sums (C, D) float64, counts (C,) int64, and squared distances (N,) float32 to the own centroid.
+
+    Raises:
+        ValueError: a label is not in 0..C-1.
+    """
+    (rows, dim), clusters, dtype = features.shape, len(centroids), features.dtype
+    sums, counts = _empty(clusters, dim, dtype=torch.float64), _empty(clusters, dtype=torch.int64)
+    distances = _empty(rows)
+    _call(
+        _cpu.cluster_sums,
+        ("features", plain(features), dtype, (rows, dim)),
+        ("labels", plain(labels), torch.int32, (rows,)),
+        ("centroids", plain(centroids), torch.float32, (clusters, dim)),
+        rows,
+        clusters,
+        dim,
+        _DTYPES[dtype],
+        ("sums", sums, torch.float64, (clusters, dim)),
+        ("counts", counts, torch.int64, (clusters,)),
+        ("distances", distances, torch.float32, (rows,)),
         torch.get_num_threads(),
     )
     return sums, counts, distances

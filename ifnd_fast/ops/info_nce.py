@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ifnd_fast.ops import backends, checks, reference
 
@@ -11,6 +15,7 @@ STRATEGIES = ("eliminate", "attract", "keep")
 REDUCTIONS = ("mean", "sum", "none")
 COMBINATIONS = ("mean", "any", "all")
 MAX_LEVELS = 16
+FORWARD_MODE = "torch.func.jvp, jacfwd or hessian asks for them"
 
 
 def info_nce(
@@ -36,16 +41,17 @@ def info_nce(
     - "attract":   mean_l of -1/(1+|F_l|) sum_{x in {p} u F_l} log( e^{s(q,x)} / (e^{s(q,p)} + sum_k e^{s(q,n_k)}) )
     - "keep":      plain InfoNCE, whatever the labels.
 
-    A negative with the query's own id (another view of the same image) is in no sum at any level.
+    A negative with the query's own id (another view of the same image) is in no sum at any level. An id below 0 is
+    unknown, as in an empty slot of a queue: it is no other's, not even that of another -1.
 
     Args:
         query: (B, D) anchors; float32, float16, bfloat16 (float64: reference only). Usually L2-normalised.
         positive: (B, D) other view of each anchor.
         negatives: (K, D) queue, K >= 0.
-        temperature: softmax temperature, 1e-30 or more.
+        temperature: softmax temperature, 1e-6 to 1e6.
         query_labels: (B, L) int32 pseudo labels at L levels, 1 <= L <= 16; -1 is no accepted label.
         negative_labels: (K, L) int32. Without labels nothing is detected.
-        query_ids: (B,) int64 dataset indices. negative_ids: (K,) int64.
+        query_ids: (B,) int64 dataset indices; below 0: unknown. negative_ids: (K,) int64.
         false_negatives: "eliminate", "attract" or "keep".
         level_combination: "mean" over the levels' losses; or one loss, in which a key is a false negative when it has
             the query's label at "any" level, or at "all" levels.
@@ -54,14 +60,15 @@ def info_nce(
 
     Returns:
         The loss, float32 (float64 for float64 inputs): a scalar, or (B,) with reduction "none". It is
-        differentiable once in query, positive and negatives (the reference: any number of times). Logits and
-        sums are float32; from half-precision inputs a gradient's softmax weights may be rounded to the inputs'
+        differentiable once in query, positive and negatives, in reverse mode (the reference: any number of times, and
+        in forward mode), also by torch.func.grad and under torch.func.vmap. Logits and sums are float32; from half-precision inputs a gradient's softmax weights may be rounded to the inputs'
         dtype before they multiply the keys, as tensor cores need, and the loss never is.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range (labels are read
             for their range on the CPU only), or a backend asked for by name that can't run here.
-        RuntimeError: in a backward pass with create_graph=True, except by the reference.
+        RuntimeError: in a backward pass with create_graph=True, where torch.func asks for a second derivative, and in
+            forward mode (torch.func.jvp, jacfwd, hessian), except by the reference.
 
     Example:
         >>> z, keys = (torch.nn.functional.normalize(torch.randn(8, 16)) for _ in range(2))
@@ -82,8 +89,10 @@ def info_nce(
         loss = reference.info_nce(query, positive, negatives, temperature, *labels_and_ids, false_negatives,
                                   level_combination)  # fmt: skip
     else:
-        with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, positive, negatives))
-        loss = _info_nce(
+        # What is batched inside of torch.func.grad does not say that it requires a gradient.
+        wanted = _transformed() or any(t.requires_grad for t in (query, positive, negatives))
+        with_grad = torch.is_grad_enabled() and wanted
+        loss = _fused(backend)(
             query, positive, negatives, *labels_and_ids, temperature, false_negatives, level_combination, backend,
             with_grad,
         )[0]  # fmt: skip
@@ -126,11 +135,26 @@ def _check(
 
 def _check_label_range(query_labels: Tensor | None, negative_labels: Tensor | None) -> None:
     """On the CPU only: on a GPU it would stall the stream, and there any negative label counts as -1."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _transformed():
         return
     for name, labels in (("query_labels", query_labels), ("negative_labels", negative_labels)):
         if labels is not None and labels.device.type == "cpu" and labels.numel() and int(labels.min()) < -1:
             raise ValueError(f"{name} must be -1 (no label) or a cluster number, got {int(labels.min())}")
+
+
+def _fused(backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The fused operator as what calls here can differentiate it: the compiler by the gradient that is registered for
+    it, others by functions that also refuse what there is no gradient for."""
+    if not torch.compiler.is_compiling():
+        return (_Transformed if _transformed() else _Fused).apply
+    if forward_ad._current_level >= 0:
+        raise _only_once("forward-mode derivatives", FORWARD_MODE, backend)
+    return _info_nce
+
+
+def _transformed() -> bool:
+    """Whether torch.func differentiates or batches this call: its tensors have no values of their own to look at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @torch.library.custom_op("ifnd_fast::info_nce", mutates_args=())
@@ -153,6 +177,7 @@ def _info_nce(
     each level or one where they are combined."""
     _check_label_range(query_labels, negative_labels)
     labels_and_ids = (query_labels, negative_labels, query_ids, negative_ids)
+    query, positive, negatives = query.resolve_neg(), positive.resolve_neg(), negatives.resolve_neg()
     module = backends.module_of(backend, "info_nce")
     with torch.cuda.device_of(query):
         return module.info_nce_forward(
@@ -194,6 +219,7 @@ def _negatives_grad(
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32: a second pass, only where it is asked for."""
     labels_and_ids = (query_labels, negative_labels, query_ids, negative_ids)
+    loss_grad, query, negatives = loss_grad.resolve_neg(), query.resolve_neg(), negatives.resolve_neg()
     module = backends.module_of(backend, "info_nce")
     with torch.cuda.device_of(query):
         return module.info_nce_negatives_grad(
@@ -210,6 +236,27 @@ def _(
     return negatives.new_empty(negatives.shape, dtype=torch.float32)
 
 
+@torch.library.register_vmap("ifnd_fast::info_nce")
+def _(info, in_dims, *arguments):
+    return _one_by_one(_info_nce, info, in_dims, arguments)
+
+
+@torch.library.register_vmap("ifnd_fast::info_nce_negatives_grad")
+def _(info, in_dims, *arguments):
+    return _one_by_one(_negatives_grad, info, in_dims, arguments)
+
+
+def _one_by_one(operator: Callable, info: Any, in_dims: tuple, arguments: tuple) -> tuple:
+    """torch.func.vmap's rule: a call for each element of the batch, its results stacked in the first dimension."""
+    results = [
+        operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
 def _save(ctx, inputs, output) -> None:
     query, positive, negatives, *labels_and_ids, temperature, false_negatives, level_combination, backend, _ = inputs
     _, query_grad, positive_weight, log_normalizer, counts = output
@@ -220,27 +267,96 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, loss_grad: Tensor, *_):
+    if torch.is_grad_enabled() and not _transformed():  # create_graph
+        raise _only_once("second derivatives", "create_graph=True asks for them", ctx.scalars[-1])
+    gradients = _Gradients.apply if _transformed() else _gradients
+    wanted = tuple(ctx.needs_input_grad[:3])
+    return (*gradients(loss_grad, *ctx.saved_tensors, ctx.scalars, wanted), *(None,) * 9)
+
+
+def _gradients(
+    loss_grad: Tensor,
+    query: Tensor,
+    negatives: Tensor,
+    query_labels: Tensor | None,
+    negative_labels: Tensor | None,
+    query_ids: Tensor | None,
+    negative_ids: Tensor | None,
+    query_grad: Tensor,
+    positive_weight: Tensor,
+    log_normalizer: Tensor,
+    counts: Tensor,
+    scalars: tuple[float, str, str, str],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
     """d/dq = g query_grad;  d/dp = g positive_weight q / tau;  d/dn by its own pass. (g: upstream, (B,))"""
-    temperature, false_negatives, level_combination, backend = ctx.scalars
-    if torch.is_grad_enabled():  # create_graph: the gradients below were computed, not recorded
-        raise RuntimeError(
-            f"info_nce has no second derivatives on backend={backend!r}, and create_graph=True asks for them: "
-            'use backend="reference"'
-        )
-    query, negatives, *labels_and_ids, query_grad, positive_weight, log_normalizer, counts = ctx.saved_tensors
     loss_grad = loss_grad.float()
     grads: list[Tensor | None] = [None, None, None]
-    if ctx.needs_input_grad[0]:
+    if wanted[0]:
         grads[0] = (loss_grad[:, None] * query_grad).to(query.dtype)
-    if ctx.needs_input_grad[1]:
-        weight = loss_grad * positive_weight / temperature
+    if wanted[1]:
+        weight = loss_grad * positive_weight / scalars[0]
         grads[1] = (weight[:, None] * query).to(query.dtype)
-    if ctx.needs_input_grad[2]:
+    if wanted[2]:
         grads[2] = _negatives_grad(
-            loss_grad, query, negatives, *labels_and_ids, log_normalizer, counts,
-            temperature, false_negatives, level_combination, backend,
+            loss_grad, query, negatives, query_labels, negative_labels, query_ids, negative_ids, log_normalizer, counts,
+            *scalars,
         ).to(negatives.dtype)  # fmt: skip
-    return (*grads, *(None,) * 9)
+    return tuple(grads)
 
 
 _info_nce.register_autograd(_backward, setup_context=_save)
+
+
+def _only_once(what: str, why: str, backend: str) -> RuntimeError:
+    return RuntimeError(f'info_nce has no {what} on backend={backend!r}, and {why}: use backend="reference"')
+
+
+class _Fused(torch.autograd.Function):
+    """The operator for torch.func too, with forward mode refused: to the operator alone it would be a tangent of 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return _info_nce(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def jvp(ctx, *_) -> None:
+        raise _only_once("forward-mode derivatives", FORWARD_MODE, ctx.scalars[-1])
+
+
+class _Transformed(_Fused):
+    """The same inside of torch.func, which always records gradients: only what differentiates them is refused."""
+
+    @staticmethod
+    def backward(ctx, loss_grad: Tensor, *_):
+        wanted = tuple(ctx.needs_input_grad[:3])
+        return (*_Gradients.apply(loss_grad, *ctx.saved_tensors, ctx.scalars, wanted), *(None,) * 9)
+
+
+class _Gradients(torch.autograd.Function):
+    """`_gradients`, which differentiated are refused."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        return _gradients(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.backend = inputs[-2][-1]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise _only_once("second derivatives", "torch.func asks for them", ctx.backend)
+
+    jvp = backward

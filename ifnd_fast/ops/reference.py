@@ -27,7 +27,8 @@ def info_nce(
 ) -> Tensor:
     """Loss of each query, (B,); the arguments are those of `ifnd_fast.info_nce`, already checked.
 
-    s_ik = q_i.n_k / tau, s+ = q_i.p_i / tau; keys of the query's own image are in no sum.
+    s_ik = q_i.n_k / tau, s+ = q_i.p_i / tau; keys of the query's own image are in no sum. Labels and ids below 0 are
+    unknown, and equal to no other.
 
     eliminate: mean_l  log(e^{s+} + sum_{k not in F_l} e^{s_ik}) - s+
     attract:   mean_l  log(e^{s+} + sum_k e^{s_ik}) - (s+ + sum_{k in F_l} s_ik) / (1 + |F_l|)
@@ -40,7 +41,7 @@ def info_nce(
     with _no_autocast(q.device):
         s = q @ n.t() / temperature  # (B, K)
     if query_ids is not None and negative_ids is not None:
-        same_image = query_ids[:, None] == negative_ids[None, :]
+        same_image = (query_ids[:, None] == negative_ids[None, :]) & (query_ids >= 0)[:, None]
     else:
         same_image = torch.zeros_like(s, dtype=torch.bool)
     s = s.masked_fill(same_image, -torch.inf)
@@ -79,17 +80,19 @@ def assign_clusters(
     """Labels (N,) int32 and confidences (N,), or an empty tensor in their place.
 
     label_i = argmax_j s_ij, confidence_i = max_j softmax_j(s_ij / tau), with s_ij = x_i.c_j, or for "l2"
-    x_i.c_j - |c_j|^2 / 2, which orders centroids as -|x_i - c_j|^2 does.
+    x_i.c_j - |c_j|^2 / 2, which orders centroids as -|x_i - c_j|^2 does. A similarity that is NaN is never the
+    largest; where all are, the label is -1.
     """
     x, c = (t if t.dtype == torch.float64 else t.float() for t in (features, centroids))
     with _no_autocast(x.device):
         similarity = x @ c.t()  # (N, C)
     if metric == "l2":
         similarity = similarity - c.square().sum(1) / 2
-    best = similarity.max(1, keepdim=True).values
+    best = similarity.masked_fill(similarity.isnan(), -torch.inf).max(1, keepdim=True).values
     # Not argmax: which of several equal maxima that gives is not promised.
-    indices = torch.arange(len(c), device=c.device)
-    labels = torch.where(similarity == best, indices, len(c)).min(1).values.int()
+    indices = torch.arange(len(c), device=c.device, dtype=torch.int64)
+    labels = torch.where(similarity == best, indices, len(c)).min(1).values
+    labels = torch.where(labels == len(c), -1, labels).int()
     if not return_confidence:
         return labels, x.new_empty(0)
     return labels, 1 / ((similarity - best) / temperature).exp().sum(1)
