@@ -18,7 +18,7 @@ from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.console import errors, guard_output, say, stage, table, warn
-from ifnd_fast.runtime.errors import CommandError, PeerError, Stopped, UsageError
+from ifnd_fast.runtime.errors import CommandError, LoadingError, PeerError, Stopped, UsageError
 from ifnd_fast.runtime.stop import StopSignals, explained
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def _run(command: Callable[[], object], interrupted: str = "interrupted") -> Non
         with StopSignals():
             command()
     except CommandError as error:
+        if isinstance(error, LoadingError) and error.details:
+            errors.print(error.details, markup=False)
         told_by_another = isinstance(error, PeerError) or (isinstance(error, Stopped) and distributed.rank() != 0)
         if not told_by_another:
             errors.print(f"error: {error}", markup=False)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data.images import Images
+from ifnd_fast.data.images import Images, refuse_none
 from ifnd_fast.data.loading import centre_loader
+from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import to_input
+from ifnd_fast.loading import running
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.console import track
 
@@ -26,12 +28,22 @@ def extract(
     autocast: Callable[[], AbstractContextManager],
     description: str = "features",
     batch_size: int = 256,
+    unreadable: Unreadable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) float32 of every image's centre view, in eval mode, and which were readable, (N,) bool.
 
     Under torch.distributed each rank computes a contiguous share of the images, and all get all of them.
+
+    Args:
+        unreadable: gets the images that are, with the reasons.
+
+    Raises:
+        CommandError: none can be read; or `unreadable` is strict and one can't.
+        LoadingError: a process that loads them failed.
     """
-    features, readable = extract_share(encoder, images, config, device, autocast, description, batch_size)
+    features, readable = extract_share(
+        encoder, images, config, device, autocast, description, batch_size, unreadable
+    )
     shards = Shards(len(features), device)
     return shards.gather(features), shards.gather(readable)
 
@@ -45,19 +57,30 @@ def extract_share(
     autocast: Callable[[], AbstractContextManager],
     description: str = "features",
     batch_size: int = 256,
+    unreadable: Unreadable | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`extract` of this rank's `distributed.share` of the images alone."""
+    """`extract` of this rank's `distributed.share` of the images alone; `unreadable` gets those of all ranks."""
     own = distributed.share(len(images))
     was_training = encoder.training
     encoder.eval()
     batches = []
     readable = torch.zeros(len(own), dtype=torch.bool, device=device)
     loader = centre_loader(images, config, batch_size, own)
-    for views, indices, ok in track(loader, description, len(loader)):
-        with autocast():
-            batches.append(encoder(to_input(views, config, device)).float())
-        readable[indices.to(device) - own.start] = ok.to(device)
-    encoder.train(was_training)
+    found: dict[int, str] = {}
+    try:
+        with running(loader) as loaded:
+            for views, indices, ok, reasons in track(loaded, description, len(loader)):
+                with autocast():
+                    batches.append(encoder(to_input(views, config, device)).float())
+                readable[indices.to(device) - own.start] = ok.to(device)
+                found |= {index: why for index, why in zip(indices.tolist(), reasons, strict=True) if why}
+    finally:
+        encoder.train(was_training)
+    everyones = {index: why for part in distributed.all_gather_objects(found) for index, why in part.items()}
+    refuse_none(images, everyones)
+    if unreadable is not None:
+        for index in sorted(everyones):
+            unreadable.add(index, everyones[index])
     return torch.cat(batches), readable
 
 

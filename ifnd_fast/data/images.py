@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast import picture
+from ifnd_fast.picture import open_picture, reason_of
+from ifnd_fast.runtime.errors import CommandError, UsageError
+
+T = TypeVar("T")
+LONGEST = 8  # sides: of an image this much longer than wide the middle is looked at
+IN_A_ROW = 100  # images that can't be read, after which training gives up
 
 
-class Images(Protocol):
+class Named(Protocol):
+    """What has a name for each number."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call it in a message."""
+        ...
+
+
+class Images(Named, Protocol):
     """Images by number, with labels where they are known."""
 
     labels: np.ndarray | None  # (N,) int64
     class_names: list[str] | None
 
-    def __len__(self) -> int: ...
-
     def image(self, index: int) -> Image.Image:
-        """The image in RGB; OSError when it can't be read."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What to call it in a message."""
+        """The image in RGB. Whatever Exception it raises is why this image is unreadable."""
         ...
 
 
@@ -81,11 +92,7 @@ class FileImages:
         return len(self.files)
 
     def image(self, index: int) -> Image.Image:
-        try:
-            with Image.open(self.files[index]) as image:
-                return image.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-            raise OSError(f"{self.files[index]}: {error}") from error
+        return open_picture(self.files[index])
 
     def name(self, index: int) -> str:
         return str(self.files[index])
@@ -105,7 +112,7 @@ class FolderImages(FileImages):
         else:
             super().__init__(_image_files(root))
         if not self.files:
-            raise UsageError(f"--data {root}: no images below it (looked for {', '.join(IMG_EXTENSIONS)})")
+            raise UsageError(f"--data {root}: no images below it (looked for {', '.join(sorted(image_extensions()))})")
 
 
 class ListImages(FileImages):
@@ -136,5 +143,46 @@ class ListImages(FileImages):
             raise UsageError(f"{files[0]} is missing: --image-root must be the folder that {list_file} counts from")
 
 
+def image_extensions() -> frozenset[str]:
+    """Endings of names, lower case, by which a file counts as an image: of the formats of photographs, drawings and
+    scans (`picture.FORMATS`) that Pillow can open here."""
+    return picture.extensions()
+
+
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in image_extensions() and path.is_file())
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The middle of an image that is longer than LONGEST times its other side; any other as it is. Resized by its short
+    side, one of 16,000 x 1 pixels would take gigabytes, of which the centre crop leaves the middle."""
+    width, height = image.size
+    kept = LONGEST * min(image.size)
+    if max(image.size) <= kept:
+        return image
+    left, top = max(0, (width - kept) // 2), max(0, (height - kept) // 2)
+    return image.crop((left, top, left + min(width, kept), top + min(height, kept)))
+
+
+def attempt(images: Images, index: int, make: Callable[[Image.Image], T]) -> tuple[T | None, str]:
+    """make(image), and ""; or None, and why this image is unreadable."""
+    try:
+        image = images.image(index)
+    except CommandError:  # a signal that asks the command to stop
+        raise
+    except Exception as error:
+        return None, reason_of(error)
+    try:
+        return make(image), ""
+    except CommandError:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return None, f"{reason_of(error)} (on making its view, {where.filename}:{where.lineno})"
+
+
+def refuse_none(images: Named, reasons: Mapping[int, str]) -> None:
+    """Raises CommandError: all of the images are unreadable, for these reasons by index."""
+    if reasons and len(reasons) == len(images):
+        first = min(reasons)
+        raise CommandError(f"none of {len(images)} images can be read: {images.name(first)}: {reasons[first]}")

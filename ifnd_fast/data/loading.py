@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,21 +11,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.batch_views import NUMBERS
-from ifnd_fast.data.images import Images
+from ifnd_fast.data.images import IN_A_ROW, Images, attempt
 from ifnd_fast.data.views import centre_view, random_view, whole_image
-from ifnd_fast.runtime.stop import ignore_stop_signals
+from ifnd_fast.loading import make_loader
+from ifnd_fast.runtime.errors import CommandError
 
 
 class ViewDataset(Dataset):
     """Item (epoch, index): random views of an image, determined by seed, epoch and index alone, so that a
     resumed run sees the same views, whatever the number of workers.
 
-    An unreadable image is replaced by the next readable one: the item ends with the index that it really
-    holds (-1: no readable one in the next 100) and the index that was wanted.
+    An image counts as unreadable if it can't be opened or a view of it can't be made, whatever the error: one picture
+    never ends a run. (A fault of the views that is not the picture's shows in every picture, and that ends it.) The
+    next readable one stands in for it: the item ends with the index that it really holds, the index that was wanted,
+    and why that one is unreadable ("" if it is not).
+
+    Raises:
+        CommandError: IN_A_ROW images in a row are unreadable.
     """
 
     def __init__(self, images: Images, view: Callable[[Image.Image], Tensor], seed: int, n_views: int = 1):
@@ -34,24 +38,22 @@ class ViewDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Any, ...]:
         epoch, wanted = item
-        image, index = self._readable(wanted)
         key = hashlib.blake2b(f"{self.seed} {epoch} {wanted}".encode(), digest_size=8).digest()
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also look for GPUs, which takes longer than the augmentation
-            torch.default_generator.manual_seed(int.from_bytes(key, "little") >> 1)
-            return *self.views(image), index, wanted
+        reason = ""
+        for offset in range(min(len(self.images), IN_A_ROW)):
+            index = (wanted + offset) % len(self.images)
+            with torch.random.fork_rng(devices=[]):
+                # torch.manual_seed would also look for GPUs, which takes longer than the augmentation
+                torch.default_generator.manual_seed(int.from_bytes(key, "little") >> 1)
+                views, fault = attempt(self.images, index, self.views)
+            if views is not None:
+                return *views, index, wanted, reason
+            reason = reason or fault
+        tried = min(len(self.images), IN_A_ROW)
+        raise CommandError(f"{tried} images in a row can't be read, from {self.images.name(wanted)} on: {reason}")
 
     def views(self, image: Image.Image) -> tuple[Tensor, ...]:
         return tuple(self.view(image) for _ in range(self.n_views))
-
-    def _readable(self, wanted: int) -> tuple[Image.Image, int]:
-        for offset in range(min(len(self.images), 100)):
-            index = (wanted + offset) % len(self.images)
-            try:
-                return self.images.image(index), index
-            except OSError:
-                continue
-        return Image.new("RGB", (1, 1)), -1
 
 
 class PairDataset(ViewDataset):
@@ -68,7 +70,8 @@ class PairDataset(ViewDataset):
 
 
 class CentreDataset(Dataset):
-    """Item index: the centre view of an image (zeros if it can't be read), the index, and whether it could."""
+    """Item index: the centre view of an image (zeros if it is unreadable, as in `ViewDataset`), the index, whether it
+    is readable, and why not."""
 
     def __init__(self, images: Images, config: DataConfig):
         self.images, self.view, self.size = images, centre_view(config), config.image_size
@@ -76,11 +79,11 @@ class CentreDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, bool]:
-        try:
-            return self.view(self.images.image(index)), index, True
-        except OSError:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), index, False
+    def __getitem__(self, index: int) -> tuple[Tensor, int, bool, str]:
+        view, reason = attempt(self.images, index, self.view)
+        if view is None:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), index, False, reason
+        return view, index, True, ""
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -113,36 +116,18 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 def view_loader(dataset: ViewDataset, config: DataConfig, batches: EpochBatches) -> DataLoader:
-    """Batches of (views (B, 3, S, S), as many as the dataset makes, indices (B,), wanted indices (B,))."""
-    return DataLoader(
-        dataset, batch_sampler=batches, num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals,
-        generator=torch.Generator(),  # of seeds that no item uses: the global one would move with every resume
-    )  # fmt: skip
+    """Batches of (views (B, 3, S, S), as many as the dataset makes, indices (B,), wanted indices (B,), B reasons), for
+    `loading.running`."""
+    return make_loader(dataset, config.workers, batch_sampler=batches)
 
 
 def pair_loader(images: Images, config: DataConfig, seed: int, batches: EpochBatches) -> DataLoader:
-    """Batches of (view (B, 3, S, S), other view, indices (B,), wanted indices (B,)), or with --augment device of
-    (images (B, 3, H, W), random numbers (B, 2, NUMBERS), indices, wanted indices)."""
+    """Batches of (view (B, 3, S, S), other view, indices (B,), wanted indices (B,), B reasons), or with --augment
+    device of (images (B, 3, H, W), random numbers (B, 2, NUMBERS), indices, wanted indices, reasons)."""
     return view_loader(PairDataset(images, config, seed), config, batches)
 
 
-@contextmanager
-def running(loader: DataLoader) -> Iterator[Iterator[Any]]:
-    """The loader's batches; its processes end with the context, also when an error's traceback holds the iterator:
-    they wait for it, and Python's exit for them."""
-    batches = iter(loader)
-    try:
-        yield batches
-    finally:
-        if isinstance(batches, _MultiProcessingDataLoaderIter):
-            batches._shutdown_workers()
-
-
 def centre_loader(images: Images, config: DataConfig, batch_size: int, indices: range) -> DataLoader:
-    """Batches of (centre view (B, 3, S, S), indices (B,), readable (B,)) over `indices`, in order."""
-    return DataLoader(
-        CentreDataset(images, config), batch_size=batch_size, sampler=indices, num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_stop_signals,
-        generator=torch.Generator(),  # of seeds that no item uses: the global one would move with every resume
-    )  # fmt: skip
+    """Batches of (centre view (B, 3, S, S), indices (B,), readable (B,), B reasons) over `indices`, in order, for
+    `loading.running`."""
+    return make_loader(CentreDataset(images, config), config.workers, batch_size=batch_size, sampler=indices)

@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
-from ifnd_fast.data.images import Images
+from ifnd_fast.data.images import Named
+from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import CommandError
 
 
 class Unreadable:
-    """The images that turned out unreadable: each is named once; with --strict the first ends the run."""
+    """The images that turned out unreadable: each is named once, with the reason; with --strict the first ends the run.
 
-    def __init__(self, images: Images, strict: bool):
-        self.images, self.strict, self.indices = images, strict, set[int]()
+    Attributes:
+        reasons: by index.
+    """
 
-    def add(self, index: int) -> None:
+    def __init__(self, images: Named, strict: bool):
+        self.images, self.strict, self.reasons = images, strict, dict[int, str]()
+
+    def add(self, index: int, reason: str) -> None:
         """Raises CommandError: --strict."""
-        if index in self.indices:
+        if index in self.reasons:
             return
         if self.strict:
-            raise CommandError(f"unreadable image (--strict): {self.images.name(index)}")
-        self.indices.add(index)
-        warn(f"unreadable image skipped: {self.images.name(index)} ({len(self.indices)} so far)")
+            raise CommandError(f"unreadable image (--strict): {self.images.name(index)}: {reason}")
+        self.reasons[index] = reason
+        warn(f"unreadable image skipped: {self.images.name(index)}: {reason} ({len(self.reasons)} so far)")
 
-    def note(self, indices: Tensor, wanted: Tensor) -> None:
-        """Add the images of a batch that others stand in for.
-
-        Raises:
-            CommandError: --strict, or an image that none could stand in for.
-        """
+    def note(self, indices: Tensor, wanted: Tensor, reasons: Sequence[str]) -> None:
+        """Add the images of a batch that others stand in for. Raises CommandError: --strict."""
         if torch.equal(indices, wanted):
             return
-        if bool((indices < 0).any()):
-            first = self.images.name(int(wanted[indices < 0][0]))
-            raise CommandError(f"100 images in a row can't be read, from {first} on")
-        for index in wanted[indices != wanted].tolist():
-            self.add(index)
+        for index, other, reason in zip(indices.tolist(), wanted.tolist(), reasons, strict=True):
+            if index != other:
+                self.add(other, reason)
+
+    def listed(self) -> list[dict[str, str]]:
+        """What a result says of them: {"image", "reason"} each, in order."""
+        return [{"image": self.images.name(index), "reason": self.reasons[index]} for index in sorted(self.reasons)]
+
+    def state(self) -> dict[int, str]:
+        """For a checkpoint: those of all ranks, which all have to call it; what only others met is named now.
+
+        Raises:
+            CommandError: --strict.
+        """
+        for part in distributed.all_gather_objects(self.reasons):
+            for index, reason in part.items():
+                self.add(index, reason)
+        return dict(sorted(self.reasons.items()))
+
+    def load_state(self, state: Mapping[int, str] | Sequence[int]) -> None:
+        """From a checkpoint; of an older one the indices alone."""
+        self.reasons = dict(state) if isinstance(state, Mapping) else dict.fromkeys(state, "")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data.images import ArrayImages, Images
+from ifnd_fast.data.images import ArrayImages, Images, middle
 
 
 def blur_kernel(size: int) -> int:
@@ -42,14 +42,14 @@ def whole_image(config: DataConfig, images: Images) -> Callable[[Image.Image], T
     if isinstance(images, ArrayImages):
         return v2.ToImage()
     side = round(1.5 * config.image_size)
-    return v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.ToImage()])
+    return v2.Compose([middle, v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.ToImage()])
 
 
 def centre_view(config: DataConfig) -> Callable[[Image.Image], Tensor]:
     """The centre crop that features are measured on, (3, S, S) uint8; photographs are first resized to 256/224 S."""
     size = config.image_size
     resized = size if size < 64 else round(size * 256 / 224)
-    return v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(size), v2.ToImage()])
+    return v2.Compose([middle, v2.Resize(resized, antialias=True), v2.CenterCrop(size), v2.ToImage()])
 
 
 def to_input(views: Tensor, config: DataConfig, device: torch.device) -> Tensor:

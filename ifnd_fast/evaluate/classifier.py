@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data import features
 from ifnd_fast.data.images import Images
-from ifnd_fast.data.loading import EpochBatches, ViewDataset, running, view_loader
+from ifnd_fast.data.loading import EpochBatches, ViewDataset, view_loader
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import random_view, to_input
 from ifnd_fast.evaluate.subject import Subject
+from ifnd_fast.loading import running
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime import run_folder
 from ifnd_fast.runtime.console import progress, say
@@ -177,6 +177,7 @@ class ClassifierTraining:
                     self._train_epoch(loader, stop)
                 if stop.number is not None:
                     self._stop(stop.number)
+        self.subject.remember(self.unreadable)
 
     def _take(self) -> None:
         if not checkpoints.list_checkpoints(self.out):
@@ -195,8 +196,8 @@ class ClassifierTraining:
         loss_sum = torch.tensor(self.loss_sum, dtype=torch.float64, device=self.subject.device)
         title = f"epoch {self.epoch + 1}/{self.options.epochs}"
         with running(loader) as batches, progress(title, n_steps, self.step_in_epoch) as advance:
-            for views, indices, wanted in batches:
-                self.unreadable.note(indices, wanted)
+            for views, indices, wanted, reasons in batches:
+                self.unreadable.note(indices, wanted, reasons)
                 loss_sum += self._train_step(views, self.labels[indices])
                 self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
                 advance()
@@ -243,12 +244,8 @@ class ClassifierTraining:
     def test(self, images: Images) -> dict[str, float]:
         """Top-1 and top-5 on centre views, percent; unreadable images are warned of and left out."""
         assert images.labels is not None
-        subject = self.subject
-        logits, readable = features.extract(
-            self.model, images, subject.data, subject.device, subject.autocast, "test images"
-        )
-        rows = subject.note_readable(images, readable)
-        return top_accuracies(logits[readable].cpu(), torch.from_numpy(images.labels[rows]))
+        logits, rows = self.subject.readable_features(images, "test images", self.model)
+        return top_accuracies(torch.from_numpy(logits), torch.from_numpy(images.labels[rows]))
 
     # ---- checkpoints ----
 
@@ -260,7 +257,7 @@ class ClassifierTraining:
         model = self.model.head if self.model.frozen else self.model
         return {
             "settings": self.settings, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch, "step": self.step,
-            "loss_sum": self.loss_sum, "unreadable": sorted(self.unreadable.indices), "model": model.state_dict(),
+            "loss_sum": self.loss_sum, "unreadable": self.unreadable.state(), "model": model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
         }  # fmt: skip
 
@@ -280,7 +277,8 @@ class ClassifierTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step_in_epoch, self.step = state["epoch"], state["step_in_epoch"], state["step"]
-        self.loss_sum, self.unreadable.indices = state["loss_sum"], set(state["unreadable"])
+        self.loss_sum = state["loss_sum"]
+        self.unreadable.load_state(state["unreadable"])
 
 
 def top_accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -65,7 +65,7 @@ def _by_sgd(subject: Subject, train: Images, test: Images, training: LinearOptio
     run = ClassifierTraining(subject, train, number_of_classes(train), training, training.lr, None, out)
     run.fit()
     figures = run.test(test)
-    run_folder.write_json(out / "result.json", figures)
+    run_folder.write_json(out / "result.json", {**figures, "unreadable": subject.unreadable})
     say(f"classifier and result: {out}")
     return figures
 

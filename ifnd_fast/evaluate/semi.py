@@ -97,5 +97,5 @@ def _fine_tune(
     ids = "".join(f"{line}\n" for line in np.array(image_ids(train))[rows])
     checkpoints.write_atomically(out / "ids.txt", lambda file: file.write(ids.encode()))
     figures = {"train_images": len(rows), "lr": lr, "head_lr": head_lr, **run.test(test)}
-    run_folder.write_json(out / "result.json", figures)
+    run_folder.write_json(out / "result.json", {**figures, "unreadable": subject.unreadable})
     return figures

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data import features
@@ -20,7 +20,7 @@ from ifnd_fast.evaluate.backbone import load_backbone
 from ifnd_fast.runtime import run_folder
 from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
 from ifnd_fast.runtime.console import table
-from ifnd_fast.runtime.errors import CommandError, UsageError
+from ifnd_fast.runtime.errors import UsageError
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Subject:
 
     def __init__(self, options: Options):
         self.options = options
+        self.unreadable: list[dict[str, str]] = []  # images met so far, {"image", "reason"} each
         self.config, network, self.n_features = load_backbone(options.checkpoint, options.arch)
         self.data, self.network = self.config.data, network
         for name, least in (("image_size", 1), ("workers", 0)):
@@ -80,29 +81,37 @@ class Subject:
 
     def features(self, images: Images, description: str = "features") -> tuple[Tensor, Tensor]:
         """The backbone's features (N, n_features) float32 of the centre views, and which were readable, (N,) bool."""
-        return features.extract(self.network, images, self.data, self.device, self.autocast, description)
+        return self._extract(self.network, images, description)
 
-    def readable_features(self, images: Images, description: str) -> tuple[np.ndarray, np.ndarray]:
-        """`features` (M, n_features) of the readable images, and their indices (M,); the others are warned of."""
-        vectors, readable = self.features(images, description)
-        return vectors[readable].cpu().numpy(), self.note_readable(images, readable)
+    def readable_features(
+        self, images: Images, description: str, network: nn.Module | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`features` (M, n_features) of the readable images, and their indices (M,); of `network` in place of the
+        backbone, if given."""
+        vectors, readable = self._extract(network or self.network, images, description)
+        return vectors[readable].cpu().numpy(), readable.nonzero().flatten().cpu().numpy()
 
-    def note_readable(self, images: Images, readable: Tensor) -> np.ndarray:
-        """Indices of the readable images, given which are, (N,) bool; the others are warned of.
+    def _extract(self, network: nn.Module, images: Images, description: str) -> tuple[Tensor, Tensor]:
+        """The unreadable images are warned of, and kept in mind for the figures.
 
         Raises:
-            CommandError: there are none, or the run is --strict and one is not.
+            CommandError: none can be read, or the run is --strict and one can't.
         """
         unreadable = Unreadable(images, self.data.strict)
-        for index in (~readable).nonzero().flatten().tolist():
-            unreadable.add(index)
-        if not readable.any():
-            raise CommandError(f"none of {len(images)} images can be read: {images.name(0)}, ...")
-        return readable.nonzero().flatten().cpu().numpy()
+        found = features.extract(
+            network, images, self.data, self.device, self.autocast, description, unreadable=unreadable
+        )
+        self.remember(unreadable)
+        return found
+
+    def remember(self, unreadable: Unreadable) -> None:
+        """Keep these images in mind for the figures."""
+        known = {one["image"] for one in self.unreadable}
+        self.unreadable += [one for one in unreadable.listed() if one["image"] not in known]
 
     def tell(self, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]) -> None:
         """See `tell`."""
-        tell(self.options, self.data, title, columns, rows, figures)
+        tell(self.options, self.data, title, columns, rows, {**figures, "unreadable": self.unreadable})
 
 
 def tell(

@@ -21,6 +21,18 @@ class NonFiniteError(CommandError):
     """A loss, features or centroids that are not finite."""
 
 
+class LoadingError(CommandError):
+    """A process that loads images failed or died.
+
+    Attributes:
+        details: its traceback, if there is one.
+    """
+
+    def __init__(self, message: str, details: str = ""):
+        super().__init__(message)
+        self.details = details
+
+
 class Stopped(CommandError):
     """A signal asked the run to stop; exit code 128 + its number, as a shell reports it."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from ifnd_fast.runtime import checkpoint, distributed
-from ifnd_fast.runtime.errors import CommandError, Stopped
+from ifnd_fast.runtime.errors import CommandError, LoadingError, Stopped
 
 # What asks to end, apart from Ctrl-C: a scheduler's warnings (Slurm's --signal=USR1@120, say), a terminal that closes.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -62,14 +62,12 @@ def explained(out: Path, stop: StopSignals) -> Iterator[None]:
     how = "to go on, add --resume to the same command"
     try:
         yield
-    except Stopped as error:
+    except (Stopped, LoadingError) as error:
         error.args = (f"{error}; {checkpoint.where(out)}; {how}",)
         raise
     except RuntimeError as error:
         with stop.deferred():  # torchrun tells all ranks to stop once one is gone
             reason = distributed.lost_contact(error)
-        if "DataLoader worker" in str(error):
-            reason = f"a loading process died, often because memory ran out (fewer --workers?): {str(error).strip()}"
         if reason is None:
             raise
         raise CommandError(f"{reason}; {checkpoint.where(out)}; {how}") from error

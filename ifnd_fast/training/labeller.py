@@ -192,11 +192,9 @@ class Labeller:
         if self.bank is not None:
             return self.bank[:-1], self.bank[:-1].any(dim=1)
         network = cast(Encoder, encoder).backbone if self.config.cluster.cluster_space == "backbone" else encoder
-        vectors, readable = features.extract_share(network, self.images, self.config.data, self.device, autocast)
-        everyones = Shards(len(readable), self.device).gather(readable)
-        for index in (~everyones).nonzero().flatten().tolist():
-            unreadable.add(index)
-        return vectors, readable
+        return features.extract_share(
+            network, self.images, self.config.data, self.device, autocast, unreadable=unreadable
+        )
 
     def _prepared(self, vectors: Tensor) -> Tensor:
         """Unit rows to cluster, of this rank's features (n, D)."""

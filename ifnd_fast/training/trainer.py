@@ -22,10 +22,11 @@ from ifnd_fast.contrast.queue import NegativeQueue
 from ifnd_fast.data import features
 from ifnd_fast.data.batch_views import BatchViews
 from ifnd_fast.data.images import Images
-from ifnd_fast.data.loading import EpochBatches, pair_loader, running
+from ifnd_fast.data.loading import EpochBatches, pair_loader
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import to_input
+from ifnd_fast.loading import running
 from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.metrics.knn import KnnProbe
 from ifnd_fast.ops.info_nce import info_nce
@@ -158,7 +159,7 @@ class Trainer:
             if renewed and self.queue is not None:
                 self.queue.relabel(self.labeller.accepted)
 
-    def _train_epoch(self, batches: Iterator[list[Tensor]], model: nn.Module) -> Tensor:
+    def _train_epoch(self, batches: Iterator[list[Any]], model: nn.Module) -> Tensor:
         """The epoch's remaining steps; the indices of the last one's images."""
         n_steps = len(self.batches)
         self.model.train()
@@ -166,8 +167,8 @@ class Trainer:
         first = torch.full((len(WATCHED) + 1,), torch.iinfo(torch.int64).max, device=self.device)  # step of each
         started = time.perf_counter()
         with progress(f"epoch {self.epoch + 1}/{self.config.optim.epochs}", n_steps, self.step_in_epoch) as advance:
-            for *loaded, indices, wanted in islice(batches, n_steps - self.step_in_epoch):
-                self.unreadable.note(indices, wanted)
+            for *loaded, indices, wanted, reasons in islice(batches, n_steps - self.step_in_epoch):
+                self.unreadable.note(indices, wanted, reasons)
                 loss, happened, indices = self._train_step(model, loaded, indices)
                 self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
                 loss_sum += loss
@@ -333,7 +334,7 @@ class Trainer:
         if distributed.rank() == 0:
             backbone = {name: value.cpu() for name, value in self.encoder.backbone.state_dict().items()}
             checkpoint.write_atomically(self.out / "backbone.pt", lambda file: torch.save(backbone, file))
-            run_folder.write_json(self.out / "result.json", self.result)
+            run_folder.write_json(self.out / "result.json", {**self.result, "unreadable": self.unreadable.listed()})
         return self.result
 
     # ---- checkpoints ----
@@ -382,7 +383,7 @@ class Trainer:
             "totals": self.totals,
             "seconds": self.seconds,
             "result": self.result,
-            "unreadable": sorted(self.unreadable.indices),
+            "unreadable": self.unreadable.state(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -407,4 +408,4 @@ class Trainer:
             raise CommandError(f"the checkpoint does not fit this run: {error}") from error
         self.epoch, self.step_in_epoch, self.step = state["epoch"], state["step_in_epoch"], state["step"]
         self.totals, self.seconds, self.result = dict(state["totals"]), state["seconds"], dict(state["result"])
-        self.unreadable.indices = set(state["unreadable"])
+        self.unreadable.load_state(state["unreadable"])

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from ifnd_fast.data.images import IN_A_ROW
+from ifnd_fast.picture import UnreadablePictureError, open_picture, reason_of
 from ifnd_fast.runtime.console import warn
-from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.errors import CommandError, UsageError
 
 FIELDS = {
     "images": ("id", "file_name", "height", "width"),
@@ -69,6 +70,7 @@ class CocoImages:
     Args:
         folder: of the images.
         annotations: COCO's JSON file for them (instances_*.json).
+        max_size: longer side, pixels, that the model shrinks an image to.
 
     Attributes:
         coco: the file's content, indexed by pycocotools.
@@ -79,8 +81,8 @@ class CocoImages:
         UsageError: the file is missing or malformed, without images or objects, or an image of it is missing.
     """
 
-    def __init__(self, folder: Path, annotations: Path):
-        self.folder, self.path = folder, annotations
+    def __init__(self, folder: Path, annotations: Path, max_size: int = 1333):
+        self.folder, self.path, self.max_size = folder, annotations, max_size
         self.coco = _index(_read(annotations))
         self.image_ids: list[int] = sorted(self.coco.imgs)
         self.category_ids: list[int] = sorted(self.coco.cats)
@@ -92,23 +94,32 @@ class CocoImages:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def name(self, index: int) -> str:
+        return str(self.file(index))
+
     def file(self, index: int) -> Path:
         return self.folder / self.coco.imgs[self.image_ids[index]]["file_name"]
 
     def image(self, index: int) -> Tensor:
-        """(3, H, W) uint8, RGB. Raises OSError: it can't be read, or has another size than the annotations say."""
+        """(3, H, W) uint8, RGB, of the size that the annotations say.
+
+        Upright by its EXIF orientation, as detectron2 and mmdetection read it, with boxes and masks in those pixels. An
+        image that has the annotated size only as it is stored was annotated so, and is read so.
+
+        Raises:
+            OSError: it can't be read, it has another size, or it is too narrow for the model.
+        """
         path, info = self.file(index), self.coco.imgs[self.image_ids[index]]
-        try:
-            with Image.open(path) as image:
-                pixels = pil_to_tensor(image.convert("RGB"))
-        except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-            raise OSError(f"{path} can't be read: {error}") from error
-        if tuple(pixels.shape[1:]) != (info["height"], info["width"]):
-            raise OSError(
-                f"{path} is {pixels.shape[2]} x {pixels.shape[1]} pixels, "
-                f"its annotations say {info['width']} x {info['height']}"
-            )
-        return pixels
+        wanted = (info["width"], info["height"])
+        image = open_picture(path)
+        if image.size != wanted and image.size[::-1] == wanted:
+            image = open_picture(path, upright=False)
+        size = "{} x {} pixels".format(*image.size)
+        if image.size != wanted:
+            raise UnreadablePictureError(path, f"{size}, its annotations say {wanted[0]} x {wanted[1]}")
+        if max(wanted) > self.max_size * min(wanted):
+            raise UnreadablePictureError(path, f"{size} leave nothing at a longer side of {self.max_size}")
+        return pil_to_tensor(image)
 
     def objects(self, index: int) -> list[dict[str, Any]]:
         """The annotations to train on: no crowds, and no boxes without an area."""
@@ -139,7 +150,8 @@ class CocoImages:
 
 class TrainingExamples(Dataset):
     """Item (epoch, number): an image (3, H, W) uint8 and its target, half of them flipped left to right, by seed, epoch
-    and number alone; for one that can't be read the reason, a string.
+    and number alone; and the unreadable images that it stands in for, (number in `images`, reason) each: an image that
+    can't be read is replaced by the next one that can.
 
     Images without an object to train on are left out, as Detectron does.
 
@@ -156,21 +168,31 @@ class TrainingExamples(Dataset):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]] | str:
-        epoch, number = item
-        index = self.numbers[number]
-        try:
-            image, target = self.images.image(index), self.images.target(index)
-        except OSError as error:
-            return str(error)
-        if np.random.default_rng([self.seed, epoch, number]).random() < 0.5:
-            image, target["masks"] = image.flip(-1), target["masks"].flip(-1)
-            target["boxes"][:, [0, 2]] = image.shape[-1] - target["boxes"][:, [2, 0]]
-        return image, target
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor], list[tuple[int, str]]]:
+        """Raises CommandError: IN_A_ROW images in a row are unreadable."""
+        epoch, wanted = item
+        unreadable: list[tuple[int, str]] = []
+        for offset in range(min(len(self), IN_A_ROW)):
+            number = (wanted + offset) % len(self)
+            index = self.numbers[number]
+            try:
+                image, target = self.images.image(index), self.images.target(index)
+            except CommandError:  # a signal that asks the command to stop
+                raise
+            except Exception as error:
+                unreadable.append((index, reason_of(error)))
+                continue
+            if np.random.default_rng([self.seed, epoch, number]).random() < 0.5:
+                image, target["masks"] = image.flip(-1), target["masks"].flip(-1)
+                target["boxes"][:, [0, 2]] = image.shape[-1] - target["boxes"][:, [2, 0]]
+            return image, target, unreadable
+        first, reason = unreadable[0]
+        tried = len(unreadable)
+        raise CommandError(f"{tried} images in a row can't be read, from {self.images.file(first)} on: {reason}")
 
 
 class MeasuredImages(Dataset):
-    """Item number: COCO's id of an image, and the image (3, H, W) uint8, or why it can't be read."""
+    """Item number: that number, and the image (3, H, W) uint8, or why it can't be read."""
 
     def __init__(self, images: CocoImages):
         self.images = images
@@ -180,9 +202,11 @@ class MeasuredImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            return self.images.image_ids[index], self.images.image(index)
-        except OSError as error:
-            return self.images.image_ids[index], str(error)
+            return index, self.images.image(index)
+        except CommandError:
+            raise
+        except Exception as error:
+            return index, reason_of(error)
 
 
 def _index(content: dict[str, Any]) -> COCO:

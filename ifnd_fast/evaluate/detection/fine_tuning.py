@@ -13,21 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torchvision.ops._utils import split_normalization_params
 
+from ifnd_fast.data.images import refuse_none
 from ifnd_fast.data.loading import EpochBatches
+from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.evaluate.backbone import Backbone
 from ifnd_fast.evaluate.detection import coco
 from ifnd_fast.evaluate.detection.mask_rcnn import mask_rcnn
 from ifnd_fast.evaluate.detection.metrics import average_precision, to_results
 from ifnd_fast.evaluate.detection.options import DetectionOptions, decisive, learning_rate, resolve
+from ifnd_fast.loading import make_loader, running
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import pick_amp
 from ifnd_fast.runtime.console import progress, say, track
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
-from ifnd_fast.runtime.stop import StopSignals, ignore_stop_signals
+from ifnd_fast.runtime.stop import StopSignals
 
 
 class FineTuning:
@@ -47,10 +49,10 @@ class FineTuning:
         self.device = device
         start = options.checkpoint
         self.out = options.out or (start if start.is_dir() else start.parent) / "detection"
-        self.train = coco.CocoImages(
-            *coco.find("train", options.data, options.train_images, options.train_annotations)
-        )
-        self.val = coco.CocoImages(*coco.find("val", options.data, options.val_images, options.val_annotations))
+        train = coco.find("train", options.data, options.train_images, options.train_annotations)
+        val = coco.find("val", options.data, options.val_images, options.val_annotations)
+        self.train, self.val = (coco.CocoImages(*where, options.max_size) for where in (train, val))
+        self.unreadable = Unreadable(self.train, options.strict), Unreadable(self.val, options.strict)
         self._check_categories()
         self.examples = coco.TrainingExamples(self.train, options.seed)
         self.batches = self._deal()
@@ -123,31 +125,18 @@ class FineTuning:
 
     def _train(self, model: nn.Module) -> None:
         assert self.options.iterations is not None
-        loader = DataLoader(
-            self.examples, batch_sampler=self.batches, collate_fn=list, **self._loading(),
-            persistent_workers=self.options.workers > 0,
-        )  # fmt: skip
+        epoch, step = divmod(self.step, len(self.batches))
+        self.batches.start(epoch, step, end=1 + self.options.iterations // len(self.batches))
+        loader = make_loader(self.examples, self.options.workers, batch_sampler=self.batches, collate_fn=list)
         self.model.train()
-        with progress("iterations", self.options.iterations, self.step) as advance:
+        with running(loader) as batches, progress("iterations", self.options.iterations, self.step) as advance:
+            started = time.perf_counter()
             while self.step < self.options.iterations:
-                self.batches.start(*divmod(self.step, len(self.batches)))
+                losses, stopping = self._train_step(model, next(batches))
+                self.seconds += time.perf_counter() - started
                 started = time.perf_counter()
-                for batch in loader:
-                    losses, stopping = self._train_step(model, batch)
-                    self.seconds += time.perf_counter() - started
-                    started = time.perf_counter()
-                    advance(1, f"loss {losses['loss']:.3f}")
-                    self._after_step(losses, stopping)
-                    if self.step == self.options.iterations:
-                        break
-
-    def _loading(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.options.workers,
-            "pin_memory": self.device.type == "cuda",
-            "worker_init_fn": ignore_stop_signals,
-            "generator": torch.Generator(),  # of seeds that no item uses
-        }
+                advance(1, f"loss {losses['loss']:.3f}")
+                self._after_step(losses, stopping)
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -177,12 +166,13 @@ class FineTuning:
         return means, asked_ranks > 0
 
     def _to_device(self, batch: list[Any]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        for item in batch:
-            if isinstance(item, str):
-                raise CommandError(f"training image {item}")
-        images = [image.to(self.device, non_blocking=True).float() / 255 for image, _ in batch]
+        for *_, unreadable in batch:
+            for index, reason in unreadable:
+                self.unreadable[0].add(index, reason)
+        images = [image.to(self.device, non_blocking=True).float() / 255 for image, *_ in batch]
         targets = [
-            {name: value.to(self.device, non_blocking=True) for name, value in target.items()} for _, target in batch
+            {name: value.to(self.device, non_blocking=True) for name, value in target.items()}
+            for _, target, _ in batch
         ]
         return images, targets
 
@@ -231,20 +221,26 @@ class FineTuning:
         """Average precision on the val images, each rank's share of them on that rank; empty but on rank 0."""
         self.model.eval()
         share = distributed.share(len(self.val))
-        loader = DataLoader(coco.MeasuredImages(self.val), batch_size=None, sampler=share, **self._loading())
-        results = []
-        with distributed.agreed(True):
-            for image_id, image in track(loader, "measuring", len(share)):
+        loader = make_loader(coco.MeasuredImages(self.val), self.options.workers, batch_size=None, sampler=share)
+        results, unreadable = [], {}
+        with distributed.agreed(True), running(loader) as loaded:
+            for index, image in track(loaded, "measuring", len(share)):
                 if isinstance(image, str):
-                    raise CommandError(f"val image {image}")
+                    unreadable[index] = image
+                    continue
                 with self.autocast():
                     (output,) = self.model([image.to(self.device).float() / 255])
-                results += to_results(image_id, output, self.train.category_ids)
+                results += to_results(self.val.image_ids[index], output, self.train.category_ids)
         everyones = [result for part in distributed.all_gather_objects(results) for result in part]
+        reasons = {index: why for part in distributed.all_gather_objects(unreadable) for index, why in part.items()}
+        refuse_none(self.val, reasons)
+        for index in sorted(reasons):
+            self.unreadable[1].add(index, reasons[index])
         if distributed.rank() != 0:
             return {}
         run_folder.write_json(self.out / "detections.json", everyones, indent=None)
-        return average_precision(self.val.coco, everyones)
+        counted = [image_id for index, image_id in enumerate(self.val.image_ids) if index not in reasons]
+        return average_precision(self.val.coco, everyones, counted)
 
     def _finish(self, figures: dict[str, float | None]) -> dict[str, Any]:
         """Write the model and the result; the figures, with what they are of."""
@@ -253,7 +249,8 @@ class FineTuning:
         weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
         checkpoints.write_atomically(self.out / "model.pt", lambda file: torch.save(weights, file))
         settings = {"checkpoint": str(self.options.checkpoint), "data": str(self.val.path), **decisive(self.options)}
-        result = {**settings, **figures, "seconds": self.seconds}
+        unreadable = [one for part in self.unreadable for one in part.listed()]
+        result = {**settings, **figures, "seconds": self.seconds, "unreadable": unreadable}
         run_folder.write_json(self.out / "result.json", result)
         return result
 
@@ -263,8 +260,9 @@ class FineTuning:
         """Write a checkpoint, from rank 0."""
         state = {
             "settings": decisive(self.options), "step": self.step, "seconds": self.seconds, "sums": self.sums,
-            "categories": self.train.category_ids, "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "unreadable": self.unreadable[0].state(), "categories": self.train.category_ids,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }  # fmt: skip
         if distributed.rank() == 0:
             checkpoints.save(self.out, state)
@@ -300,5 +298,6 @@ class FineTuning:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.seconds, self.sums = state["step"], state["seconds"], dict(state["sums"])
+            self.unreadable[0].load_state(state.get("unreadable", {}))
         except (KeyError, ValueError, RuntimeError) as error:
             raise CommandError(f"the checkpoint in {self.out} does not fit this run: {error}") from error

@@ -36,12 +36,15 @@ def to_results(image_id: int, output: dict[str, Tensor], category_ids: list[int]
     return results
 
 
-def average_precision(coco: COCO, results: list[dict[str, Any]]) -> dict[str, float | None]:
+def average_precision(
+    coco: COCO, results: list[dict[str, Any]], image_ids: list[int] | None = None
+) -> dict[str, float | None]:
     """box_AP, box_AP50, ... and mask_AP, ... of NAMES, percent; None where there is no object of that size.
 
     Args:
         coco: the true objects.
         results: of all its images, as :func:`to_results` makes them.
+        image_ids: of the images that count; default: all.
     """
     figures: dict[str, float | None] = {}
     for kind, iou_type, other in (("box", "bbox", "segmentation"), ("mask", "segm", "bbox")):
@@ -49,6 +52,8 @@ def average_precision(coco: COCO, results: list[dict[str, Any]]) -> dict[str, fl
         own = [{name: value for name, value in result.items() if name != other} for result in results]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints
             evaluation = COCOeval(coco, _detections(coco, own), iou_type)
+            if image_ids is not None:
+                evaluation.params.imgIds = image_ids
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()

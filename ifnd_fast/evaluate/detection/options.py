@@ -78,6 +78,9 @@ class DetectionOptions:
     GPUs"""
     workers: int = 4
     """processes per rank that load images; 0: in the training process"""
+    strict: bool = False
+    """stop at an image that can't be read, instead of a warning: in training the next one stands in for it, in
+    measuring it is left out"""
     seed: int = 0
     """of new layers' weights, order, flips, sizes and sampled proposals"""
     log_every: int = 20
