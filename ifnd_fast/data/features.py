@@ -12,9 +12,9 @@ from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.images import Images, refuse_none
 from ifnd_fast.data.loading import centre_loader
+from ifnd_fast.data.processes import running
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import to_input
-from ifnd_fast.loading import running
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.console import track
 

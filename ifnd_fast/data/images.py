@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from ifnd_fast import picture
-from ifnd_fast.picture import open_picture, reason_of
+from ifnd_fast.data import picture
+from ifnd_fast.data.picture import open_picture, reason_of
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.batch_views import NUMBERS
 from ifnd_fast.data.images import IN_A_ROW, Images, attempt
+from ifnd_fast.data.processes import make_loader
 from ifnd_fast.data.views import centre_view, random_view, whole_image
-from ifnd_fast.loading import make_loader
 from ifnd_fast.runtime.errors import CommandError
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.loading import EpochBatches, ViewDataset, view_loader
+from ifnd_fast.data.processes import running
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import random_view, to_input
 from ifnd_fast.evaluate.subject import Subject
-from ifnd_fast.loading import running
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime import run_folder
 from ifnd_fast.runtime.console import progress, say

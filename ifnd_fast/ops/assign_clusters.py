@@ -71,11 +71,11 @@ def assign_clusters(
         )
     backend = backends.choose(backend, "assign_clusters", features.device, features.dtype)
     features, centroids = features.detach(), centroids.detach()
-    settings = (temperature, metric, return_confidence)
     if backend == "reference":
-        labels, confidence = reference.assign_clusters(*_relative(features, centroids, metric), *settings)
+        features, centroids = _relative(features, centroids, metric)
+        labels, confidence = reference.assign_clusters(features, centroids, temperature, metric, return_confidence)
     else:
-        labels, confidence = _assign_clusters(features, centroids, *settings, backend)
+        labels, confidence = _assign_clusters(features, centroids, temperature, metric, return_confidence, backend)
     return (labels, confidence) if return_confidence else labels
 
 

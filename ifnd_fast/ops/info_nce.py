@@ -61,8 +61,9 @@ def info_nce(
     Returns:
         The loss, float32 (float64 for float64 inputs): a scalar, or (B,) with reduction "none". It is
         differentiable once in query, positive and negatives, in reverse mode (the reference: any number of times, and
-        in forward mode), also by torch.func.grad and under torch.func.vmap. Logits and sums are float32; from half-precision inputs a gradient's softmax weights may be rounded to the inputs'
-        dtype before they multiply the keys, as tensor cores need, and the loss never is.
+        in forward mode), also by torch.func.grad and under torch.func.vmap. Logits and sums are float32; from
+        half-precision inputs a gradient's softmax weights may be rounded to the inputs' dtype before they multiply
+        the keys, as tensor cores need, and the loss never is.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range (labels are read
@@ -269,7 +270,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, loss_grad: Tensor, *_):
     if torch.is_grad_enabled() and not _transformed():  # create_graph
         raise _only_once("second derivatives", "create_graph=True asks for them", ctx.scalars[-1])
-    gradients = _Gradients.apply if _transformed() else _gradients
+    gradients: Callable[..., tuple[Tensor | None, ...]] = _Gradients.apply if _transformed() else _gradients
     wanted = tuple(ctx.needs_input_grad[:3])
     return (*gradients(loss_grad, *ctx.saved_tensors, ctx.scalars, wanted), *(None,) * 9)
 

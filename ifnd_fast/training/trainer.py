@@ -23,10 +23,10 @@ from ifnd_fast.data import features
 from ifnd_fast.data.batch_views import BatchViews
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.loading import EpochBatches, pair_loader
+from ifnd_fast.data.processes import running
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import to_input
-from ifnd_fast.loading import running
 from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.metrics.knn import KnnProbe
 from ifnd_fast.ops.info_nce import info_nce

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ifnd_fast.data.images import IN_A_ROW
-from ifnd_fast.picture import UnreadablePictureError, open_picture, reason_of
+from ifnd_fast.data.picture import UnreadablePictureError, open_picture, reason_of
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import CommandError, UsageError
 

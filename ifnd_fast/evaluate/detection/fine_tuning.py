@@ -17,13 +17,13 @@ from torchvision.ops._utils import split_normalization_params
 
 from ifnd_fast.data.images import refuse_none
 from ifnd_fast.data.loading import EpochBatches
+from ifnd_fast.data.processes import make_loader, running
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.evaluate.backbone import Backbone
 from ifnd_fast.evaluate.detection import coco
 from ifnd_fast.evaluate.detection.mask_rcnn import mask_rcnn
 from ifnd_fast.evaluate.detection.metrics import average_precision, to_results
 from ifnd_fast.evaluate.detection.options import DetectionOptions, decisive, learning_rate, resolve
-from ifnd_fast.loading import make_loader, running
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import pick_amp
