@@ -26,36 +26,16 @@ from sklearn.datasets import load_digits
 
 from ifnd_fast.runtime import checkpoint
 
-PHASES = {  # name: the function that it is, and for how many seconds it lasts here, at most
-    "step": ("ifnd_fast.training.trainer.Trainer._train_step", 0.05),
-    "features": ("ifnd_fast.data.features.extract_share", 0.1),
-    "clustering": ("ifnd_fast.clustering.pseudo_labels.cluster_levels", 0.05),
-    "checkpoint": ("ifnd_fast.runtime.checkpoint.write_atomically", 0.02),
-}
+PHASES = {"step": 0.05, "features": 0.1, "clustering": 0.05, "checkpoint": 0.02}  # spans; seconds they last, at most
 TRAIN = """
-import functools, importlib, sys
 from ifnd_fast import cli
-from ifnd_fast.training import labeller, trainer
+from ifnd_fast.runtime import spans
 phases, file = {phases!r}, {file!r}
-def watched(function, name):
-    @functools.wraps(function)
-    def call(*args, **kwargs):
+def write(name, begins):
+    if name in phases:
         with open(file, "w") as out:
-            out.write(name)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            with open(file, "w") as out:
-                out.write("between")
-    return call
-for name, (path, _) in phases.items():
-    owner, _, attribute = path.rpartition(".")
-    try:
-        owner = importlib.import_module(owner)
-    except ModuleNotFoundError:
-        module, _, kind = owner.rpartition(".")
-        owner = getattr(importlib.import_module(module), kind)
-    setattr(owner, attribute, watched(getattr(owner, attribute), name))
+            out.write(name if begins else "between")
+spans.listeners.append(write)
 cli.train()
 """
 
@@ -126,7 +106,7 @@ def kill_in(run: Run, phase: str, dice: random.Random) -> str | None:
         if now and not seen:
             passes -= 1
             if passes == 0:
-                time.sleep(dice.uniform(0, PHASES[phase][1]))
+                time.sleep(dice.uniform(0, PHASES[phase]))
                 break
         seen = now
         time.sleep(0.0005)

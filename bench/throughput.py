@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import functools
 import os
 import platform
 import statistics
@@ -15,7 +14,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,19 +21,15 @@ from typing import Any, cast
 import torch
 import tyro
 from tables import machine, table
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from ifnd_fast.config import PRESETS, Config
-from ifnd_fast.runtime import run_folder
-from ifnd_fast.training import trainer as trainer_module
+from ifnd_fast.config import PRESETS, Config, to_yaml
+from ifnd_fast.runtime import run_folder, spans
 from ifnd_fast.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "throughput.md"
 RECLUSTER = 4  # epochs between the demo's clusterings: a round of so many epochs holds one of them
-ENCODER = ("query encoder, forward", "key encoder, forward", "query encoder, backward")
-LOSS, UPDATE = "loss with its label look-ups, forward and backward", "optimizer"
-NOT_OWN = (*ENCODER, LOSS, UPDATE)
-REST = "the rest: labels of the keys, finiteness, learning rate, progress bar"
+NOT_OWN = ("query encoder", "key encoder", "loss", "backward", "optimizer")
+REST = "the rest: learning rate, progress bar, checkpoints that are not due"
 
 
 @dataclass
@@ -60,8 +54,8 @@ def demo(out: str, **changes: Any) -> Trainer:
         for name, value in values.items():
             setattr(getattr(config, section), name, value)
     trainer = Trainer(config)
-    trainer.probe = None
-    run_folder.create(config)
+    trainer.measuring.probe = None
+    run_folder.create(config.run.out, to_yaml(config))
     return trainer
 
 
@@ -74,7 +68,8 @@ def use_free_cores(trainer: Trainer) -> None:
 
 
 class Pieces:
-    """Wall seconds of named pieces of each step; those of a piece within another count for the inner one alone."""
+    """Wall seconds of the spans of each step; those of a span within another count for the inner one alone. A step
+    begins where it asks for its batch."""
 
     def __init__(self) -> None:
         self.steps: list[defaultdict[str, float]] = []
@@ -82,43 +77,22 @@ class Pieces:
         self.open: list[str] = []
         self.since = 0.0
 
-    def switch(self, to: str | None = None) -> None:
-        """What has passed belongs to the piece that is open, which goes on as `to`."""
+    def listen(self, name: str, begins: bool) -> None:
+        """A span of training begins or ends; what is outside an epoch doesn't count."""
         before, self.since = self.since, time.perf_counter()
         if self.open:
             self.now[self.open[-1]] += self.since - before
-            self.open[-1] = to or self.open[-1]
-
-    @contextmanager
-    def piece(self, name: str) -> Iterator[None]:
-        self.switch()
-        self.open.append(name)
-        try:
-            yield
-        finally:
-            self.switch()
+        if begins and (self.open or name == "epoch"):
+            if name == "load" or name == "epoch":
+                self._end_step()
+            self.open.append(REST if name in ("epoch", "step") else name)
+        elif self.open and not begins:
             self.open.pop()
 
-    def end_step(self) -> None:
-        self.switch()
-        if self.now[ENCODER[0]]:  # else no step yet since the last
+    def _end_step(self) -> None:
+        if self.now["backward"]:  # else no step yet since the last
             self.steps.append(self.now)
-            self.now = defaultdict[str, float](float)
-
-    def wrap(self, owner: Any, attribute: str, name: str, ends_step: bool = False) -> None:
-        """Calls of owner.attribute within an epoch are that piece from here on."""
-        function = getattr(owner, attribute)
-
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if not self.open:
-                return function(*args, **kwargs)
-            if ends_step:
-                self.end_step()
-            with self.piece(name):
-                return function(*args, **kwargs)
-
-        setattr(owner, attribute, timed)
+        self.now = defaultdict[str, float](float)
 
     def median(self, *names: str) -> float:
         return statistics.median(sum(step[name] for name in names) for step in self.steps)
@@ -128,46 +102,6 @@ class Pieces:
         return sum(step[name] for step in self.steps for name in names) / sum(sum(s.values()) for s in self.steps)
 
 
-def watch(trainer: Trainer, pieces: Pieces) -> None:
-    """From here on the steps of the trainer's epochs are timed: a step begins where it asks for its batch."""
-    for owner, attribute, name in (
-        (trainer.model.query_encoder, "forward", ENCODER[0]),
-        (trainer.model.key_encoder, "forward", ENCODER[1]),
-        (trainer.optimizer, "zero_grad", UPDATE),
-        (trainer.scaler, "step", UPDATE),
-        (trainer_module, "to_input", "pixels to the encoder's input"),
-        (trainer.model, "keys", "shuffling and gathering for batch norm"),
-        (trainer.model, "update_key_encoder", "moving average of the key encoder"),
-        (trainer.queue, "enqueue", "queue"),
-        (trainer.labeller, "observe", "feature bank"),
-        (trainer.unreadable, "note", "looking for unreadable images"),
-        (trainer, "_look_at", "acting on values that are not finite"),
-        (trainer, "_checkpoint_due", "acting on values that are not finite"),
-    ):
-        pieces.wrap(owner, attribute, name)
-    pieces.wrap(_BaseDataLoaderIter, "__next__", "waiting for the loader", ends_step=True)
-    train_epoch, loss_of, backward = trainer._train_epoch, trainer._loss, torch.Tensor.backward
-
-    def timed_epoch(*args: Any) -> Any:
-        with pieces.piece(REST):
-            result = train_epoch(*args)
-            pieces.end_step()
-            return result
-
-    def timed_loss(query: torch.Tensor, *args: Any) -> torch.Tensor:
-        query.register_hook(lambda _: pieces.switch(to=ENCODER[2]))  # the loss's backward ends where its gradient is
-        with pieces.piece(LOSS):
-            return loss_of(query, *args)
-
-    def timed_backward(*args: Any, **kwargs: Any) -> None:
-        with pieces.piece(LOSS):
-            backward(*args, **kwargs)
-
-    replaced: Any = trainer
-    replaced._train_epoch, replaced._loss = timed_epoch, timed_loss
-    torch.Tensor.backward = timed_backward  # type: ignore[method-assign]
-
-
 def profile(options: Options, out: str) -> list[str]:
     pieces = Pieces()
     trainer = demo(out, run={"checkpoint_every": 1e6})
@@ -175,22 +109,23 @@ def profile(options: Options, out: str) -> list[str]:
     epochs = trainer.epochs()
     for _ in range(RECLUSTER):
         next(epochs)
-    watch(trainer, pieces)
+    spans.listeners.append(pieces.listen)
     for _ in range(options.epochs):
         next(epochs)
+    spans.listeners.remove(pieces.listen)
     names = sorted({name for step in pieces.steps for name in step}, key=lambda name: -pieces.share(name))
     own = [name for name in names if name not in NOT_OWN]
     rows = [
         (name, "yes" if name in own else "", f"{1e3 * pieces.median(name):.3f}", f"{pieces.share(name):.2%}")
         for name in names
     ]
-    for what, chosen in (("the trainer's own, all of them", own), ("the same and the loss", [*own, LOSS])):
+    for what, chosen in (("the trainer's own, all of them", own), ("the same and the loss", [*own, "loss"])):
         rows.append((f"**{what}**", "", f"{1e3 * pieces.median(*chosen):.3f}", f"**{pieces.share(*chosen):.2%}**"))
     rows.append(("a step", "", f"{1e3 * pieces.median(*names):.3f}", "100%"))
     return [
         f"{len(pieces.steps)} steps of the preset `demo` (batch {trainer.config.optim.batch_size}, "
         f"{trainer.config.data.workers} loading processes, {torch.get_num_threads()} computing thread(s)), epochs "
-        f"{RECLUSTER + 1} to {RECLUSTER + options.epochs}: wall time between the calls of each piece, a piece within "
+        f"{RECLUSTER + 1} to {RECLUSTER + options.epochs}: wall time of each span, one within "
         "another taken off the outer one. Own is all but the encoders' forward and backward, the loss and the "
         "optimizer; the target is at most 5% of all steps' time.",
         "",
@@ -259,7 +194,7 @@ def main(options: Options) -> None:
         parts: list[tuple[str, Callable[[Options, str], list[str]]]] = []
         parts += [("IFND beside plain MoCo", strategies)] * (options.rounds > 0)
         parts += [("Views by the loader and on the device", loading)] * options.images
-        parts += [("A training step", lambda o, f: profile(o, f"{f}/profile"))]  # last: it wraps what all share
+        parts += [("A training step", lambda o, f: profile(o, f"{f}/profile"))]
         sections = [f"\n## {title}\n\n" + "\n".join(part(options, folder)) for title, part in parts]
     text = (
         "# The trainer's own time, measured\n\n"

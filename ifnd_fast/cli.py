@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,13 +15,13 @@ import tyro
 
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config
-from ifnd_fast.runtime import distributed, run_folder
+from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.console import errors, guard_output, say, stage, table, warn
 from ifnd_fast.runtime.errors import CommandError, LoadingError, PeerError, Stopped, UsageError
-from ifnd_fast.runtime.stop import StopSignals, explained
+from ifnd_fast.runtime.stop import StopSignals
 
 if TYPE_CHECKING:
-    from ifnd_fast.training.trainer import Trainer
+    pass
 
 COMPARISON = Path("comparison.html")
 
@@ -154,27 +153,11 @@ def _train(settings: Config) -> None:
     leave_cores_to_workers(device, settings.data.workers)
     distributed.start(device, settings.run.rank_timeout)
     trainer = Trainer(settings)
-    with trainer.stop, explained(trainer.out, trainer.stop), ExitStack() as held:
-        _take(trainer, held)
+    with trainer.open():
         result = trainer.fit()
         if distributed.rank() == 0:
             _write_report((settings.run.out,))
     _print_result(result, time.perf_counter() - started, settings.run.out)
-
-
-def _take(trainer: Trainer, held: ExitStack) -> None:
-    """Make OUT, or go on from what is in it; locked against other runs until `held` closes."""
-    settings = trainer.config
-    with distributed.agreed(True):
-        if distributed.rank() == 0:
-            if not settings.run.resume:
-                run_folder.refuse_a_run(settings.run.out)
-            held.enter_context(run_folder.locked(settings.run.out))
-            if not settings.run.resume:
-                run_folder.create(settings)
-    if settings.run.resume:
-        with distributed.agreed(True):
-            trainer.resume()
 
 
 def _write_report(runs: tuple[Path, ...], path: Path | None = None) -> None:

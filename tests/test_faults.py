@@ -170,7 +170,7 @@ def test_a_loading_process_that_dies_is_named(digit_folder, tmp_path):
 
 def test_an_error_that_nobody_expects_ends_the_run_with_its_loading_processes(digit_folder, tmp_path):
     broken = "import ifnd_fast.training.trainer as t\ndef fail(*args):\n    raise ZeroDivisionError('odd')\n"
-    broken += "t.Trainer._loss = fail"
+    broken += "import ifnd_fast.training.objective as o; o.QueueObjective.loss = fail"
     process = start("--data", digit_folder, "--out", tmp_path / "run", *LONG, "--workers", 2, prelude=broken)
     _, told = process.communicate(timeout=90)  # they ignore what asks them to stop: Python's exit once waited for them
     assert process.returncode == 1 and told.strip().endswith("ZeroDivisionError: odd")

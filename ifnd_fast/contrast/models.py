@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime.spans import span
 
 
 class MoCo(nn.Module):
@@ -47,22 +48,27 @@ class MoCo(nn.Module):
 
         `shuffle_seed` (the step, say) fixes the shuffle; it must be the same on all ranks.
         """
-        return self.query_encoder(view), self.keys(other_view, shuffle_seed)
+        with span("query encoder"):
+            queries = self.query_encoder(view)
+        return queries, self.keys(other_view, shuffle_seed)
 
     @torch.no_grad()
     def keys(self, images: Tensor, shuffle_seed: int = 0) -> Tensor:
         """Keys (B, dim) of images (B, ...), computed in shuffled groups."""
         if self.bn_groups == 1 and distributed.world_size() == 1:
-            return self.key_encoder(images)
-        everyones = distributed.all_gather(images)
-        generator = torch.Generator().manual_seed(shuffle_seed)
-        order = torch.randperm(len(everyones), generator=generator).to(images.device, non_blocking=True)
-        mine = distributed.own_share(everyones[order])
-        keys = torch.cat([self.key_encoder(group) for group in _groups(mine, self.bn_groups)])
-        shuffled_keys = distributed.all_gather(keys)
-        keys = torch.empty_like(shuffled_keys)
-        keys[order] = shuffled_keys
-        return distributed.own_share(keys)
+            with span("key encoder"):
+                return self.key_encoder(images)
+        with span("shuffled batch norm"):
+            gathered = distributed.all_gather(images)
+            generator = torch.Generator().manual_seed(shuffle_seed)
+            order = torch.randperm(len(gathered), generator=generator).to(images.device, non_blocking=True)
+            own = distributed.own_share(gathered[order])
+            with span("key encoder"):
+                own_keys = torch.cat([self.key_encoder(group) for group in _groups(own, self.bn_groups)])
+            shuffled_keys = distributed.all_gather(own_keys)
+            keys = torch.empty_like(shuffled_keys)
+            keys[order] = shuffled_keys
+            return distributed.own_share(keys)
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
@@ -101,7 +107,8 @@ class InBatch(nn.Module):
 
     def forward(self, view: Tensor, other_view: Tensor, shuffle_seed: int = 0) -> tuple[Tensor, Tensor]:
         """Features (B, dim) of both views, both with gradient; `shuffle_seed` is unused."""
-        features = self.query_encoder(torch.cat([view, other_view]))
+        with span("query encoder"):
+            features = self.query_encoder(torch.cat([view, other_view]))
         return features[: len(view)], features[len(view) :]
 
     def update_key_encoder(self) -> None:

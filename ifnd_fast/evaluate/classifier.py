@@ -24,10 +24,9 @@ from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import random_view, to_input
 from ifnd_fast.evaluate.subject import Subject
 from ifnd_fast.runtime import checkpoint as checkpoints
-from ifnd_fast.runtime import run_folder
 from ifnd_fast.runtime.console import progress, say
-from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
-from ifnd_fast.runtime.stop import StopSignals
+from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
+from ifnd_fast.runtime.session import Session, refuse_differences
 
 SECONDS_BETWEEN_CHECKPOINTS = 600.0  # within an epoch; one is also written at its end
 
@@ -132,6 +131,7 @@ class ClassifierTraining:
         self.labels = torch.from_numpy(train.labels)
         self.data = options.views(subject.data)
         self.batches = EpochBatches(len(train), min(options.batch_size, len(train)), options.seed)
+        self.session = Session(out, options.resume)
         self.unreadable = Unreadable(train, subject.data.strict)
         torch.manual_seed(options.seed)
         frozen = backbone_lr is None
@@ -168,28 +168,19 @@ class ClassifierTraining:
             Stopped: a signal came; a checkpoint is written.
             CommandError, NonFiniteError: a checkpoint can't be read or written; the loss is not finite.
         """
-        with StopSignals() as stop, run_folder.locked(self.out):
-            self._take()
-            loader = view_loader(ViewDataset(self.images, random_view(self.data), self.options.seed), self.data,
-                                 self.batches)  # fmt: skip
+        with self.session.open(self):
+            dataset = ViewDataset(self.images, random_view(self.data), self.options.seed)
+            loader = view_loader(dataset, self.data, self.batches)
             while self.epoch < self.options.epochs:
-                with stop.deferred():
-                    self._train_epoch(loader, stop)
-                if stop.number is not None:
-                    self._stop(stop.number)
+                with self.session.stop.deferred():
+                    self._train_epoch(loader)
+                self.session.stop_if_asked()
         self.subject.remember(self.unreadable)
 
-    def _take(self) -> None:
-        if not checkpoints.list_checkpoints(self.out):
-            return
-        if not self.options.resume:
-            raise UsageError(
-                f"--out {self.out} already holds a training: add --resume to go on with it, or choose another folder"
-            )
-        self.load_state_dict(checkpoints.load_latest(self.out))
-        say(f"going on with {self.out} after epoch {self.epoch}, step {self.step}")
+    def position(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "step": self.step}
 
-    def _train_epoch(self, loader: Any, stop: StopSignals) -> None:
+    def _train_epoch(self, loader: Any) -> None:
         n_steps, saved = len(self.batches), time.monotonic()
         self.batches.start(self.epoch, self.step_in_epoch)
         self.model.train()
@@ -201,13 +192,13 @@ class ClassifierTraining:
                 loss_sum += self._train_step(views, self.labels[indices])
                 self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
                 advance()
-                due = stop.number is not None or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+                self.session.stopping = self.session.asked()
+                due = self.session.stopping or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
                 if due and self.step_in_epoch < n_steps:
                     self.loss_sum = self._finite(float(loss_sum))
                     self.save()
                     saved = time.monotonic()
-                    if stop.number is not None:
-                        self._stop(stop.number)
+                    self.session.stop_if_asked()
         say(f"{title}  loss {self._finite(float(loss_sum)) / n_steps:.4f}  lr {self.optimizer.param_groups[0]['lr']:g}")
         self.epoch, self.step_in_epoch, self.loss_sum = self.epoch + 1, 0, 0.0
         self.save()
@@ -236,11 +227,6 @@ class ClassifierTraining:
             )
         return loss_sum
 
-    def _stop(self, number: int) -> None:
-        error = Stopped(number)
-        error.args = (f"{error}; {checkpoints.where(self.out)}; to go on, add --resume to the same command",)
-        raise error
-
     def test(self, images: Images) -> dict[str, float]:
         """Top-1 and top-5 on centre views, percent; unreadable images are warned of and left out."""
         assert images.labels is not None
@@ -250,7 +236,7 @@ class ClassifierTraining:
     # ---- checkpoints ----
 
     def save(self) -> None:
-        checkpoints.save(self.out, self.state_dict())
+        self.session.save(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest depends on; the order and the views of images follow from the steps."""
@@ -267,12 +253,11 @@ class ClassifierTraining:
         if not isinstance(saved, dict):
             raise CommandError(f"--resume: {self.out} holds no classifier's training")
         differences = [
-            f"{name.replace('_', '-')}: it has {saved.get(name)}, asked for {value}"
+            f"{name.replace('_', '-')}: the run has {saved.get(name)}, asked for {value}"
             for name, value in self.settings.items()
             if saved.get(name) != value
         ]
-        if differences:
-            raise UsageError(f"--resume: {self.out} was started otherwise:\n  " + "\n  ".join(differences))
+        refuse_differences(f"--resume: {self.out}", differences)
         (self.model.head if self.model.frozen else self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -137,3 +137,18 @@ def load_latest(out: Path) -> dict[str, Any]:
             reasons.append(str(error))
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     raise CommandError(f"no checkpoint to go on from in {folder(out)}" + "".join(f"\n  {r}" for r in reasons))
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """That of torch's generators, for a checkpoint."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """The inverse of `random_state`, also of one that another kind of device saved."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -10,8 +10,6 @@ from typing import Any
 
 import filelock
 
-from ifnd_fast import config
-from ifnd_fast.config import Config
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
@@ -39,17 +37,9 @@ def locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def create(settings: Config) -> None:
-    """Make OUT and write its config.
-
-    Raises:
-        UsageError: OUT already holds a run; nothing in it is touched.
-        CommandError: OUT can't be made or written.
-    """
-    out = settings.run.out
-    refuse_a_run(out)
-    text = config.to_yaml(settings)
-    checkpoint.write_atomically(out / "config.yaml", lambda file: file.write(text.encode()))
+def create(out: Path, config: str) -> None:
+    """Make OUT and write its config.yaml. Raises CommandError: OUT can't be made or written."""
+    checkpoint.write_atomically(out / "config.yaml", lambda file: file.write(config.encode()))
 
 
 def refuse_a_run(out: Path) -> None:

@@ -27,6 +27,7 @@ from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.background import Background
 from ifnd_fast.runtime.console import progress, warn
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
+from ifnd_fast.runtime.spans import span
 
 
 class Labeller:
@@ -149,7 +150,8 @@ class Labeller:
     ) -> None:
         """Cluster the features, or begin to."""
         started = time.perf_counter()
-        vectors, own_usable = self._features(encoder, autocast, unreadable)
+        with span("features"):
+            vectors, own_usable = self._features(encoder, autocast, unreadable)
         if not self._everywhere(bool(torch.isfinite(vectors).all())):
             raise NonFiniteError(f"the features are not finite after epoch {epoch}")
         vectors = self._prepared(vectors[own_usable])
@@ -220,7 +222,8 @@ class Labeller:
                 advance()
 
             try:
-                self.pseudo_labels.fit(vectors, progress=step, previous=own, max_iter=iterations)
+                with span("clustering"):
+                    self.pseudo_labels.fit(vectors, progress=step, previous=own, max_iter=iterations)
             except ValueError as error:  # too few different images for the clusters, say
                 raise CommandError(f"clustering failed after epoch {epoch}: {error}") from error
         self.found = {

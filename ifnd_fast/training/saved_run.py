@@ -19,6 +19,7 @@ from ifnd_fast.config import Config, DataConfig
 from ifnd_fast.contrast.encoder import build
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
+from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.checkpoint import load_latest
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
@@ -245,3 +246,14 @@ def stored_features(state: Mapping[str, Any], most: int = POINTS, seed: int = 0)
     found = features[torch.from_numpy(rows[kept])].float().numpy()
     finite = np.isfinite(found).all(axis=1)
     return StoredFeatures(found[finite], distinct[kept][finite], source)
+
+
+def write_result(out: Path, backbone: nn.Module, result: dict[str, Any]) -> None:
+    """backbone.pt, with torchvision's names, and result.json of a run that has ended.
+
+    Raises:
+        CommandError: the disk is full or not writable.
+    """
+    weights = {name: value.cpu() for name, value in backbone.state_dict().items()}
+    checkpoint.write_atomically(out / "backbone.pt", lambda file: torch.save(weights, file))
+    run_folder.write_json(out / "result.json", result)

@@ -106,7 +106,7 @@ def test_stopped_within_an_epoch_it_goes_on_to_the_same_weights(backbone_lr, new
 def test_an_interrupted_long_epoch_has_checkpoints(new, monkeypatch, tmp_path):
     monkeypatch.setattr(classifier, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     written = []
-    monkeypatch.setattr(checkpoint, "save", lambda out, state: written.append(state["step"]))
+    monkeypatch.setattr(checkpoint, "save", lambda out, state, keep: written.append(state["step"]))
     new(epochs=1).fit()
     assert written == [1, 2, 3, 4, 5]
 

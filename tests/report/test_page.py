@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ifnd_fast.config import Config
+from ifnd_fast.config import Config, to_yaml
 from ifnd_fast.report.curves import _bins, draw_figures
 from ifnd_fast.report.detections import choose_anchors, contact_sheets, detected
 from ifnd_fast.report.html import flatten
@@ -417,7 +417,7 @@ def test_what_training_writes(make_run, tmp_path):
     settings.model.width, settings.model.dim = 4, 8
     settings.optim.epochs, settings.optim.batch_size, settings.contrast.queue_size = 2, 15, 30
     settings.cluster.levels, settings.cluster.recluster_every = LEVELS, 1
-    run_folder.create(settings)
+    run_folder.create(settings.run.out, to_yaml(settings))
     Trainer(settings).fit()
     page = write_report(settings.run.out).read_text()
     states = ["Precision and recall at every acceptance rate", "Features in the plane (PCA)"]

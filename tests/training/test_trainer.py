@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ifnd_fast.cli import parse_train
-from ifnd_fast.config import OptimConfig
+from ifnd_fast.config import OptimConfig, to_yaml
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.training.trainer import Trainer, learning_rate
@@ -23,7 +23,7 @@ from tests.conftest import TINY
 def new(out, data, *options) -> Trainer:
     config = parse_train(["--out", str(out), "--data", str(data), *TINY, *map(str, options)])
     trainer = Trainer(config)
-    run_folder.create(config)
+    run_folder.create(config.run.out, to_yaml(config))
     return trainer
 
 
@@ -178,7 +178,7 @@ def test_a_resumed_run_ends_with_the_same_bits(options, digit_folder, tmp_path):
     config = parse_train(["--resume", "--out", str(tmp_path / "stopped")])
     torch.manual_seed(1234)
     resumed = Trainer(config)
-    resumed.resume()
+    resumed.session.go_on(resumed)
     resumed.fit()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
@@ -195,7 +195,8 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(digit_folder, tmp_pa
     new(out, digit_folder, "--epochs", 2).fit()
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "loss": 1}\n{"epoch": 4, "lo')
-    Trainer(parse_train(["--resume", "--out", str(out)])).resume()
+    resumed = Trainer(parse_train(["--resume", "--out", str(out)]))
+    resumed.session.go_on(resumed)
     assert [line["epoch"] for line in metrics(out)] == [1, 2]
 
 
@@ -211,7 +212,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(digit_folder, tmp_
     new(out, digit_folder)
     (out / "metrics.jsonl").write_text('{"epoch": 1, "loss": 1}\n')
     resumed = Trainer(parse_train(["--resume", "--out", str(out)]))
-    resumed.resume()
+    resumed.session.go_on(resumed)
     resumed.fit()
     assert "no checkpoint yet: beginning anew" in capsys.readouterr().out
     assert [line["epoch"] for line in metrics(out)] == [1, 2, 3] and metrics(out)[0]["loss"] != 1
@@ -222,7 +223,8 @@ def test_a_checkpoint_of_other_options_than_the_config_is_refused(digit_folder, 
     new(out, digit_folder).save()
     (out / "config.yaml").write_text((out / "config.yaml").read_text().replace("lr: 0.06", "lr: 0.07"))
     with pytest.raises(UsageError, match="--lr: the run has 0.06, asked for 0.07"):
-        Trainer(parse_train(["--resume", "--out", str(out)])).resume()
+        resumed = Trainer(parse_train(["--resume", "--out", str(out)]))
+        resumed.session.go_on(resumed)
 
 
 def test_unlabelled_images_train_without_measuring(flat_folder, tmp_path):
@@ -236,7 +238,7 @@ def test_unlabelled_images_train_without_measuring(flat_folder, tmp_path):
 def test_a_queue_longer_than_the_data_masks_the_images_own_keys(digit_folder, tmp_path):
     trainer = new(tmp_path / "run", digit_folder, "--queue-size", 300)
     trainer.fit()
-    assert trainer.queue.count == 288 and math.isfinite(metrics(tmp_path / "run")[-1]["loss"])
+    assert trainer.objective.queue.count == 288 and math.isfinite(metrics(tmp_path / "run")[-1]["loss"])
 
 
 def test_more_clusters_than_images_are_scaled_down_or_refused(digit_folder, tmp_path, capsys):
@@ -287,8 +289,8 @@ def test_unreadable_images_are_counted_or_stop_the_run(strict, flat_folder, tmp_
 
 def test_a_nan_stops_the_run_with_the_step(digit_folder, tmp_path):
     trainer = new(tmp_path / "run", digit_folder)
-    loss = trainer._loss
-    trainer._loss = lambda *args: loss(*args) * (math.nan if trainer.step == 3 else 1)
+    loss = trainer.objective.loss
+    trainer.objective.loss = lambda *args: loss(*args) * (math.nan if trainer.step == 3 else 1)
     with pytest.raises(NonFiniteError, match="the loss is not finite at step 4.*step-000000003.pt"):
         trainer.fit()
 
@@ -325,8 +327,8 @@ def test_contrast_in_half_precision(options, digit_folder, tmp_path, monkeypatch
     monkeypatch.setattr("ifnd_fast.training.trainer.pick_contrast_dtype", lambda *_: torch.float16)
     trainer = new(tmp_path / "half", digit_folder, *options)
     trainer.fit()
-    if trainer.queue is not None:
-        assert trainer.queue.features.dtype == torch.float16
+    if trainer.config.contrast.negatives == "queue":
+        assert trainer.objective.queue.features.dtype == torch.float16
     first, second = (metrics(tmp_path / name)[0]["loss"] for name in ("single", "half"))
     assert second == pytest.approx(first, rel=2e-3) and second != first
     assert sum(metrics(tmp_path / "half")[-1]["false_negatives_per_query"]) > 0

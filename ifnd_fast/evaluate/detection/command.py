@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from ifnd_fast.evaluate.detection.options import DetectionOptions
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_device
 from ifnd_fast.runtime.console import say, table
-from ifnd_fast.runtime.stop import explained
 
 
 def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
@@ -36,8 +34,7 @@ def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
         if options.data is None and options.train_annotations is None:
             return
     tuning = FineTuning(backbone, options, device)
-    with tuning.stop, explained(tuning.out, tuning.stop), ExitStack() as held:
-        tuning.take(held)
+    with tuning.session.open(tuning):
         figures = tuning.fit()
     if distributed.rank() == 0:
         _tell(figures, options.json_file)

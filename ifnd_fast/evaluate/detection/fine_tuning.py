@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import datetime
 import math
-import signal
 import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,8 @@ from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import pick_amp
 from ifnd_fast.runtime.console import progress, say, track
-from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
-from ifnd_fast.runtime.stop import StopSignals
+from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
+from ifnd_fast.runtime.session import Session, refuse_differences
 
 
 class FineTuning:
@@ -55,7 +54,7 @@ class FineTuning:
         self.unreadable = Unreadable(self.train, options.strict), Unreadable(self.val, options.strict)
         self._check_categories()
         self.examples = coco.TrainingExamples(self.train, options.seed)
-        self.batches = self._deal()
+        self.batches = self._batches()
         self.amp = pick_amp(options.amp, device)
         torch.manual_seed(options.seed)
         self.model: nn.Module = mask_rcnn(
@@ -77,7 +76,7 @@ class FineTuning:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         self.step, self.seconds = 0, 0.0
         self.sums: dict[str, float] = {}  # of each loss, and the steps, since the last line
-        self.stop = StopSignals()
+        self.session = Session(self.out, options.resume)
 
     def _check_categories(self) -> None:
         """Raises UsageError: the two annotation files don't name the same things by the same numbers."""
@@ -87,23 +86,13 @@ class FineTuning:
                 other = f"{names[0].get(number)!r} in {self.train.path}"
                 raise UsageError(f"category {number} is {name!r} in {self.val.path}, but {other}")
 
-    def _deal(self) -> EpochBatches:
+    def _batches(self) -> EpochBatches:
         batch, n, ranks = self.options.batch_size, len(self.examples), distributed.world_size()
         if batch > n:
             raise UsageError(f"--batch-size {batch} is larger than the {n} training images with objects: lower it")
         if batch % ranks:
             raise UsageError(f"--batch-size {batch} must divide by the {ranks} ranks")
         return EpochBatches(n, batch, self.options.seed, distributed.rank(), ranks)
-
-    def take(self, held: ExitStack) -> None:
-        """Make OUT, or go on from what is in it; locked against other runs until `held` closes."""
-        with distributed.agreed(True):
-            if distributed.rank() == 0:
-                if not self.options.resume:
-                    run_folder.refuse_a_run(self.out)
-                held.enter_context(run_folder.locked(self.out))
-            if self.options.resume:
-                self.resume()
 
     # ---- the loop ----
 
@@ -119,7 +108,7 @@ class FineTuning:
             f"{self.options.batch_size}, lr {self.options.lr:g}, batch norm "
             f"{'trained' if self.options.batch_norm == 'sync' else 'frozen'}"
         )
-        with self.stop.deferred():
+        with self.session.stop.deferred():
             self._train(model)
         return self._finish(self.measure())
 
@@ -132,11 +121,11 @@ class FineTuning:
         with running(loader) as batches, progress("iterations", self.options.iterations, self.step) as advance:
             started = time.perf_counter()
             while self.step < self.options.iterations:
-                losses, stopping = self._train_step(model, next(batches))
+                losses, self.session.stopping = self._train_step(model, next(batches))
                 self.seconds += time.perf_counter() - started
                 started = time.perf_counter()
                 advance(1, f"loss {losses['loss']:.3f}")
-                self._after_step(losses, stopping)
+                self._after_step(losses)
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -153,7 +142,7 @@ class FineTuning:
             losses = model(images, targets)
         loss = sum(losses.values())
         told = torch.stack([*losses.values(), loss]).detach().double()
-        asked = told.new_tensor([self.stop.number is not None])
+        asked = told.new_tensor([self.session.asked()])
         *values, asked_ranks = distributed.sum_over_ranks(torch.cat([told, asked])).tolist()
         names = [*losses, "loss"]
         means = {name: value / distributed.world_size() for name, value in zip(names, values, strict=True)}
@@ -184,17 +173,16 @@ class FineTuning:
                 "a lower --lr, a longer --warmup or --amp off may help"
             )
 
-    def _after_step(self, losses: dict[str, float], stopping: bool) -> None:
+    def _after_step(self, losses: dict[str, float]) -> None:
         """The losses' line, and a checkpoint where one is due or the run was asked to stop."""
         last = self.step == self.options.iterations
         for name, value in {**losses, "steps": 1}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         if self.step % self.options.log_every == 0 or last:
             self._report()
-        if last or stopping or self.step % self.options.checkpoint_every == 0:
+        if last or self.session.stopping or self.step % self.options.checkpoint_every == 0:
             self.save()
-        if stopping:
-            raise Stopped(self.stop.number or signal.SIGTERM)  # of another rank
+        self.session.stop_if_asked()
 
     def _report(self) -> None:
         """A line for the person and one of metrics.jsonl: mean losses since the last one."""
@@ -264,26 +252,13 @@ class FineTuning:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }  # fmt: skip
-        if distributed.rank() == 0:
-            checkpoints.save(self.out, state)
-        distributed.barrier()
+        self.session.save(state)
 
-    def resume(self) -> None:
-        """Go on from the newest readable checkpoint; from the beginning where none was written yet.
+    def position(self) -> dict[str, int]:
+        return {"step": self.step}
 
-        Raises:
-            CommandError: none can be read, or it is of another model.
-            UsageError: it was written with other options or categories.
-        """
-        if checkpoints.list_checkpoints(self.out):
-            self._load(checkpoints.load_latest(self.out))
-            say(f"going on with {self.out} after iteration {self.step}")
-        else:
-            say(f"{self.out} has no checkpoint yet: beginning anew")
-        if distributed.rank() == 0:
-            run_folder.truncate_metrics(self.out, "step", self.step)
-
-    def _load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UsageError, CommandError: the state is of other options or categories, or of another model."""
         try:
             saved, wanted = state["settings"], decisive(self.options)
             differences = [
@@ -292,8 +267,7 @@ class FineTuning:
             ]  # fmt: skip
             if state["categories"] != self.train.category_ids:
                 differences.append(f"categories of {self.train.path}: the run has others")
-            if differences:
-                raise UsageError(f"--resume: {self.out} was started with other options:\n  " + "\n  ".join(differences))
+            refuse_differences(f"--resume: {self.out}", differences)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from torch import nn
 from torchvision.models.detection import faster_rcnn
 from torchvision.ops import FrozenBatchNorm2d
 
-from ifnd_fast.config import PRESETS
+from ifnd_fast.config import PRESETS, to_yaml
 from ifnd_fast.contrast.encoder import resnet
 from ifnd_fast.data.views import to_input
 from ifnd_fast.evaluate.backbone import load_backbone
@@ -62,7 +61,7 @@ def run(coco_folder, tmp_path_factory) -> Path:
     views = to_input(torch.stack([images.image(index) for index in range(len(images))]), config.data, CPU)
     for _ in range(20):
         network(views)
-    run_folder.create(config)
+    run_folder.create(config.run.out, to_yaml(config))
     torch.save(network.state_dict(), out / "backbone.pt")
     return out
 
@@ -183,10 +182,11 @@ def test_a_killed_run_ends_with_the_same_numbers(whole, run, coco_folder, tmp_pa
     killed = task(run, "--data", coco_folder, "--out", out, *FLAGS, before=KILLED)
     assert killed.returncode == -signal.SIGKILL and [line["step"] for line in lines_of(out)] == [2, 4]
     assert [path.name for path in checkpoint.list_checkpoints(out)] == ["step-000000003.pt"]
-    with ExitStack() as held, pytest.raises(UsageError, match="already holds a run: add --resume"):
-        tuning(run, coco_folder, out).take(held)
+    it = tuning(run, coco_folder, out)
+    with pytest.raises(UsageError, match="already holds a run: add --resume"), it.session.open(it):
+        pass
     resumed = task(run, "--data", coco_folder, "--out", out, *FLAGS, "--resume")
-    assert resumed.returncode == 0 and "after iteration 3" in resumed.stdout, resumed.stderr
+    assert resumed.returncode == 0 and "after step 3" in resumed.stdout, resumed.stderr
     assert lines_of(out) == lines_of(whole[0])
     models = [torch.load(folder / "model.pt", weights_only=True) for folder in (out, whole[0])]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
@@ -214,16 +214,17 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(run, coco_folder, tmp_pa
         return step(*args)
 
     monkeypatch.setattr(it, "_train_step", signalled)
-    with pytest.raises(Stopped, match="SIGTERM"), it.stop:
+    with pytest.raises(Stopped, match="SIGTERM"), it.session.stop:
         it.fit()
     assert checkpoint.load_latest(it.out)["step"] == 2
 
 
 def test_what_a_resumed_run_may_not_change(whole, run, coco_folder):
-    with ExitStack() as held, pytest.raises(UsageError, match="--lr: the run has 0.002, asked for 0.02"):
-        tuning(run, coco_folder, whole[0], lr=0.02, resume=True).take(held)
+    it = tuning(run, coco_folder, whole[0], lr=0.02, resume=True)
+    with pytest.raises(UsageError, match="--lr: the run has 0.002, asked for 0.02"), it.session.open(it):
+        pass
     it = tuning(run, coco_folder, whole[0], resume=True, log_every=1)
-    it.resume()
+    it.session.go_on(it)
     assert it.step == 6
 
 
