@@ -37,18 +37,18 @@ struct ForwardState {
   int32_t* count;
 
   ForwardState(const InfoNceForward& p, int64_t rows, Carver& carver) {
-    const size_t lanes = size_t(round_up(rows, LANES)), levels = has_level_sums(p) ? size_t(p.L) : 0;
+    const size_t lanes = size_t(round_up<LANES>(rows)), levels = has_level_sums(p) ? size_t(p.L) : 0;
     grad = carver.take<float>(p.query_grad ? lanes * p.D : 0);
     max = carver.take<float>(lanes);
     sum = carver.take<float>(lanes);
-    level_grad = carver.take<float>(p.query_grad ? lanes * levels * padded(p.D) : 0);
+    level_grad = carver.take<float>(p.query_grad ? lanes * levels * size_t(padded(p.D)) : 0);
     level_max = carver.take<float>(lanes * levels);
     level_sum = carver.take<double>(lanes * levels);
     count = carver.take<int32_t>(lanes * p.L);
   }
 
   void start(const InfoNceForward& p, int64_t rows) const {
-    const int64_t lanes = round_up(rows, LANES), levels = has_level_sums(p) ? p.L : 0;
+    const int64_t lanes = round_up<LANES>(rows), levels = has_level_sums(p) ? p.L : 0;
     for (int64_t i = 0; i < lanes; ++i) max[i] = -INFINITY, sum[i] = 0.0f;
     for (int64_t i = 0; i < lanes * levels; ++i) level_max[i] = -INFINITY, level_sum[i] = 0.0;
     memset(count, 0, sizeof(int32_t) * size_t(lanes * p.L));
@@ -72,12 +72,13 @@ struct ForwardWork {
   MarkedKeys* marked;
 
   ForwardWork(const InfoNceForward& p, int64_t rows, Carver&& carver) : state(p, rows, carver), tile(carver, p.D) {
-    const size_t lanes = size_t(round_up(rows, LANES)), keys = size_t(tile_rows(p.D));
+    const size_t lanes = size_t(round_up<LANES>(rows));
+    const Multiple<kTerms<Word>> keys = tile_rows(p.D);
     panels = carver.take<Word>(lanes * words<Word>(p.D));
     labels = carver.take<PanelLabels>(lanes / LANES);
     tile_labels = carver.take<TileLabels>(1);
-    scores = carver.take<float>(keys * LANES);
-    weights = kTerms<Word> == 1 ? reinterpret_cast<Word*>(scores) : carver.take<Word>(keys / 2 * LANES);
+    scores = carver.take<float>(size_t(keys) * LANES);
+    weights = kTerms<Word> == 1 ? reinterpret_cast<Word*>(scores) : carver.take<Word>(size_t(keys / kTerms<Word>) * LANES);
     marked = carver.take<MarkedKeys>(LANES);
     bytes = carver.used;
   }
@@ -95,7 +96,7 @@ struct KeyList {
 template <class Word>
 static void add_keys(const KeyList& list, const KeyTile<Word>& tile, float scale, float* out) {
   constexpr int V = 4;
-  const int columns = padded(tile.D);
+  const int columns = int(padded(tile.D));
   int d = 0;
   for (; d + V * W <= columns; d += V * W) {
     vfloat acc[V] = {};
@@ -219,9 +220,9 @@ static void forward_over(const InfoNceForward& p, Range rows, Range keys, void* 
   }
   const float inverse_temperature = float(1.0 / p.temperature);
   const bool matching = uses_labels(p) || uses_ids(p);
-  const int step = tile_rows(p.D);
+  const int64_t step = tile_rows(p.D);
   for (int64_t key = keys.begin; key < keys.end; key += step) {
-    const int n = int(min_of<int64_t>(step, keys.end - key));
+    const int n = int(min_of(step, keys.end - key));
     work.tile.pack(p.negatives, p.dtype, key, n);
     if (matching) pack_labels(p, key, n, *work.tile_labels);
     for (int64_t at = 0; at < count; at += LANES) {

@@ -17,7 +17,7 @@ static void exp_array(const float* x, float* y, int64_t n) {
 
 const Kernels kernels = {
     IFND_NAME(IFND_ISA), LANES,      forward_bytes, forward_pass, forward_finish, group_bytes,  pass_bytes,
-    group_pack,     negatives_pass,  half_norms,    assign_bytes, packed_bytes,   screen_rows,  packed_tiles,
+    group_pack,     negatives_pass,  half_norms,    assign_bytes, packed_bytes,   tile_centroids, packed_tiles,
     pack_centroids, assign_rows,     drifts,        tiles_to_visit, sum_cluster,  exp_array,
 };
 

@@ -33,7 +33,7 @@ struct Kernels {
   void (*half_norms)(const AssignClusters&, Range centroids, float* half_norms);
   size_t (*assign_bytes)(const AssignClusters&, int64_t rows);
   size_t (*packed_bytes)(const AssignClusters&);
-  int (*screen_rows)(int D);  // centroids of a tile
+  int64_t (*tile_centroids)(int D);  // of a packed tile
   int64_t (*packed_tiles)(const AssignClusters&);
   void (*pack_centroids)(const AssignClusters&, const float* half_norms, const int32_t* order, int64_t tile,
                          void* packed);

@@ -9,14 +9,17 @@
 
 IFND_BEGIN
 
+// Unknown labels and ids, all negative ones, are other numbers for a query than for a key, and so match nothing.
+constexpr int kUnknownQuery = -2, kUnknownKey = -1;
+
 struct PanelLabels {
-  int32_t label[kMaxLevels][LANES];  // -2: none, equal to no key's
+  int32_t label[kMaxLevels][LANES];
   int32_t id_low[LANES];
   int64_t id[LANES];
 };
 
 struct TileLabels {
-  int32_t label[kMaxLevels][kMaxTileRows];  // -1: none
+  int32_t label[kMaxLevels][kMaxTileRows];
   int32_t id_low[kMaxTileRows];
   int64_t id[kMaxTileRows];
 };
@@ -32,9 +35,10 @@ static inline void pack_labels(const InfoNce& p, int64_t first, int64_t rows, Pa
     if (uses_labels(p))
       for (int l = 0; l < p.label_columns; ++l) {
         const int32_t y = lane < rows ? p.query_labels[i * p.label_columns + l] : -1;
-        out.label[l][lane] = y < 0 ? -2 : y;
+        out.label[l][lane] = y < 0 ? kUnknownQuery : y;
       }
-    out.id[lane] = uses_ids(p) && lane < rows ? p.query_ids[i] : 0;
+    const int64_t id = uses_ids(p) && lane < rows ? p.query_ids[i] : -1;
+    out.id[lane] = id < 0 ? kUnknownQuery : id;
     out.id_low[lane] = int32_t(out.id[lane]);
   }
 }
@@ -44,9 +48,10 @@ static inline void pack_labels(const InfoNce& p, int64_t first, int keys, TileLa
     if (uses_labels(p))
       for (int l = 0; l < p.label_columns; ++l) {
         const int32_t y = p.negative_labels[(first + k) * p.label_columns + l];
-        out.label[l][k] = y < 0 ? -1 : y;
+        out.label[l][k] = y < 0 ? kUnknownKey : y;
       }
-    out.id[k] = uses_ids(p) ? p.negative_ids[first + k] : 0;
+    const int64_t id = uses_ids(p) ? p.negative_ids[first + k] : -1;
+    out.id[k] = id < 0 ? kUnknownKey : id;
     out.id_low[k] = int32_t(out.id[k]);
   }
 }

@@ -80,9 +80,9 @@ static void multiply_columns(int M, int P, float alpha, const Word* a, ptrdiff_t
   }
 }
 
-// N is a multiple of NARROW, P counts words. A is (M, P) with row stride lda, or stored as (P, M) when Transposed.
+// P counts words. A is (M, P) with row stride lda, or stored as (P, M) when Transposed.
 template <bool Transposed, class Word>
-static void multiply(int M, int N, int P, float alpha, const Word* a, ptrdiff_t lda, const Word* b, ptrdiff_t ldb,
+static void multiply(int M, Multiple<NARROW> N, int P, float alpha, const Word* a, ptrdiff_t lda, const Word* b, ptrdiff_t ldb,
                      float* c, ptrdiff_t ldc, bool add) {
   int n = 0;
   for (; n + LANES <= N; n += LANES)

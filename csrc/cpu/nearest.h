@@ -1,5 +1,7 @@
 // assign_clusters: the nearest centroid of every feature and its softmax probability, streaming the centroids.
 //   s_j = x.c_j (- |c_j|^2 / 2 for l2),  label = argmax_j s_j,  confidence = 1 / sum_j e^{(s_j - s_label) / tau}
+// A similarity that is not a number is never the nearest, and makes the row's confidence NaN; so do infinite ones that
+// are the nearest. A row without any similarity that is a number gets label -1.
 // A row's result depends on its own values and the centroids only, not on how rows are split or grouped.
 #pragma once
 
@@ -16,7 +18,7 @@ struct AssignWork {
   int32_t* label;
 
   AssignWork(const AssignClusters& p, int64_t rows, Carver& carver) : tile(carver, p.D) {
-    const size_t lanes = size_t(round_up(rows, LANES));
+    const size_t lanes = size_t(round_up<LANES>(rows));
     panels = carver.take<Word>(lanes * words<Word>(p.D));
     best = carver.take<float>(lanes);
     sum = carver.take<float>(lanes);
@@ -38,6 +40,15 @@ static void half_norms(const AssignClusters& p, Range centroids, float* out) {
   }
 }
 
+// Of lanes that have no label yet, as no score was above -infinity: the first centroid whose score is a number.
+static vint first_number(const float* scores, int64_t first, int centroids, vint label) {
+  for (int j = 0; j < centroids; ++j) {
+    const vfloat s = load(scores + ptrdiff_t(j) * LANES);
+    label = (s == s) & (label < vint{}) ? splat(int32_t(first + j)) : label;
+  }
+  return label;
+}
+
 // One panel against one tile of centroids, the first of them number `first`.
 template <class Word>
 static void update_nearest(const AssignWork<Word>& work, int64_t at, int64_t lanes, int64_t first, int centroids,
@@ -57,6 +68,7 @@ static void update_nearest(const AssignWork<Word>& work, int64_t at, int64_t lan
       best = nearer ? s : best;
       label = nearer ? splat(int32_t(first + j)) : label;
     }
+    if (true_lanes(label < vint{})) label = first_number(scores, first, centroids, label);
     store(work.best + at + v, best);
     store(work.label + at + v, label);
     if (!with_confidence) continue;
@@ -69,14 +81,14 @@ static void update_nearest(const AssignWork<Word>& work, int64_t at, int64_t lan
 
 template <class Word>
 static void assign_with(const AssignWork<Word>& work, const AssignClusters& p, const float* half_norms, Range rows) {
-  const int64_t count = rows.end - rows.begin, lanes = round_up(count, LANES);
+  const int64_t count = rows.end - rows.begin, lanes = round_up<LANES>(count);
   const float inverse_temperature = float(1.0 / p.temperature);
-  const int step = tile_rows(p.D);
+  const int64_t step = tile_rows(p.D);
   for (int64_t at = 0; at < lanes; at += LANES)
     pack_panel(p.features, p.dtype, rows.begin + at, count - at, p.D, work.panels + at * words<Word>(p.D));
-  for (int64_t i = 0; i < lanes; ++i) work.best[i] = -INFINITY, work.sum[i] = 0.0f, work.label[i] = 0;
+  for (int64_t i = 0; i < lanes; ++i) work.best[i] = -INFINITY, work.sum[i] = 0.0f, work.label[i] = -1;
   for (int64_t j = 0; j < p.C; j += step) {
-    const int n = int(min_of<int64_t>(step, p.C - j));
+    const int n = int(min_of(step, p.C - j));
     work.tile.pack(p.centroids, p.dtype, j, n);
     for (int64_t at = 0; at < count; at += LANES) {
       work.tile.scores(n, count - at, 1.0f, work.panels + at * words<Word>(p.D), work.scores);
@@ -85,7 +97,7 @@ static void assign_with(const AssignWork<Word>& work, const AssignClusters& p, c
   }
   memcpy(p.labels + rows.begin, work.label, sizeof(int32_t) * size_t(count));
   if (p.confidence)
-    for (int64_t i = 0; i < count; ++i) p.confidence[rows.begin + i] = 1.0f / work.sum[i];
+    for (int64_t i = 0; i < count; ++i) p.confidence[rows.begin + i] = work.sum[i] > 0.0f ? 1.0f / work.sum[i] : NAN;
 }
 
 IFND_END

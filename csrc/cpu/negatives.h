@@ -21,12 +21,12 @@ struct QueryGroup {
 
   QueryGroup(const InfoNceNegativesGrad& p, int64_t count, const void* base) {
     Carver carver{static_cast<char*>(const_cast<void*>(base))};
-    const size_t lanes = size_t(round_up(count, LANES));
-    panels = carver.take<Word>(lanes * words<Word>(p.D));
-    rows = carver.take<Word>(lanes / kTerms<Word> * padded(p.D));
-    shift = carver.take<float>(lanes);
-    factor = carver.take<float>(lanes);
-    labels = carver.take<PanelLabels>(lanes / LANES);
+    const Multiple<LANES> lanes = round_up<LANES>(count);
+    panels = carver.take<Word>(size_t(lanes) * size_t(words<Word>(p.D)));
+    rows = carver.take<Word>(size_t(Multiple<kTerms<Word>>(lanes) / kTerms<Word>) * size_t(padded(p.D)));
+    shift = carver.take<float>(size_t(lanes));
+    factor = carver.take<float>(size_t(lanes));
+    labels = carver.take<PanelLabels>(size_t(lanes / LANES));
     bytes = carver.used;
   }
 };
@@ -42,7 +42,7 @@ struct NegativesWork {
 
   NegativesWork(const InfoNceNegativesGrad& p, Carver&& carver) : tile(carver, p.D) {
     const size_t keys = size_t(tile_rows(p.D));
-    grad = carver.take<float>(keys * tile_stride(p.D));
+    grad = carver.take<float>(keys * size_t(tile_stride(p.D)));
     scores = carver.take<float>(keys * LANES);
     weights = kTerms<Word> == 1 ? reinterpret_cast<Word*>(scores) : carver.take<Word>(keys * LANES / kTerms<Word>);
     labels = carver.take<TileLabels>(1);
@@ -59,7 +59,7 @@ static void pack_queries(const InfoNceNegativesGrad& p, Range rows, int panel, v
   pack_panel(p.query, p.dtype, first, count, p.D, group.panels + at * words<Word>(p.D));
   Word* zipped = group.rows + at / kTerms<Word> * padded(p.D);
   memset(zipped, 0, sizeof(Word) * size_t(LANES / kTerms<Word>) * size_t(padded(p.D)));
-  pack_zipped(p.query, p.dtype, first, count, p.D, padded(p.D), zipped);
+  pack_zipped(p.query, p.dtype, first, count, p.D, int(padded(p.D)), zipped);
   pack_labels(p, first, count, group.labels[panel]);
   for (int lane = 0; lane < LANES; ++lane) {
     group.shift[at + lane] = group.factor[at + lane] = 0.0f;
@@ -134,16 +134,16 @@ static void negatives_over(const InfoNceNegativesGrad& p, Range rows, Range keys
   const QueryGroup<Word> group(p, count, memory);
   const NegativesWork<Word> work(p, Carver{static_cast<char*>(workspace)});
   const float inverse_temperature = float(1.0 / p.temperature);
-  const int step = tile_rows(p.D), ld = tile_stride(p.D), columns = int(round_up(p.D, W));
+  const int64_t step = tile_rows(p.D), ld = tile_stride(p.D);
   for (int64_t key = keys.begin; key < keys.end; key += step) {
-    const int n = int(min_of<int64_t>(step, keys.end - key));
+    const int n = int(min_of(step, keys.end - key));
     work.tile.pack(p.negatives, p.dtype, key, n);
     if (uses_labels(p) || uses_ids(p)) pack_labels(p, key, n, *work.labels);
     for (int64_t at = 0; at < count; at += LANES) {
       const int64_t lanes = min_of<int64_t>(LANES, count - at);
       work.tile.scores(n, lanes, inverse_temperature, group.panels + at * words<Word>(p.D), work.scores);
       scores_to_weights(p, group, at, rows.begin + at, lanes, work, n);
-      multiply<false>(n, columns, words<Word>(int(lanes)), 1.0f, work.weights, LANES / kTerms<Word>,
+      multiply<false>(n, round_up<W>(p.D), words<Word>(int(lanes)), 1.0f, work.weights, LANES / kTerms<Word>,
                       group.rows + at / kTerms<Word> * padded(p.D), padded(p.D), work.grad, ld, at > 0);
     }
     for (int k = 0; k < n; ++k) {

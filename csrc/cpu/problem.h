@@ -26,7 +26,7 @@ struct InfoNce {
   const void* negatives;  // (K, D)
   const int32_t* query_labels;     // (B, label_columns), negative: no label
   const int32_t* negative_labels;  // (K, label_columns)
-  const int64_t* query_ids;        // (B,)
+  const int64_t* query_ids;        // (B,), negative: unknown
   const int64_t* negative_ids;     // (K,)
   int64_t B, K;
   int D, label_columns, L;  // L losses: label_columns, or 1 where the levels are combined
@@ -60,14 +60,14 @@ struct AssignClusters {
   DType dtype;
   Metric metric;
   double temperature;
-  int32_t* labels;    // (N,)
+  int32_t* labels;    // (N,), -1 where no centroid has a similarity that is a number
   float* confidence;  // (N,) or null
 };
 
 // Lloyd's step: labels of the nearest centroids by l2, from those of centroids that have moved since. `bounds` keeps less
 // than each row's distance to every centroid but its own, from one call to the next.
 struct Reassign {
-  AssignClusters now;     // labels: in and out
+  AssignClusters now;     // labels: in (outside 0..C-1: none yet) and out
   const float* previous;  // (C, D), what the labels and bounds are of; null: there are none yet
   float* bounds;          // (N,), in and out
 };

@@ -58,7 +58,7 @@ int64_t reassign(const Reassign& p, int threads) {
   const int64_t all = k.packed_tiles(now);
   std::vector<float> beyond(size_t(all) + 1, 0.0f);
   for (int64_t tile = 0; tile < all; ++tile)
-    beyond[size_t(tile)] = drifts[size_t(order[size_t(tile * k.screen_rows(now.D))])];
+    beyond[size_t(tile)] = drifts[size_t(order[size_t(tile * k.tile_centroids(now.D))])];
 
   const float longest = std::sqrt(2.0f * *std::max_element(half_norms, half_norms + now.C)) * 1.0001f;
   Scratch squares(sizeof(float) * size_t(now.N));

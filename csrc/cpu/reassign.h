@@ -36,7 +36,8 @@ static void drifts(const Reassign& p, Range centroids, float* out) {
     const ptrdiff_t at = ptrdiff_t(j) * p.now.D;
     // As in screen.h: 1e-18 is more than what squares may have lost.
     const bool same = memcmp(now + at, p.previous + at, sizeof(float) * size_t(p.now.D)) == 0;
-    out[j] = same ? 0.0f : sqrtf(squared_distance(now + at, p.previous + at, p.now.D)) * up + 1e-18f;
+    const float moved = same ? 0.0f : sqrtf(squared_distance(now + at, p.previous + at, p.now.D)) * up + 1e-18f;
+    out[j] = moved == moved ? moved : INFINITY;
   }
 }
 
@@ -44,8 +45,13 @@ static void tiles_to_visit(const Reassign& p, const float* beyond, int64_t tiles
                            float* distances, int32_t* tiles_of_rows) {
   const float sums = 2.4e-7f * float(p.now.D + 8);
   for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const int64_t label = p.now.labels[i];
+    if (label < 0 || label >= p.now.C) {
+      distances[i] = INFINITY, tiles_of_rows[i] = int32_t(tiles);
+      continue;
+    }
     const float* x = static_cast<const float*>(p.now.features) + i * p.now.D;
-    const float* own = static_cast<const float*>(p.now.centroids) + int64_t(p.now.labels[i]) * p.now.D;
+    const float* own = static_cast<const float*>(p.now.centroids) + label * p.now.D;
     const float squares = squared_distance(x, own, p.now.D);
     distances[i] = squares;
     // Scores are off by sums |x| |c| + half norms' rounding at most, and decide by twice their difference.

@@ -27,7 +27,7 @@ IFND_INLINE bool screens(const AssignClusters& p) {
 
 // Half as many as of floats: a tile and its scores stay in the first-level cache. Whole blocks of ROWS, as blocks that
 // began anywhere else would run past the tile, and the last one past the centroids' and the scores' memory.
-IFND_INLINE int screen_rows(int D) { return int(round_up(tile_rows(D) / 2, ROWS)); }
+IFND_INLINE Multiple<ROWS> screen_rows(int D) { return round_up<ROWS>(tile_rows(D) / 2); }
 
 #ifdef __AVX512VNNI__
 
@@ -37,6 +37,7 @@ constexpr int kCandidates = 32;
 constexpr int kExactRows = 4 * LANES;  // that go through assign_with<float> together
 constexpr uint16_t kAll = 0xffff;       // lanes: without a mask GCC 12 warns of its own headers
 constexpr float kSumError = 2.4e-7f;   // 2^-22
+constexpr float kLargest = 1e18f;      // rows as long as this may overflow in float32: nothing is ruled out for them
 
 struct Candidates {
   int n;
@@ -71,7 +72,8 @@ struct Rounded {
   float scale, norm, rest, squares;
 };
 
-static Rounded round_row(const float* row, const float* centre, int D, int8_t* out, int columns) {
+static Rounded round_row(const float* row, const float* centre, int D, int8_t* out,
+                         Multiple<W> columns) {
   alignas(64) float t[kMaxDim + W] = {};
   vfloat largest = {};
   memcpy(t, row, sizeof(float) * size_t(D));
@@ -106,7 +108,8 @@ struct TileBound {
 
 // The centroids in 8 bits, in the order in which they are visited; up to a multiple of ROWS with scores of -infinity.
 struct PackedCentroids {
-  int words, step;
+  int words;
+  Multiple<ROWS> step;  // centroids of a tile
   Quad* rows;
   float *scale, *bias;  // score = scale * (the feature's scale) * product + bias
   int32_t* offset;      // takes back that a feature's integers are stored 128 higher
@@ -115,7 +118,7 @@ struct PackedCentroids {
   float* centre_length;  // |m|
 
   PackedCentroids(const AssignClusters& p, Carver& carver) : words((p.D + 3) / 4), step(screen_rows(p.D)) {
-    const size_t lanes = size_t(round_up(p.C, ROWS));
+    const size_t lanes = size_t(round_up<ROWS>(p.C));
     rows = carver.take<Quad>(lanes * size_t(words) + W);
     scale = carver.take<float>(lanes);
     bias = carver.take<float>(lanes);
@@ -136,14 +139,14 @@ static void find_centre(const AssignClusters& p, const PackedCentroids& packed) 
     }
   for (int d = 0; d < p.D; ++d) mean[d] /= double(p.C), length += mean[d] * mean[d];
   const bool far = 2.0 * length > squares / double(p.C) && length < 1e36;
-  for (int d = 0; d < round_up(p.D, W); ++d) packed.centre[d] = far && d < p.D ? float(mean[d]) : 0.0f;
+  for (int d = 0; d < round_up<W>(p.D); ++d) packed.centre[d] = far && d < p.D ? float(mean[d]) : 0.0f;
   *packed.centre_length = far ? float(sqrt(length)) * 1.000001f : 0.0f;
 }
 
 // Tile number `tile`; half_norms, of centroids in their own order, is null for the inner product.
 static void pack_screened(const AssignClusters& p, const float* half_norms, const int32_t* order, int64_t tile,
                           const PackedCentroids& packed) {
-  const int64_t first = tile * packed.step, end = min_of(first + packed.step, round_up(p.C, ROWS));
+  const int64_t first = tile * packed.step, end = min_of<int64_t>(first + packed.step, round_up<ROWS>(p.C));
   const float m = *packed.centre_length, sums = kSumError * float(p.D + 8);
   TileBound bound{0.0f, 0.0f, 0.0f, 0.0f};
   float largest = 0.0f;
@@ -154,7 +157,7 @@ static void pack_screened(const AssignClusters& p, const float* half_norms, cons
     if (k < p.C) {
       const int64_t j = order ? order[k] : k;
       const float* c = static_cast<const float*>(p.centroids) + j * p.D;
-      const Rounded r = round_row(c, packed.centre, p.D, row, int(round_up(p.D, W)));
+      const Rounded r = round_row(c, packed.centre, p.D, row, round_up<W>(p.D));
       int32_t total = 0;
       for (int d = 0; d < p.D; ++d) total += row[d];
       packed.scale[k] = r.scale, packed.offset[k] = -128 * total;
@@ -165,14 +168,17 @@ static void pack_screened(const AssignClusters& p, const float* half_norms, cons
         for (int d = 0; d < p.D; ++d) bias += packed.centre[d] * (c[d] - packed.centre[d]);
       }
       packed.bias[k] = bias;
-      // Written so that NaN counts as infinite: then nothing is ruled out.
-      if (!(r.norm + r.rest <= bound.norm)) bound.norm = r.norm + r.rest;
-      if (!(r.rest <= bound.rest)) bound.rest = r.rest;
-      if (half_norms && !(half_norms[j] <= largest)) largest = half_norms[j];
+      if (r.norm + r.rest + m < kLargest) {
+        bound.norm = max(r.norm + r.rest, bound.norm);
+        bound.rest = max(r.rest, bound.rest);
+        if (half_norms) largest = max(half_norms[j], largest);
+      } else {  // too long, or not a number: neither it nor any other of the tile is ruled out
+        packed.scale[k] = 0.0f, packed.bias[k] = INFINITY;
+        bound.norm = bound.rest = INFINITY;
+      }
     }
     memcpy(out, row, sizeof(Quad) * size_t(packed.words));
   }
-  if (bound.norm != bound.norm || bound.rest != bound.rest) bound.norm = bound.rest = INFINITY;
   bound.length = bound.norm + m;
   // About the mean, halves of squared lengths are not those that decide, but off from them by as much.
   const float moved = m > 0.0f ? sums * bound.length * bound.length : 0.0f;
@@ -186,10 +192,10 @@ struct ScreenWork {
   Candidates* candidates;
   AssignWork<float> exact;  // for the features that screening does not decide
   float* exact_rows;
-  int32_t *exact_labels, *undecided;
+  int32_t *exact_labels, *undecided;  // places among the rows
 
   ScreenWork(const AssignClusters& p, int64_t rows, Carver& carver) : exact(p, kExactRows, carver) {
-    const size_t lanes = size_t(round_up(rows, LANES));
+    const size_t lanes = size_t(round_up<LANES>(rows));
     panels = carver.take<Quad>(lanes * size_t((p.D + 3) / 4));
     float** const of_rows[] = {&scale, &norm, &rest, &squares, &lower, &highest, &second};
     for (float** of_row : of_rows) *of_row = carver.take<float>(lanes);
@@ -210,20 +216,21 @@ static void start_screening(const AssignClusters& p, const Visits& visits, Range
   const float sums = kSumError * float(p.D + 8);
   alignas(64) int8_t row[kMaxDim + W];
   Quad quads[kMaxDim / 4];
-  for (int64_t i = 0; i < round_up(count, LANES); ++i) {
+  for (int64_t i = 0; i < round_up<LANES>(count); ++i) {
     memset(row, 0, sizeof row);
     Rounded r{0.0f, 0.0f, 0.0f, 0.0f};
     work.lower[i] = work.highest[i] = work.second[i] = -INFINITY;
     work.candidates[i].start(-1, i >= count);
     if (i < count) {
       const int64_t x = visited(visits, places.begin + i);
-      r = round_row(static_cast<const float*>(p.features) + x * p.D, packed.centre, p.D, row, int(round_up(p.D, W)));
-      if (visits.distances) {
+      r = round_row(static_cast<const float*>(p.features) + x * p.D, packed.centre, p.D, row, round_up<W>(p.D));
+      if (visits.distances && visits.distances[x] < INFINITY) {
         // s = (|t|^2 - |x - c|^2) / 2 of the nearest so far, at least
         const float own = visits.distances[x], length = sqrtf(r.squares) + sqrtf(own) + *packed.centre_length;
         work.lower[i] = 0.5f * (r.squares - own) - 2.0f * sums * length * length - 4.8e-38f * float(p.D);
         work.candidates[i].start(p.labels[x], !(work.lower[i] > -INFINITY));
       }
+      work.candidates[i].too_many |= !(r.norm + r.rest + *packed.centre_length < kLargest);
     }
     work.scale[i] = r.scale, work.norm[i] = r.norm, work.rest[i] = r.rest, work.squares[i] = r.squares;
     memcpy(quads, row, sizeof(Quad) * size_t(packed.words));
@@ -284,7 +291,7 @@ IFND_INLINE void score_block(const PackedCentroids& packed, int64_t first, const
 // One panel, at row `at` of the group, against one tile of centroids: what it leaves of them.
 static void screen_tile(const AssignClusters& p, const Visits& visits, const PackedCentroids& packed,
                         const ScreenWork& work, int64_t at, int64_t tile) {
-  const int64_t first = tile * packed.step, end = min_of(first + packed.step, round_up(p.C, ROWS));
+  const int64_t first = tile * packed.step, end = min_of<int64_t>(first + packed.step, round_up<ROWS>(p.C));
   const TileBound& bound = packed.bounds[tile];
   const float m = *packed.centre_length;
   Highest highest[VECTORS];
@@ -371,16 +378,17 @@ static float others_distance(const AssignClusters& p, const Visits& visits, cons
   return squares > 0.0f ? sqrtf(squares) * 0.999999f : 0.0f;
 }
 
-// Labels of rows (of the features) by assign_with<float>.
-static void assign_exactly(const AssignClusters& p, const float* half_norms, const ScreenWork& work,
-                           const int32_t* rows, int n) {
+// Labels of n rows, their places counted from `first` on, by assign_with<float>.
+static void assign_exactly(const AssignClusters& p, const float* half_norms, const Visits& visits,
+                           const ScreenWork& work, int64_t first, const int32_t* places, int n) {
   AssignClusters few = p;
   few.features = work.exact_rows, few.labels = work.exact_labels, few.N = n;
-  for (int i = 0; i < n; ++i)
-    memcpy(work.exact_rows + ptrdiff_t(i) * p.D, static_cast<const float*>(p.features) + int64_t(rows[i]) * p.D,
-           sizeof(float) * size_t(p.D));
+  for (int i = 0; i < n; ++i) {
+    const float* row = static_cast<const float*>(p.features) + visited(visits, first + places[i]) * p.D;
+    memcpy(work.exact_rows + ptrdiff_t(i) * p.D, row, sizeof(float) * size_t(p.D));
+  }
   assign_with(work.exact, few, half_norms, {0, n});
-  for (int i = 0; i < n; ++i) p.labels[rows[i]] = work.exact_labels[i];
+  for (int i = 0; i < n; ++i) p.labels[visited(visits, first + places[i])] = work.exact_labels[i];
 }
 
 // Labels of the rows at `places`; returns how many of them had to be found without screening.
@@ -402,7 +410,7 @@ static int64_t assign_screened(const AssignClusters& p, const float* half_norms,
     const int64_t row = visited(visits, places.begin + i);
     const int place = decide(p, half_norms, row, work.candidates[i], work.lower[i]);
     if (place < 0) {
-      work.undecided[undecided++] = int32_t(row);
+      work.undecided[undecided++] = int32_t(i);
       if (visits.bounds) visits.bounds[row] = 0.0f;
       continue;
     }
@@ -414,7 +422,8 @@ static int64_t assign_screened(const AssignClusters& p, const float* half_norms,
     p.labels[row] = work.candidates[i].centroid[place];
   }
   for (int64_t i = 0; i < undecided; i += kExactRows)
-    assign_exactly(p, half_norms, work, work.undecided + i, int(min_of<int64_t>(kExactRows, undecided - i)));
+    assign_exactly(p, half_norms, visits, work, places.begin, work.undecided + i,
+                   int(min_of<int64_t>(kExactRows, undecided - i)));
   return undecided;
 }
 
@@ -430,6 +439,7 @@ static size_t packed_bytes(const AssignClusters& p) {
   return carver.used;
 }
 
+static int64_t tile_centroids(int D) { return screen_rows(D); }
 static int64_t packed_tiles(const AssignClusters& p) { return (p.C + screen_rows(p.D) - 1) / screen_rows(p.D); }
 
 // Tile `tile` of the packed centroids; -1: what has to be done before any.

@@ -134,6 +134,31 @@ IFND_INLINE float sum(vfloat v) {  // pairwise
   return lane[0];
 }
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// A number that is a multiple of Step because it was rounded where it was made. What relies on whole vectors, blocks or
+// panels asks for one; a plain number does not become one, and a multiple of something else only where that divides.
+template <int Step>
+class Multiple {
+ public:
+  template <int Other>
+  constexpr Multiple(Multiple<Other> n) : n_(n) {
+    static_assert(Other % Step == 0, "a multiple of the one is not a multiple of the other");
+  }
+  constexpr operator int64_t() const { return n_; }
+
+  template <int Any>
+  friend constexpr Multiple<Any> round_down(int64_t n);
+
+ private:
+  explicit constexpr Multiple(int64_t n) : n_(n) {}
+  int64_t n_;
+};
+
+template <int Step>
+constexpr Multiple<Step> round_down(int64_t n) { return Multiple<Step>(n / Step * Step); }
+template <int Step>
+constexpr Multiple<Step> round_up(int64_t n) { return round_down<Step>(n + Step - 1); }
+
+static_assert(LANES <= 32, "a panel's lanes are the bits of an uint32_t");
+static_assert(kMaxDim % LANES == 0, "arrays of kMaxDim hold whole vectors");
 
 IFND_END

@@ -16,7 +16,7 @@ IFND_INLINE void prefetch_row(const ClusterSums& p, int64_t row) {
 
 // Rows `rows[0..n)`, in this order; all of them, and no others, are of this cluster.
 static void sum_cluster(const ClusterSums& p, int64_t cluster, const int64_t* rows, int64_t n) {
-  const int columns = int(round_up(p.D, W));
+  const int columns = int(round_up<W>(p.D));
   float x[kMaxDim + W] = {}, centroid[kMaxDim + W] = {};
   double* sums = p.sums + cluster * p.D;
   memset(sums, 0, sizeof(double) * size_t(p.D));

@@ -3,8 +3,8 @@
 //   panel (words of D, LANES): the transpose of up to LANES rows, missing rows zero
 #pragma once
 
+#include "carver.h"
 #include "matmul.h"
-#include "simd.h"
 
 IFND_BEGIN
 
@@ -12,11 +12,13 @@ constexpr int kMaxTileRows = 128;
 
 template <class Word>
 IFND_INLINE int words(int terms) { return (terms + kTerms<Word> - 1) / kTerms<Word>; }
-IFND_INLINE int padded(int n) { return int(round_up(n, 16)); }
+IFND_INLINE Multiple<16> padded(int n) { return round_up<16>(n); }
 // 16 words more, so that rows of a power of two don't all fall into the same few cache sets.
-IFND_INLINE int tile_stride(int n) { return padded(n) + 16; }
+IFND_INLINE Multiple<16> tile_stride(int n) { return padded(n + 16); }
 // About 64 KB of float keys: they stay in the second-level cache beside a group of queries.
-IFND_INLINE int tile_rows(int D) { return min_of(kMaxTileRows, D >= 1024 ? 16 : int(16384 / padded(D) / 8 * 8)); }
+IFND_INLINE Multiple<8> tile_rows(int D) {
+  return round_down<8>(min_of<int64_t>(kMaxTileRows, D >= 1024 ? 16 : 16384 / padded(D)));
+}
 
 IFND_INLINE float from_bfloat16(uint16_t x) { return bits<float>(uint32_t(x) << 16); }
 
@@ -45,14 +47,15 @@ static inline void convert_row(const void* matrix, DType dtype, int64_t row, int
   for (; d < D; ++d) out[d] = from_float16(in[d]);
 }
 
-// A row's words, zero up to `columns` words (a multiple of W).
-static inline void pack_row(const void* matrix, DType dtype, int64_t row, int D, float* out, int columns) {
+// A row's words, zero up to `columns` words.
+static inline void pack_row(const void* matrix, DType dtype, int64_t row, int D, float* out, Multiple<W> columns) {
   convert_row(matrix, dtype, row, D, out);
   for (int d = D; d < columns; ++d) out[d] = 0.0f;
 }
 
 #ifdef __AVX512BF16__
-static inline void pack_row(const void* matrix, DType dtype, int64_t row, int D, Pair* out, int columns) {
+static inline void pack_row(const void* matrix, DType dtype, int64_t row, int D, Pair* out,
+                            Multiple<W> columns) {
   if (dtype == DType::bfloat16) {
     const size_t bytes = sizeof(uint16_t) * size_t(D);
     memcpy(out, static_cast<const uint16_t*>(matrix) + row * D, bytes);
@@ -60,7 +63,7 @@ static inline void pack_row(const void* matrix, DType dtype, int64_t row, int D,
     return;
   }
   float x[kMaxDim + 2 * W];
-  pack_row(matrix, dtype, row, D, x, 2 * columns);
+  pack_row(matrix, dtype, row, D, x, round_up<W>(2 * columns));
   for (int p = 0; p < columns; p += W) store(out + p, to_bfloat16(load(x + 2 * p), load(x + 2 * p + W)));
 }
 #endif
@@ -71,7 +74,7 @@ static void pack_panel(const void* matrix, DType dtype, int64_t first, int64_t r
   const int P = words<Word>(D);
   for (int lane = 0; lane < LANES; ++lane) {
     if (lane < rows)
-      pack_row(matrix, dtype, first + lane, D, row, int(round_up(P, W)));
+      pack_row(matrix, dtype, first + lane, D, row, round_up<W>(P));
     else
       memset(row, 0, sizeof(Word) * size_t(P));
     for (int p = 0; p < P; ++p) panel[ptrdiff_t(p) * LANES + lane] = row[p];
@@ -93,13 +96,13 @@ IFND_INLINE vuint widened(const Pair* row, int d) {
   return __builtin_convertvector(halves, vuint) << 16;
 }
 
-IFND_INLINE void zip(const Pair* even, const Pair* odd, int columns, Pair* out) {
+IFND_INLINE void zip(const Pair* even, const Pair* odd, Multiple<W> columns, Pair* out) {
   for (int d = 0; d < columns; d += W) store(out + d, widened(even, d) >> 16 | widened(odd, d));
 }
 
 static inline void pack_zipped(const void* matrix, DType dtype, int64_t first, int64_t rows, int D, int stride,
                                Pair* out) {
-  const int columns = padded(words<Pair>(D));
+  const Multiple<16> columns = padded(words<Pair>(D));
   Pair even[kMaxDim / 2], odd[kMaxDim / 2];
   for (int64_t i = 0; i < rows; i += 2) {
     pack_row(matrix, dtype, first + i, D, even, columns);
@@ -112,18 +115,8 @@ static inline void pack_zipped(const void* matrix, DType dtype, int64_t first, i
 }
 #endif
 
-// One after the other out of a block of memory, each aligned for any vector. On a null block it only counts.
-struct Carver {
-  char* base;
-  size_t used = 0;
-
-  template <class T>
-  T* take(size_t count) {
-    T* p = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base) + used);
-    used += size_t(round_up(int64_t(count * sizeof(T)), 64));
-    return p;
-  }
-};
+// Of a panel whose first `lanes` are wanted, those that a product computes.
+IFND_INLINE Multiple<NARROW> product_lanes(int64_t lanes) { return round_up<NARROW>(min_of<int64_t>(LANES, lanes)); }
 
 // Keys with their words along D, for scores.
 template <class Word>
@@ -131,7 +124,7 @@ struct Tile {
   int D, stride;
   Word* rows;
 
-  Tile(Carver& carver, int dim) : D(dim), stride(tile_stride(words<Word>(dim))) {
+  Tile(Carver& carver, int dim) : D(dim), stride(int(tile_stride(words<Word>(dim)))) {
     rows = carver.take<Word>(size_t(tile_rows(dim)) * size_t(stride));
   }
 
@@ -143,8 +136,7 @@ struct Tile {
 
   // scores (keys, LANES) = alpha * rows panel; only the first `lanes` lanes need be right.
   void scores(int keys, int64_t lanes, float alpha, const Word* panel, float* scores) const {
-    multiply<false>(keys, int(min_of<int64_t>(LANES, round_up(lanes, NARROW))), words<Word>(D), alpha, rows, stride, panel,
-                    LANES, scores, LANES, false);
+    multiply<false>(keys, product_lanes(lanes), words<Word>(D), alpha, rows, stride, panel, LANES, scores, LANES, false);
   }
 };
 
@@ -158,8 +150,7 @@ struct KeyTile<float> : Tile<float> {
 
   // grad (D, LANES) += keys^T weights (keys, LANES)
   void add_weighted(int keys, int64_t lanes, const float* weights, float* grad) const {
-    multiply<true>(D, int(min_of<int64_t>(LANES, round_up(lanes, NARROW))), keys, 1.0f, rows, stride, weights, LANES, grad,
-                   LANES, true);
+    multiply<true>(D, product_lanes(lanes), keys, 1.0f, rows, stride, weights, LANES, grad, LANES, true);
   }
   vfloat column(int key, int d) const { return load(row(key) + d); }
 };
@@ -170,8 +161,9 @@ struct KeyTile<Pair> : Tile<Pair> {
   Pair* zipped;  // (words of keys, D)
   int zipped_stride;
 
-  KeyTile(Carver& carver, int dim) : Tile(carver, dim), zipped_stride(tile_stride(dim)) {
-    zipped = carver.take<Pair>(size_t(tile_rows(dim) / 2) * size_t(zipped_stride));
+  KeyTile(Carver& carver, int dim) : Tile(carver, dim), zipped_stride(int(tile_stride(dim))) {
+    const Multiple<kTerms<Pair>> keys = tile_rows(dim);
+    zipped = carver.take<Pair>(size_t(keys / kTerms<Pair>) * size_t(zipped_stride));
   }
 
   void pack(const void* matrix, DType dtype, int64_t first, int keys) const {
@@ -181,8 +173,8 @@ struct KeyTile<Pair> : Tile<Pair> {
   }
 
   void add_weighted(int keys, int64_t lanes, const Pair* weights, float* grad) const {
-    multiply<true>(D, int(min_of<int64_t>(LANES, round_up(lanes, NARROW))), words<Pair>(keys), 1.0f, zipped, zipped_stride,
-                   weights, LANES, grad, LANES, true);
+    multiply<true>(D, product_lanes(lanes), words<Pair>(keys), 1.0f, zipped, zipped_stride, weights, LANES, grad, LANES,
+                   true);
   }
   vfloat column(int key, int d) const { return bits<vfloat>(widened(row(key), d)); }
 };

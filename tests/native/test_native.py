@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 _cpu = pytest.importorskip("ifnd_fast._cpu", reason="the extension is not built")
+from tests.native import programs  # noqa: E402
+from tests.native.programs import isas  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -514,20 +516,12 @@ def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def available_isas() -> list[str]:
-    features = _cpu.features()
-    avx2 = all(features.get(part) for part in ("avx2", "fma", "f16c"))
-    avx512 = avx2 and all(features[f"avx512{part}"] for part in ("f", "bw", "dq", "vl"))
-    bf16 = avx512 and features["avx512bf16"]
-    return ["portable", *["avx2"] * bool(avx2), *["avx512"] * bool(avx512), *["avx512bf16"] * bool(bf16)]
-
-
 def test_the_best_instruction_set_is_chosen():
     if "IFND_FAST_CPU_ISA" not in os.environ:
-        assert _cpu.isa() == available_isas()[-1]
+        assert _cpu.isa() == isas()[-1]
 
 
-@pytest.mark.parametrize("isa", [isa for isa in available_isas() if isa != _cpu.isa()])
+@pytest.mark.parametrize("isa", [isa for isa in isas() if isa != _cpu.isa()])
 def test_other_instruction_sets(isa):
     """The value tests again with each lower one."""
     command = [
@@ -638,40 +632,23 @@ def test_scratch_memory_is_small():
     assert 0 < int(done.stdout) < 0.02 * 256 * 65536 * 4 / 1024 + counted_to
 
 
-def build_driver(sanitizers: str, build: Path) -> Path:
-    """tests/native/driver.cpp and the kernels, compiled with these checks into the folder `build`."""
-    probe = subprocess.run(
-        ["c++", f"-fsanitize={sanitizers}", "-x", "c++", "-", "-o", os.devnull],
-        input="int main() {}",
-        text=True,
-        capture_output=True,
-    )
-    if probe.returncode != 0:
-        pytest.skip("the compiler has no sanitizer runtime: " + probe.stderr[-200:])
-    flags = f"-O1 -g -fsanitize={sanitizers} -fno-sanitize-recover=all -I{ROOT / 'csrc' / 'cpu'}"
-    configure = [
-        *("cmake", "-G", "Ninja", "-S", str(ROOT / "csrc"), "-B", str(build), "-DCMAKE_BUILD_TYPE=None"),
-        *("-DIFND_MODULE=none", f"-DIFND_DRIVER={ROOT / 'tests' / 'native' / 'driver.cpp'}"),
-        f"-DCMAKE_CXX_FLAGS={flags}",
-    ]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for command in (configure, ["cmake", "--build", str(build)]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return build
+def build(sanitizers: str, folder: Path, *names: str) -> Path:
+    try:
+        return programs.build(sanitizers, folder, *names)
+    except programs.NoSanitizer as error:
+        pytest.skip(f"the compiler has no sanitizer runtime: {error}")
 
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory) -> Path:
-    return build_driver("address,undefined", tmp_path_factory.mktemp("sanitized"))
+    return build(programs.MEMORY, tmp_path_factory.mktemp("sanitized"), "driver", "fuzz", "overrun")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.timeout(900)  # the first of them builds the programs
+@pytest.mark.parametrize("isa", isas())
 def test_sanitized(isa, sanitized):
-    # No leak check: it needs ptrace, which containers often forbid, and OpenMP's pool would count.
-    environment = {**os.environ, "IFND_FAST_CPU_ISA": isa, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([str(sanitized / "driver")], env=environment, capture_output=True, text=True, timeout=250)
+    done = programs.run(sanitized / "driver", isa, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     name, _, error = done.stdout.split()
     assert name == isa
@@ -679,11 +656,33 @@ def test_sanitized(isa, sanitized):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the first of them builds the programs
+@pytest.mark.parametrize("isa", isas())
+def test_fuzzed(isa, sanitized):
+    """Every entry point against float64; tests/native/README.md has the long run."""
+    done = programs.run(sanitized / "fuzz", isa, "--calls", "1500", timeout=250)
+    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-3000:]
+    name, _, calls, _, values, *_ = done.stdout.split()
+    assert name == isa and int(calls) >= 1500 and int(values) > 10**6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the first of them builds the programs
+@pytest.mark.parametrize("buffer", ["0", "1", "2"])
+def test_a_touch_past_a_buffer_is_stopped(buffer, sanitized):
+    assert programs.run(sanitized / "overrun", None, "-1", buffer).stdout == "1\n"
+    for past in ("0", "1", "63", "4000"):
+        done = programs.run(sanitized / "overrun", None, past, buffer)
+        assert done.returncode != 0 and "AddressSanitizer: use-after-poison" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # the first of them builds the programs
 def test_no_data_races(tmp_path):
     # What remains outside parallel.h's annotations is the compiler's own record of a parallel region.
     (tmp_path / "suppressions").write_text("race_top:_omp_fn\n")
     environment = {**os.environ, "TSAN_OPTIONS": f"suppressions={tmp_path / 'suppressions'}"}
-    driver = build_driver("thread", tmp_path / "build") / "driver"
+    driver = build("thread", tmp_path / "build", "driver") / "driver"
     done = subprocess.run([str(driver)], env=environment, capture_output=True, text=True, timeout=250)
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("this kernel's address space randomisation is more than the sanitizer's runtime knows")
@@ -693,7 +692,7 @@ def test_no_data_races(tmp_path):
 @pytest.mark.slow
 def test_kernel_objects_share_no_code(sanitized):
     """The linker would merge two instruction sets' copies of a weak symbol (a header's inline function)."""
-    for isa in available_isas():
+    for isa in isas():
         (object_file,) = sanitized.glob(f"CMakeFiles/kernels_{isa}.dir/**/*.o")
         symbols = subprocess.run(["nm", str(object_file)], check=True, capture_output=True, text=True).stdout
         weak = [line.split()[-1] for line in symbols.splitlines() if line.split()[-2] in "WwVvu"]

@@ -1,0 +1,25 @@
+"""python -m tests.native: builds fuzz.cpp with the sanitizers and runs it for each instruction set that this CPU has.
+
+Options go on to it (README.md); with IFND_FAST_CPU_ISA set, that one alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.native.programs import MEMORY, build, isas, run
+
+
+def main() -> int:
+    chosen = os.environ.get("IFND_FAST_CPU_ISA")
+    with tempfile.TemporaryDirectory() as folder:
+        programs = build(MEMORY, Path(folder), "fuzz")
+        done = [run(programs / "fuzz", isa, *sys.argv[1:], capture=False) for isa in ([chosen] if chosen else isas())]
+    return max(process.returncode for process in done)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Builds the C++ programs beside this file with sanitizers, and runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ifnd_fast import _cpu
+
+HERE = Path(__file__).resolve().parent
+SOURCE = HERE.parent.parent / "csrc"
+MEMORY = "address,undefined,float-cast-overflow"
+# No leak check: it needs ptrace, which containers often forbid, and OpenMP's pool would count.
+SETTINGS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
+class NoSanitizer(Exception):
+    """The compiler lacks the sanitizers' runtime."""
+
+
+def isas() -> list[str]:
+    """The instruction sets that the kernels are compiled for and this CPU has, the best last."""
+    features = _cpu.features()
+    avx2 = all(features.get(part) for part in ("avx2", "fma", "f16c"))
+    avx512 = avx2 and all(features[f"avx512{part}"] for part in ("f", "bw", "dq", "vl"))
+    better = [name for name in ("avx512vnni", "avx512bf16") if avx512 and features[name]]
+    return ["portable", *["avx2"] * bool(avx2), *["avx512"] * bool(avx512), *better]
+
+
+def build(sanitizers: str, folder: Path, *programs: str) -> Path:
+    """Compiles tests/native/PROGRAM.cpp and the kernels with these checks; returns `folder`, where the programs are.
+
+    Raises:
+        NoSanitizer: the compiler can't link such a program.
+        RuntimeError: the build failed.
+    """
+    probe = ["c++", f"-fsanitize={sanitizers}", "-x", "c++", "-", "-o", os.devnull]
+    done = subprocess.run(probe, input="int main() {}", text=True, capture_output=True)
+    if done.returncode != 0:
+        raise NoSanitizer(done.stderr[-200:])
+    flags = f"-O1 -g -fsanitize={sanitizers} -fno-sanitize-recover=all -I{SOURCE / 'cpu'}"
+    configure = [
+        *("cmake", "-G", "Ninja", "-S", str(SOURCE), "-B", str(folder)),
+        *("-DCMAKE_BUILD_TYPE=None", "-DIFND_MODULE=none"),
+        f"-DIFND_DRIVERS={';'.join(str(HERE / program) + '.cpp' for program in programs)}",
+        f"-DCMAKE_CXX_FLAGS={flags}",
+    ]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in (configure, ["cmake", "--build", str(folder)]):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(done.stdout[-3000:] + done.stderr[-3000:])
+    return folder
+
+
+def run(
+    program: Path, isa: str | None, *arguments: str, capture: bool = True, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The program with this instruction set (None: the best)."""
+    environment = {**os.environ, **SETTINGS}
+    environment.pop("IFND_FAST_CPU_ISA", None)
+    environment |= {} if isa is None else {"IFND_FAST_CPU_ISA": isa}
+    command = [str(program), *arguments]
+    return subprocess.run(command, env=environment, capture_output=capture, text=True, timeout=timeout)
