@@ -33,12 +33,13 @@ def first_occurrences(rows: Tensor) -> tuple[Tensor, Tensor]:
     different ones two are taken for the same with a chance of 3e-8.
     """
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**63), 2**63 - 1, (rows.shape[1],), generator=generator).to(rows.device) | 1
+    factors = torch.empty(rows.shape[1], dtype=torch.int64, device=generator.device)
+    factors = factors.random_(-(2**63), 2**63 - 1, generator=generator).to(rows.device) | 1
     hashes = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     for part in chunks(rows, max(1, chunk_rows(rows) // 4)):
         hashes[part] = _hash(rows[part], factors)
     group, counts = torch.unique(hashes, return_inverse=True, return_counts=True)[1:]
-    numbers = torch.arange(len(rows), device=rows.device)
+    numbers = torch.arange(len(rows), dtype=torch.int64, device=rows.device)
     first, order = torch.full_like(counts, len(rows)).scatter_reduce(0, group, numbers, "amin").sort()
     return first, counts[order]
 

@@ -7,6 +7,7 @@ Ranks may share the rows (`distributed.Shards`): each assigns and adds up its ow
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import numpy as np
@@ -18,18 +19,22 @@ from ifnd_fast.clustering.lloyd import Callback, Clustering, assign, fill, lloyd
 from ifnd_fast.clustering.rows import as_matrix, check_rows, unit_rows
 from ifnd_fast.clustering.seeding import initial_centroids
 from ifnd_fast.clustering.shards import Shards
+from ifnd_fast.frame import Frame, frame_of
 from ifnd_fast.ops import backends, checks
 from ifnd_fast.ops.cluster_sums import squared_distances
 from ifnd_fast.runtime import distributed
 
 ENGINES = ("auto", "fused", "faiss")
+SMALLEST_MEAN = 1e-12  # of unit rows that is not a sum of rounding
 
 
 class KMeans:
     """k-means clustering, by scikit-learn's conventions.
 
     Minimises the inertia  sum_i |x_i - c_{y(i)}|^2  over centroids c and labels y by Lloyd's algorithm.
-    Every cluster of the result has at least one point, as long as float32 can tell the points apart.
+    Every cluster of the result has at least one point, as long as float32 can tell the points apart. Data that lie far
+    from the origin, or whose size float32 can't square, are clustered in coordinates of their own, in a float32 copy:
+    relative to their mean and by a power of 2 as large (`ifnd_fast.frame`). What is returned is in x's coordinates.
 
     Args:
         n_clusters: C, the number of centroids.
@@ -50,13 +55,14 @@ class KMeans:
             alone. engine="faiss" brings all rows to every rank and computes on rank 0.
 
     Attributes:
-        cluster_centers_: (C, D) float32 centroids.
+        cluster_centers_: (C, D) centroids, float64 for float64 rows, else float32.
         labels_: (N,) int32, the nearest centroid of each row given (the lowest index among equals).
         inertia_: of all rows, sum of squared distances to the labelled centroids (in spherical mode, of unit rows).
         n_iter_: iterations of the run that was kept.
 
-    Half-precision rows are compared with centroids rounded to their dtype; sums, centroids and inertia are
-    float32 or better. Same bits for the same input on one device and thread count.
+    float64 rows are clustered in float32, relative to their mean where that is far. Half-precision rows are compared
+    with centroids rounded to their dtype; sums, centroids and inertia are float32 or better. Same bits for the same
+    input on one device and thread count.
 
     Example:
         >>> x = torch.tensor([[0.0], [0.1], [5.0], [5.1]])
@@ -102,7 +108,7 @@ class KMeans:
         """Cluster the rows of x.
 
         Args:
-            x: (N, D), N >= C; a float tensor or array. float64 is computed in float32.
+            x: (N, D), N >= C; a float tensor or array.
             init: (C, D) centroids to start from (a warm start; then there is one run, whatever n_init is).
             callback: called as callback(iteration, inertia) with iteration 1, 2, ... and the inertia of the
                 centroids that the iteration began with. By faiss, only after the run.
@@ -119,18 +125,28 @@ class KMeans:
             x = as_matrix("x", x, self.device)
         shards = Shards(len(x), x.device, self.distributed)
         with distributed.agreed(self.distributed):
-            x = self._check_data(x, shards.total)
-            warm = None if init is None else self._warm(init, x)
-        generator = torch.Generator().manual_seed(self.seed)
-        best = None
+            rows, sums, squares = self._check_data(x, shards.total)
+        frame = None if self.spherical else frame_of(rows, sums, squares, shards)
+        with distributed.agreed(self.distributed):
+            rows = single(rows) if frame is None else frame.enter("x", rows)
+            warm = None if init is None else self._warm(init, x, frame)
+        unit = 1.0 if frame is None else frame.scale**2  # of an inertia
+        told = None if callback is None else lambda i, found: callback(i, found / unit)
+        generator = torch.Generator().manual_seed(int(self.seed))
+        best, least = None, math.inf
         for _ in range(self.n_init if warm is None else 1):
-            start = initial_centroids(x, self.n_clusters, generator, shards) if warm is None else warm
-            run = fill(x, self._cluster(x, start, callback, shards), shards)
-            own = squared_distances(x, run.labels, run.centroids).sum(dtype=torch.float64)
-            inertia = float(shards.sum(own))
-            if best is None or inertia < self.inertia_:
-                best, self.inertia_ = run, inertia
-        self.cluster_centers_, self.labels_, self.n_iter_ = cast(Clustering, best)
+            start = initial_centroids(rows, self.n_clusters, generator, shards) if warm is None else warm
+            run = fill(rows, self._cluster(rows, start, told, shards), shards)
+            inertia = inertia_of(rows, run, shards)
+            if best is None or inertia < least:
+                best, least = run, inertia
+        best = cast(Clustering, best)
+        centers = best.centroids.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if frame is not None:
+            centers, best = outside(rows, best, frame, x.dtype, shards)
+            least = inertia_of(rows, best, shards)
+        self.cluster_centers_, self.labels_, self.n_iter_ = centers, best.labels, best.n_iter
+        self.inertia_, self._found_in = least / unit, (centers, frame)
         return self
 
     @torch.no_grad()
@@ -139,8 +155,8 @@ class KMeans:
 
         Raises:
             RuntimeError: not fitted yet.
-            TypeError, ValueError: x is not a finite (N, D) float matrix of the D that was fitted, or has
-                zero rows in spherical mode.
+            TypeError, ValueError: x is not a finite (N, D) float matrix of the D that was fitted, has zero rows in
+                spherical mode, or rows out of float32's reach of the data that was fitted.
         """
         if not hasattr(self, "cluster_centers_"):
             raise RuntimeError("this KMeans is not fitted yet: call fit first")
@@ -149,44 +165,78 @@ class KMeans:
         if x.shape[1] != fitted:
             raise ValueError(f"x has {x.shape[1]} columns, but the data that was fitted had {fitted}")
         norms = check_rows("x", x)
+        centers, frame = self.cluster_centers_, self._frame()
         if self.spherical:  # in half precision, scaled rows are not quite parallel to what they were
             x = unit_rows("x", x, norms)
-        return assign(x, self.cluster_centers_.to(x.device))
+        if frame is None:
+            return assign(single(x), centers.to(x.device, torch.float32))
+        return assign(frame.enter("x", x), frame.enter("cluster_centers_", centers).to(x.device))
 
-    def _check_data(self, x: Tensor, total: int) -> Tensor:
-        """x, in spherical mode of unit rows."""
+    def _frame(self) -> Frame | None:
+        """That of the fit; of centroids that came otherwise, their own."""
+        centers, frame = getattr(self, "_found_in", (None, None))
+        if self.spherical or centers is self.cluster_centers_:
+            return frame
+        alone = Shards(len(self.cluster_centers_), self.cluster_centers_.device, together=False)
+        found = self.cluster_centers_.double()
+        return frame_of(self.cluster_centers_, found.sum(0), found.square().sum(), alone)
+
+    def _check_data(self, x: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x, in spherical mode of unit rows; the sum of the rows (D,) and of their squared lengths (), in float64."""
         if total < self.n_clusters:
             raise ValueError(
                 f"x has {total} rows, fewer than n_clusters={self.n_clusters}: "
                 f"lower n_clusters to at most {total} or give more rows"
             )
-        norms = check_rows("x", x)
-        return unit_rows("x", x, norms) if self.spherical else x
+        sums = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+        norms = check_rows("x", x, sums)
+        return (unit_rows("x", x, norms) if self.spherical else x), sums, norms.square().sum()
 
     def _check_parameters(self) -> None:
         for name, least in (("n_clusters", 1), ("max_iter", 1), ("n_init", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not 0 <= self.tol < 1:
+            checks.integer(name, getattr(self, name), least)
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2^64, got {self.seed}")
+        if not 0 <= checks.number("tol", self.tol) < 1:
             raise ValueError(f"tol must be a fraction from 0 to below 1, got {self.tol!r}")
+        checks.flag("spherical", self.spherical)
+        checks.flag("distributed", self.distributed)
         checks.choice("engine", self.engine, ENGINES)
         if self.engine == "faiss" and self.tol:
             raise ValueError(f"engine='faiss' knows no tol, got {self.tol}: use tol=0 or engine='fused'")
 
-    def _warm(self, init: Tensor | np.ndarray, x: Tensor) -> Tensor:
-        """The caller's centroids as (C, D) float32 beside x."""
-        init = as_matrix("init", init, x.device).float()
+    def _warm(self, init: Tensor | np.ndarray, x: Tensor, frame: Frame | None) -> Tensor:
+        """The caller's centroids as (C, D) float32 beside x, in x's frame."""
+        init = as_matrix("init", init, x.device)
         wanted = (self.n_clusters, x.shape[1])
         if init.shape != wanted:
             raise ValueError(f"init must have shape (n_clusters, D) = {wanted}, got {tuple(init.shape)}")
         norms = check_rows("init", init)
-        return unit_rows("init", init, norms) if self.spherical else init
+        init = unit_rows("init", init, norms) if self.spherical else init
+        return init.float() if frame is None else frame.enter("init", init)
 
     def _cluster(self, x: Tensor, start: Tensor, callback: Callback | None, shards: Shards) -> Clustering:
         if self.engine == "faiss" or (self.engine == "auto" and pick_engine(x, self.tol) == "faiss"):
             return faiss_lloyd(x, start, self.max_iter, self.spherical, callback, shards)
         return lloyd(x, start, self.max_iter, self.tol, self.spherical, callback, shards)
+
+
+def outside(
+    rows: Tensor, run: Clustering, frame: Frame, dtype: torch.dtype, shards: Shards
+) -> tuple[Tensor, Clustering]:
+    """The centroids in the coordinates that the data came in, rounded to their dtype (float32 for half precision), and
+    the run with the labels of those, as `KMeans.predict` finds them."""
+    centers = frame.leave(run.centroids).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    rounded = frame.enter("cluster_centers_", centers)
+    run = fill(rows, Clustering(rounded, assign(rows, rounded), run.n_iter), shards)
+    moved = (run.centroids != rounded).any(dim=1)  # onto a row
+    centers[moved] = frame.leave(run.centroids[moved]).to(centers.dtype)
+    return centers, run
+
+
+def inertia_of(x: Tensor, run: Clustering, shards: Shards) -> float:
+    """Of all ranks' rows: the sum of squared distances to the labelled centroids."""
+    return float(shards.sum(squared_distances(x, run.labels, run.centroids).sum(dtype=torch.float64)))
 
 
 def pick_engine(x: Tensor, tol: float = 0.0) -> str:
@@ -202,3 +252,8 @@ def pick_engine(x: Tensor, tol: float = 0.0) -> str:
     except ImportError:
         return "fused"
     return "faiss" if x.device.type == "cpu" or faiss.get_num_gpus() > 0 else "fused"
+
+
+def single(x: Tensor) -> Tensor:
+    """x itself, or float64 as float32, which k-means computes in."""
+    return x.float() if x.dtype == torch.float64 else x

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ifnd_fast.clustering.distinct import _too_few_distinct, distinct_rows, first_occurrences
-from ifnd_fast.clustering.rows import SMALLEST_NORM
+from ifnd_fast.clustering.kmeans import SMALLEST_MEAN
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops import assign_clusters, backends, cpu
+from ifnd_fast.ops.assign_clusters import is_far
 from ifnd_fast.ops.chunks import chunk_rows, operator_chunks
 from ifnd_fast.ops.cluster_sums import cluster_sums, squared_distances
 
 Callback = Callable[[int, float], object]
 FEW_MOVED = 0.5  # of the centroids: then rows whose own stood still are compared with those that moved alone
 MANY_UNDECIDED = 0.5  # of the rows: then bounds cost more than they save
-SHIFT_RATIO = 1e3  # centroids this far from the origin (squared, in squared spreads) are centred to assign
 
 
 class Clustering(NamedTuple):
@@ -72,10 +72,10 @@ class Nearest:
 
     def __init__(self, x: Tensor):
         self.x = x
-        self.labels = torch.empty(0, dtype=torch.int32)
+        self.labels = torch.empty(0, dtype=torch.int32, device=x.device)
         self.centroids: Tensor | None = None
         kernel = backends.choose("auto", "assign_clusters", x.device, x.dtype) == "cpu" and x.dtype == torch.float32
-        self.bounds = torch.empty(len(x)) if kernel else None
+        self.bounds = torch.empty(len(x), dtype=torch.float32, device=x.device) if kernel else None
 
     def update(self, centroids: Tensor, distances: Tensor | None) -> Tensor:
         """(N,) int32. `distances` (N,): squared, of the rows to their nearest before; None the first time."""
@@ -89,10 +89,11 @@ class Nearest:
         return self.labels
 
     def _updated_by_bounds(self, centroids: Tensor) -> bool:
-        if self.bounds is None or _shift(centroids) is not None:
+        if self.bounds is None or is_far(centroids):
             self.bounds = None
             return False
-        labels = torch.empty(len(self.x), dtype=torch.int32) if self.centroids is None else self.labels.clone()
+        first = self.centroids is None
+        labels = self.labels.new_empty(len(self.x)) if first else self.labels.clone()
         undecided = cpu.reassign(self.x, self.centroids, centroids, labels, self.bounds)
         if undecided < 0 or undecided > MANY_UNDECIDED * len(self.x):
             self.bounds = None
@@ -108,7 +109,7 @@ def reassign(x: Tensor, labels: Tensor, distances: Tensor, centroids: Tensor, mo
     to one that moved: to no other, as these were no nearer before either. Rows that rounding could decide otherwise
     are compared with all centroids, so that the labels are the same to the bit.
     """
-    if x.dtype != torch.float32 or float(moved.float().mean()) >= FEW_MOVED or _shift(centroids) is not None:
+    if x.dtype != torch.float32 or float(moved.float().mean()) >= FEW_MOVED or is_far(centroids):
         return assign(x, centroids)
     movers = moved.nonzero().flatten()
     if len(movers) == 0:
@@ -138,26 +139,16 @@ def add_ranks(sums: Tensor, counts: Tensor, distances: Tensor, shards: Shards) -
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
     """Nearest centroid of every row by Euclidean distance, (N,) int32; ties to the lowest index.
 
-    The operator compares x.c - |c|^2 / 2, which loses digits when the data lie far from the origin. Distances
-    don't change when both sides are shifted, so then rows are centred chunk by chunk, in float32.
+    Half-precision rows are compared with centroids rounded to their dtype, unless those lie so far from the origin
+    that the operator takes both relative to a point in their midst, in float32, chunk by chunk.
     """
-    shift = _shift(centroids)
-    dtype = x.dtype if shift is None else torch.float32
-    centroids = (centroids if shift is None else centroids - shift).to(dtype)
-
+    dtype = torch.float32 if is_far(centroids) else x.dtype
+    centroids = centroids.to(dtype)
     labels = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    for part in operator_chunks(x, len(centroids), dtype, None if shift is None else chunk_rows(x)):
-        features = x[part] if shift is None else x[part].float() - shift
-        nearest = assign_clusters(features, centroids, metric="l2", return_confidence=False)
+    for part in operator_chunks(x, len(centroids), dtype, None if dtype == x.dtype else chunk_rows(x)):
+        nearest = assign_clusters(x[part].to(dtype), centroids, metric="l2", return_confidence=False)
         labels[part] = cast(Tensor, nearest)
     return labels
-
-
-def _shift(centroids: Tensor) -> Tensor | None:
-    """Their mean (D,), where they lie so far from the origin that it has to be taken off."""
-    shift = centroids.mean(0)
-    spread = centroids.norm(dim=1).square().mean() - shift.square().sum()
-    return shift if bool(shift.square().sum() > SHIFT_RATIO * spread) else None
 
 
 def centroids_of(
@@ -170,7 +161,7 @@ def centroids_of(
     if bool((labels < 0).any()):
         x, labels = x[labels >= 0], labels[labels >= 0]
     shards = shards or Shards(len(x), x.device, together=False)
-    nothing = torch.zeros(n_clusters, x.shape[1], device=x.device)
+    nothing = torch.zeros(n_clusters, x.shape[1], dtype=torch.float32, device=x.device)
     sums, counts, _ = add_ranks(*cluster_sums(x, labels, nothing), shards)
     centroids = update(sums, counts, nothing, spherical)
     return repair(x, squared_distances(x, labels, centroids), centroids, counts, shards)
@@ -185,8 +176,8 @@ def update(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: bool = Fa
     kept = counts == 0
     if spherical:
         norms = means.norm(dim=1)
-        kept |= norms < SMALLEST_NORM
-        means.div_(norms.clamp_min(SMALLEST_NORM)[:, None])
+        kept |= norms < SMALLEST_MEAN
+        means.div_(norms.clamp_min(SMALLEST_MEAN)[:, None])
     return torch.where(kept[:, None], centroids, means.float())
 
 
@@ -205,7 +196,7 @@ def repair(
         return centroids
     distances, order = distances.sort(descending=True, stable=True)
     order = order[distances > 0]
-    movable = int(shards.sum(torch.tensor(len(order), device=x.device)))
+    movable = int(shards.sum(torch.tensor(len(order), dtype=torch.int64, device=x.device)))
     look = len(empty)
     while True:  # look further down the order until enough of the rows are distinct
         rows, far = shards.gather(x[order[:look]]), shards.gather(distances[: min(look, len(order))])

@@ -35,7 +35,7 @@ def initial_centroids(
     """
     shards = shards or Shards(len(x), x.device, together=False)
     pool, weights = _distinct_sample(x, n_clusters, generator, shards)
-    squared = torch.full((len(pool),), 1.0, device=x.device)  # the first is drawn by weight alone
+    squared = torch.ones(len(pool), dtype=torch.float32, device=x.device)  # the first is drawn by weight alone
     chosen = torch.zeros(len(pool), dtype=torch.bool, device=x.device)
     only = torch.zeros(len(pool), dtype=torch.int32, device=x.device)  # the label where there is one centroid
     buffer = chunk_buffer(pool)
@@ -44,7 +44,8 @@ def initial_centroids(
         batch = min(max(1, count // INIT_GROWTH), n_clusters - count)
         # Exponential races won by log-weights (Gumbel top-k): `batch` draws without replacement. The floor
         # keeps distinct rows eligible whose squared distance has underflowed.
-        race = torch.empty(len(pool), dtype=torch.float64).exponential_(generator=generator).to(x.device)
+        race = torch.empty(len(pool), dtype=torch.float64, device=generator.device)
+        race = race.exponential_(generator=generator).to(x.device)
         log_weight = (weights * squared.double()).clamp_min(1e-300).log().masked_fill(chosen, -torch.inf)
         pick = (log_weight - race.log()).topk(batch).indices
         labels = assign(pool, pool[pick]) if batch > 1 else only
@@ -64,7 +65,8 @@ def _distinct_sample(
     size = max(INIT_SAMPLE, min(INIT_ROWS_PER_CLUSTER * n_clusters, most))
     sample = x
     if size < shards.total:
-        index = torch.randperm(shards.total, generator=generator)[:size] - shards.first
+        index = torch.randperm(shards.total, dtype=torch.int64, generator=generator, device=generator.device)
+        index = index[:size] - shards.first
         sample = x[index[(index >= 0) & (index < len(x))].to(x.device)]
     pool, counts = distinct(shards.gather(sample).float())
     if len(pool) < n_clusters:  # the sample is full of duplicates: look through every row

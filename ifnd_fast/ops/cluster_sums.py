@@ -17,7 +17,7 @@ def squared_distances(x: Tensor, labels: Tensor, centroids: Tensor, buffer: Tens
 
     `buffer`: `chunk_buffer(x)`, of many calls the same, as freed ones scatter the heap.
     """
-    distances = torch.empty(len(x), device=x.device)
+    distances = torch.empty(len(x), dtype=torch.float32, device=x.device)
     buffer = chunk_buffer(x) if buffer is None else buffer
     for part in chunks(x):
         difference = buffer[: part.stop - part.start]
@@ -41,7 +41,7 @@ def cluster_sums(x: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, 
     sums = torch.zeros(n_clusters, x.shape[1], dtype=torch.float64, device=x.device)
     for part in chunks(x):
         ordered, order = torch.sort(labels[part], stable=True)
-        starts = torch.arange(len(ordered), device=x.device) % BAG_ROWS == 0
+        starts = torch.arange(len(ordered), dtype=torch.int64, device=x.device) % BAG_ROWS == 0
         starts[1:] |= ordered[1:] != ordered[:-1]
         bags = starts.nonzero().flatten()
         bag_sums = F.embedding_bag(order, x[part].float(), bags, mode="sum")

@@ -62,8 +62,8 @@ def info_nce(
         The loss, float32 (float64 for float64 inputs): a scalar, or (B,) with reduction "none". It is
         differentiable once in query, positive and negatives, in reverse mode (the reference: any number of times, and
         in forward mode), also by torch.func.grad and under torch.func.vmap. Logits and sums are float32; from
-        half-precision inputs a gradient's softmax weights may be rounded to the inputs' dtype before they multiply
-        the keys, as tensor cores need, and the loss never is.
+        half-precision inputs a gradient's softmax weights may be rounded to the inputs' dtype before they multiply the
+        keys, as tensor cores need, and the loss never is.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range (labels are read
