@@ -38,8 +38,8 @@ class Frame(NamedTuple):
             first += len(part)
         if not bool(inside.isfinite().all()):
             raise ValueError(
-                f"{name} has rows that are {torch.finfo(torch.float32).max / self.scale:.3g} or more away from the data "
-                "that was fitted, too far for float32 in the scale of that: leave them out"
+                f"{name} has rows that are {torch.finfo(torch.float32).max / self.scale:.3g} or more away from the "
+                "data that was fitted, too far for float32 in the scale of that: leave them out"
             )
         return inside
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ifnd_fast.ops import checks
+
 
 def acceptance_rate(progress: float, acceptance_end: float = 1.0) -> float:
     """The share of labels to accept: linear from 0 to 1 over the first `acceptance_end` of the training.
@@ -11,10 +13,10 @@ def acceptance_rate(progress: float, acceptance_end: float = 1.0) -> float:
     min(1, progress / acceptance_end), with progress the fraction of the training that is done, 0..1.
 
     Raises:
-        ValueError: progress is not in 0..1, or acceptance_end not above 0 and at most 1.
+        TypeError, ValueError: progress is no number in 0..1, or acceptance_end none above 0 and at most 1.
     """
-    _check_fraction("progress", progress)
-    if not 0 < acceptance_end <= 1:
+    progress = checks.fraction("progress", progress)
+    if not 0 < checks.number("acceptance_end", acceptance_end) <= 1:
         raise ValueError(f"acceptance_end must be above 0 and at most 1, got {acceptance_end}")
     return min(1.0, progress / acceptance_end)
 
@@ -25,8 +27,3 @@ def accepted_count(rate: float, n: int) -> int:
     0.07 * 100 is 7.000000000000001 in floats and must give 7, so 1e-12 of n is forgiven.
     """
     return max(0, math.ceil(rate * n - 1e-12 * n))
-
-
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in 0..1, got {value}")

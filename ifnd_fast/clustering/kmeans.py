@@ -121,7 +121,7 @@ class KMeans:
                 than clusters, rows too large or too small for float32, zero rows in spherical mode.
         """
         with distributed.agreed(self.distributed):
-            self._check_parameters()
+            self.check_parameters()
             x = as_matrix("x", x, self.device)
         shards = Shards(len(x), x.device, self.distributed)
         with distributed.agreed(self.distributed):
@@ -192,7 +192,8 @@ class KMeans:
         norms = check_rows("x", x, sums)
         return (unit_rows("x", x, norms) if self.spherical else x), sums, norms.square().sum()
 
-    def _check_parameters(self) -> None:
+    def check_parameters(self) -> None:
+        """Raises TypeError or ValueError for one that is unfit; `fit` does it first."""
         for name, least in (("n_clusters", 1), ("max_iter", 1), ("n_init", 1), ("seed", 0)):
             checks.integer(name, getattr(self, name), least)
         if self.seed >= 2**64:
@@ -252,6 +253,17 @@ def pick_engine(x: Tensor, tol: float = 0.0) -> str:
     except ImportError:
         return "fused"
     return "faiss" if x.device.type == "cpu" or faiss.get_num_gpus() > 0 else "fused"
+
+
+class TooFewDistinct(ValueError):
+    """There are only `distinct` different rows, fewer than clusters."""
+
+    def __init__(self, distinct: int, n_clusters: int) -> None:
+        super().__init__(
+            f"x has only {distinct} distinct rows, fewer than n_clusters={n_clusters}: "
+            f"lower n_clusters to at most {distinct}"
+        )
+        self.distinct = distinct
 
 
 def single(x: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ Chen et al., Incremental False Negative Detection for Contrastive Learning, ICLR
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ifnd_fast.clustering.kmeans import KMeans
+from ifnd_fast.clustering.kmeans import KMeans, TooFewDistinct, single
 from ifnd_fast.clustering.lloyd import centroids_of
 from ifnd_fast.clustering.rows import as_matrix, check_rows
 from ifnd_fast.clustering.shards import Shards
@@ -68,7 +68,7 @@ def cluster_levels(
     Args:
         features: (N, D) with L2-normalised rows; float32, float16 or bfloat16.
         levels: C_l, the number of clusters of each level, such as (25000, 50000, 100000).
-        temperature: tau of the confidence, above 0.
+        temperature: tau of the confidence, 1e-6 to 1e6.
         max_iter, n_init, engine, spherical: of `ifnd_fast.KMeans`.
         seed: of the first level's k-means; level l uses seed + l.
         distributed: the features are this rank's share of all rows, as for `ifnd_fast.KMeans`.
@@ -77,8 +77,9 @@ def cluster_levels(
         progress: called as progress(level, iteration, inertia), levels from 0 and iterations from 1.
 
     Raises:
-        TypeError, ValueError: a parameter is unfit, features are not finite unit rows, N is below the largest level
-            or there are fewer distinct rows than that (see `scale_levels`).
+        TypeError, ValueError: a parameter is unfit, features are not finite unit rows, `previous` does not fit, N is
+            below the largest level or there are fewer distinct rows than that: then pass scale_levels(levels, that
+            many), which the message says.
 
     Example:
         >>> features = torch.eye(4).repeat(25, 1)
@@ -87,25 +88,32 @@ def cluster_levels(
         (torch.Size([4, 4]), torch.Size([100]), [0, 1, 2, 3])
     """
     levels, temperature = check_levels(levels), checks.temperature(temperature)
+    settings: dict[str, Any] = {
+        "max_iter": max_iter, "n_init": n_init, "seed": seed, "spherical": spherical, "engine": engine,
+        "distributed": distributed,
+    }  # fmt: skip
+    KMeans(1, **settings).check_parameters()
     with ranks.agreed(distributed):
-        features = as_matrix("features", features)
+        features = single(as_matrix("features", features))
     shards = Shards(len(features), features.device, distributed)
     with ranks.agreed(distributed):
         _check_features(features, levels, shards.total)
-        wanted = (len(features), len(levels))
-        if previous is not None and previous.shape != wanted:
-            raise ValueError(f"previous must have shape (N, L) = {wanted}, got {tuple(previous.shape)}")
+        if previous is not None:
+            _check_previous(previous, features, levels)
     found = []
     for level, n_clusters in enumerate(levels):
         started = time.perf_counter()
-        kmeans = KMeans(
-            n_clusters, max_iter=max_iter, n_init=n_init, seed=seed + level, spherical=spherical, engine=engine,
-            distributed=distributed,
-        )  # fmt: skip
+        kmeans = KMeans(n_clusters, **settings | {"seed": seed + level})
         start = None
         if previous is not None:
             start = centroids_of(features, previous[:, level].contiguous(), n_clusters, spherical, shards)
-        kmeans.fit(features, init=start, callback=_of_level(progress, level))
+        try:
+            kmeans.fit(features, init=start, callback=_of_level(progress, level))
+        except TooFewDistinct as error:
+            raise ValueError(
+                f"features has only {error.distinct} distinct rows, fewer than the clusters of levels={levels}: "
+                f"pass levels=scale_levels(levels, {error.distinct})"
+            ) from error
         centroids = F.normalize(kmeans.cluster_centers_)
         result = centroids, *assign_with_confidence(features, centroids, temperature)
         if features.device.type == "cuda":
@@ -119,7 +127,7 @@ def assign_with_confidence(features: Tensor, centroids: Tensor, temperature: flo
     """Label (N,) int32 and confidence (N,) float32 of unit rows among unit centroids."""
     centroids = centroids.to(features.dtype)
     labels = torch.empty(len(features), dtype=torch.int32, device=features.device)
-    confidence = torch.empty(len(features), device=features.device)
+    confidence = torch.empty(len(features), dtype=torch.float32, device=features.device)
     for part in operator_chunks(features, len(centroids), features.dtype):
         labels[part], confidence[part] = assign_clusters(features[part], centroids, temperature=temperature)
     return labels, confidence
@@ -130,12 +138,13 @@ def scale_levels(levels: Sequence[int], n: int) -> tuple[int, ...]:
 
     Ratios are kept up to rounding down; no level goes below 2 clusters (1 where n is 1).
 
+    n is of images that can be told apart, so not of unreadable or duplicated ones; a part of those, for at least so
+    many images a cluster: scale_levels(levels, n // 4).
+
     Raises:
-        ValueError: levels are not positive integers, or n is below 1.
+        ValueError: levels are not positive integers, or n is none.
     """
-    levels = check_levels(levels)
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    levels, n = check_levels(levels), checks.integer("n", n, 1)
     largest = max(levels)
     if largest <= n:
         return levels
@@ -143,16 +152,31 @@ def scale_levels(levels: Sequence[int], n: int) -> tuple[int, ...]:
 
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
+    """Their numbers of clusters as a tuple of int; of NumPy's integers too."""
+    if isinstance(levels, Tensor) or not isinstance(levels, Iterable):
+        raise TypeError(f"levels must be a sequence of integers, got {levels!r}")
     levels = tuple(levels)
-    if not levels or not all(isinstance(level, int) and level >= 1 for level in levels):
+    try:
+        found = tuple(checks.integer("a level", level, 1) for level in levels)
+    except ValueError:
+        found = ()
+    if not found:
         raise ValueError(f"levels must be positive integers, at least one of them, got {levels}")
-    return levels
+    return found
 
 
 def _of_level(progress: Progress | None, level: int) -> Callable[[int, float], object] | None:
     if progress is None:
         return None
     return lambda iteration, inertia: progress(level, iteration, inertia)
+
+
+def _check_previous(previous: Tensor, features: Tensor, levels: tuple[int, ...]) -> None:
+    checks.integers("previous", previous, torch.int32, (len(features), len(levels)), features, "features")
+    for level, n_clusters in enumerate(levels):
+        largest = int(previous[:, level].max())
+        if largest >= n_clusters:
+            raise ValueError(f"previous has label {largest} at level {level}, which has {n_clusters} clusters")
 
 
 def _check_features(features: Tensor, levels: tuple[int, ...], total: int) -> None:

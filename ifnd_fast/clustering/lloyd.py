@@ -8,8 +8,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ifnd_fast.clustering.distinct import _too_few_distinct, distinct_rows, first_occurrences
-from ifnd_fast.clustering.kmeans import SMALLEST_MEAN
+from ifnd_fast.clustering.distinct import distinct_rows, first_occurrences
+from ifnd_fast.clustering.kmeans import SMALLEST_MEAN, TooFewDistinct
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops import assign_clusters, backends, cpu
 from ifnd_fast.ops.assign_clusters import is_far
@@ -228,6 +228,6 @@ def fill(x: Tensor, run: Clustering, shards: Shards) -> Clustering:
         if shards.every(torch.equal(labels, previous), x.device):
             distinct = len(distinct_rows(x, len(centroids), shards))
             if distinct < len(centroids):
-                raise _too_few_distinct(distinct, len(centroids))
+                raise TooFewDistinct(distinct, len(centroids))
             break  # rows that differ, but not to the operator
     return Clustering(centroids, labels, n_iter)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ifnd_fast.clustering.acceptance import _check_fraction, accepted_count
+from ifnd_fast.clustering.acceptance import accepted_count
+from ifnd_fast.clustering.kmeans import KMeans
 from ifnd_fast.clustering.levels import Progress, check_levels, cluster_levels
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops import checks
@@ -24,7 +25,7 @@ class PseudoLabels:
 
     Args:
         levels: C_l, the number of clusters of each level, such as (25000, 50000, 100000).
-        temperature: tau of the confidence, above 0.
+        temperature: tau of the confidence, 1e-6 to 1e6.
         max_iter, n_init, engine, spherical: of `ifnd_fast.KMeans`.
         seed: of the first level's k-means; level l uses seed + l.
         distributed: the features given to `fit` are this rank's share of all, as for `ifnd_fast.KMeans`. All
@@ -59,6 +60,9 @@ class PseudoLabels:
     ) -> None:
         self.levels = check_levels(levels)
         self.temperature = checks.temperature(temperature)
+        KMeans(
+            1, max_iter=max_iter, n_init=n_init, seed=seed, spherical=spherical, engine=engine, distributed=distributed
+        ).check_parameters()
         self.max_iter = max_iter
         self.n_init = n_init
         self.engine = engine
@@ -92,14 +96,14 @@ class PseudoLabels:
             self.
 
         Raises:
-            TypeError, ValueError: features are not finite unit rows, N is below the largest level or there
-                are fewer distinct rows than that (see `scale_levels`).
+            TypeError, ValueError: features are not finite unit rows, previous or max_iter is unfit, N is below the
+                largest level or there are fewer distinct rows than that: the message says what levels there can be.
         """
         found = cluster_levels(
             features,
             self.levels,
             temperature=self.temperature,
-            max_iter=max_iter or self.max_iter,
+            max_iter=self.max_iter if max_iter is None else max_iter,
             n_init=self.n_init,
             engine=self.engine,
             spherical=self.spherical,
@@ -123,18 +127,18 @@ class PseudoLabels:
 
         Raises:
             RuntimeError: not fitted yet.
-            ValueError: rate is not in 0..1.
+            TypeError, ValueError: rate is no number in 0..1.
         """
         if self.labels is None or self.confidence is None:
             raise RuntimeError("there are no pseudo labels yet: call fit first")
-        _check_fraction("rate", rate)
+        rate = checks.fraction("rate", rate)
         most_confident = self.confidence.argsort(dim=0, descending=True, stable=True)
         rejected = most_confident[accepted_count(rate, len(self.labels)) :]
         return self.labels.scatter(0, rejected, -1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything `fit` computed, as tensors: levels; once fitted, labels, confidence, centroids.0..."""
-        state = {"levels": torch.tensor(self.levels)}
+        state = {"levels": torch.tensor(self.levels, dtype=torch.int64, device="cpu")}
         if self.labels is None or self.confidence is None or self.centroids is None:
             return state
         state |= {"labels": self.labels, "confidence": self.confidence}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ifnd_fast.clustering.distinct import _too_few_distinct, distinct, distinct_rows
+from ifnd_fast.clustering.distinct import distinct, distinct_rows
+from ifnd_fast.clustering.kmeans import TooFewDistinct
 from ifnd_fast.clustering.lloyd import assign
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops.chunks import chunk_buffer
@@ -73,5 +74,5 @@ def _distinct_sample(
         pool = distinct_rows(x, size, shards)
         counts = torch.ones(len(pool), dtype=torch.int64, device=x.device)
         if len(pool) < n_clusters:
-            raise _too_few_distinct(len(pool), n_clusters)
+            raise TooFewDistinct(len(pool), n_clusters)
     return pool, counts.double()

@@ -19,7 +19,7 @@ class Shards:
         self.together = together and world_size() > 1
         self.sizes = [rows]
         if self.together:
-            self.sizes = all_gather(torch.tensor([rows], device=device)).tolist()
+            self.sizes = all_gather(torch.tensor([rows], dtype=torch.int64, device=device)).tolist()
         self.first = sum(self.sizes[: rank()]) if self.together else 0
         self.total = sum(self.sizes)
 
@@ -29,13 +29,15 @@ class Shards:
 
     def every(self, holds: bool, device: torch.device) -> bool:
         """Whether it holds on every rank."""
-        return holds if not self.together else float(self.sum(torch.tensor(float(not holds), device=device))) == 0
+        if not self.together:
+            return holds
+        return int(self.sum(torch.tensor(int(not holds), dtype=torch.int64, device=device))) == 0
 
     def gather(self, rows: Tensor) -> Tensor:
         """Every rank's rows (n, ...), as many as it has, in rank order."""
         if not self.together:
             return rows
-        sizes = all_gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+        sizes = all_gather(torch.tensor([len(rows)], dtype=torch.int64, device=rows.device)).tolist()
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         everyones = all_gather(padded).split(max(sizes)) if max(sizes) else (padded,) * len(sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ifnd_fast.config.options import Config
+from ifnd_fast.ops import checks
 from ifnd_fast.runtime.errors import UsageError
 
 
@@ -26,7 +27,7 @@ def validate(config: Config) -> None:
         if count < 0:
             raise UsageError(f"--{name} must be 0 or more, got {count}")
     above_zero = [
-        ("temperature", config.contrast.temperature), ("recluster-every", config.cluster.recluster_every),
+        ("recluster-every", config.cluster.recluster_every),
         ("checkpoint-every", config.run.checkpoint_every), ("lr", config.optim.lr),
         ("rank-timeout", config.run.rank_timeout),
         *(("pixel-std", value) for value in config.data.pixel_std),
@@ -34,6 +35,10 @@ def validate(config: Config) -> None:
     for name, value in above_zero:
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"--{name} must be a finite number above 0, got {value}")
+    try:
+        checks.temperature(config.contrast.temperature)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--{error}") from error
     shares = [
         ("crop-min", config.data.crop_min), ("acceptance-end", config.cluster.acceptance_end),
         ("momentum", config.contrast.momentum), ("grayscale", config.data.grayscale),

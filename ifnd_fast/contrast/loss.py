@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ifnd_fast.ops import checks
+from ifnd_fast.ops.backends import BACKENDS
 from ifnd_fast.ops.info_nce import COMBINATIONS, REDUCTIONS, STRATEGIES, info_nce
 
 
@@ -12,14 +13,14 @@ class IFNDLoss(nn.Module):
     """`ifnd_fast.info_nce` with its settings kept: InfoNCE without its false negatives.
 
     Args:
-        temperature: softmax temperature, above 0 (MoCo v2: 0.2).
+        temperature: softmax temperature, 1e-6 to 1e6 (MoCo v2: 0.2).
         false_negatives: "eliminate" (default), "attract" or "keep" (plain InfoNCE).
         level_combination: "mean" (default), "any" or "all": see `ifnd_fast.info_nce`.
         reduction: "mean", "sum" or "none".
         backend: "auto", or one of "cuda", "triton", "cpu", "reference" by name.
 
     Raises:
-        ValueError: a setting out of range.
+        TypeError, ValueError: a setting of the wrong type or out of range.
 
     Example:
         >>> loss_fn = IFNDLoss(temperature=0.5)
@@ -43,6 +44,7 @@ class IFNDLoss(nn.Module):
         checks.choice("false_negatives", false_negatives, STRATEGIES)
         checks.choice("reduction", reduction, REDUCTIONS)
         checks.choice("level_combination", level_combination, COMBINATIONS)
+        checks.choice("backend", backend, ("auto", *BACKENDS))
         self.temperature = checks.temperature(temperature)
         self.false_negatives = false_negatives
         self.reduction = reduction

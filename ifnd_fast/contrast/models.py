@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ifnd_fast.ops import checks
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.spans import span
 
@@ -23,7 +24,7 @@ class MoCo(nn.Module):
         bn_groups: groups of a rank's batch with batch-norm statistics of their own.
 
     Raises:
-        ValueError: momentum outside [0, 1], or bn_groups < 1.
+        TypeError, ValueError: momentum is no number from 0 to 1, or bn_groups no integer of at least 1.
 
     Example:
         >>> moco = MoCo(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), momentum=0.99)
@@ -35,11 +36,7 @@ class MoCo(nn.Module):
 
     def __init__(self, encoder: nn.Module, momentum: float = 0.999, bn_groups: int = 1):
         super().__init__()
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
-        if bn_groups < 1:
-            raise ValueError(f"bn_groups must be 1 or more, got {bn_groups}")
-        self.momentum, self.bn_groups = momentum, bn_groups
+        self.momentum, self.bn_groups = checks.fraction("momentum", momentum), checks.integer("bn_groups", bn_groups, 1)
         self.query_encoder = encoder
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
 
@@ -61,7 +58,8 @@ class MoCo(nn.Module):
         with span("shuffled batch norm"):
             gathered = distributed.all_gather(images)
             generator = torch.Generator().manual_seed(shuffle_seed)
-            order = torch.randperm(len(gathered), generator=generator).to(images.device, non_blocking=True)
+            order = torch.randperm(len(gathered), dtype=torch.int64, generator=generator, device=generator.device)
+            order = order.to(images.device, non_blocking=True)
             own = distributed.own_share(gathered[order])
             with span("key encoder"):
                 own_keys = torch.cat([self.key_encoder(group) for group in _groups(own, self.bn_groups)])

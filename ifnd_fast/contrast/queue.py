@@ -24,8 +24,8 @@ class NegativeQueue(nn.Module):
         dtype: of the stored keys: float32, float16 or bfloat16.
 
     Buffers:
-        features: (K, D) keys. labels: (K, L) int32, -1 for none. indices: (K,) int64 dataset indices, -1 for
-        none or an empty slot.
+        features: (K, D) keys. labels: (K, L) int32, -1 for none. indices: (K,) int64 dataset indices, -1 where
+        unknown or an empty slot: to `ifnd_fast.info_nce` that is no image's, so such a key is a negative to all.
 
     Example:
         >>> queue = NegativeQueue(size=4, dim=2, levels=1)
@@ -40,9 +40,9 @@ class NegativeQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, levels: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dim", dim), ("levels", levels)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        size, dim, levels = (
+            checks.integer(name, value, 1) for name, value in (("size", size), ("dim", dim), ("levels", levels))
+        )
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
         self.register_buffer("features", torch.zeros(size, dim, dtype=dtype))
@@ -113,7 +113,7 @@ class NegativeQueue(nn.Module):
         self.labels[known] = table[indices]
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.pointer, self.count])
+        return torch.tensor([self.pointer, self.count], dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         pointer, count = state.tolist()

@@ -66,7 +66,9 @@ class PairDataset(ViewDataset):
         super().__init__(images, view, seed, n_views=2)
 
     def views(self, image: Image.Image) -> tuple[Tensor, ...]:
-        return (self.view(image), torch.rand(2, NUMBERS)) if self.on_device else super().views(image)
+        if not self.on_device:
+            return super().views(image)
+        return self.view(image), torch.rand(2, NUMBERS, dtype=torch.float32, device="cpu")
 
 
 class CentreDataset(Dataset):
@@ -82,7 +84,7 @@ class CentreDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int, bool, str]:
         view, reason = attempt(self.images, index, self.view)
         if view is None:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), index, False, reason
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8, device="cpu"), index, False, reason
         return view, index, True, ""
 
 

@@ -63,4 +63,4 @@ def to_input(views: Tensor, config: DataConfig, device: torch.device) -> Tensor:
 
 @cache
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return 255 * torch.tensor(values, device=device)[:, None, None]
+    return 255 * torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]

@@ -16,6 +16,7 @@ from ifnd_fast.config import Config, DataConfig
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.evaluate.subject import Subject
+from ifnd_fast.ops import checks
 from ifnd_fast.runtime.checkpoint import list_checkpoints
 from ifnd_fast.runtime.console import progress, warn
 from ifnd_fast.runtime.errors import CommandError, UsageError
@@ -64,8 +65,10 @@ def cluster_images(subject: Subject, config: Config, images: Images, options: Cl
         raise UsageError(f"--kmeans-iterations must be 1 or more, got {options.kmeans_iterations}")
     temperature = options.confidence_temperature
     temperature = config.contrast.temperature if temperature is None else temperature
-    if not 0 < temperature < float("inf"):
-        raise UsageError(f"--confidence-temperature must be a finite number above 0, got {temperature}")
+    try:
+        checks.temperature(temperature)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--confidence-{error}") from error
     out = subject.options.checkpoint
     kind = options.features or ("encoder" if out.is_dir() and list_checkpoints(out) else "backbone")
     if kind == "encoder":
@@ -82,8 +85,8 @@ def cluster_images(subject: Subject, config: Config, images: Images, options: Cl
         warn(f"only {n} images: the run's levels {config.cluster.levels} scaled down to {levels}")
     if max(levels) > n:
         raise UsageError(f"--levels {' '.join(map(str, levels))}: more clusters than the {n} images")
-    labels = torch.full((len(images), len(levels)), -1, dtype=torch.int32)
-    confidence = torch.zeros(labels.shape)
+    labels = torch.full((len(images), len(levels)), -1, dtype=torch.int32, device="cpu")
+    confidence = torch.zeros(labels.shape, dtype=torch.float32, device="cpu")
     labels[usable.cpu()], confidence[usable.cpu()] = _cluster(vectors[usable], levels, temperature, options)
     return Clustering(tuple(levels), labels, confidence), kind
 

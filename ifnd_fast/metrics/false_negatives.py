@@ -94,11 +94,12 @@ def detection_by_rate(
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
     """
-    everyone = torch.arange(len(labels), device=labels.device)
+    everyone = torch.arange(len(labels), dtype=torch.int64, device=labels.device)
     truth = cast(Tensor, _check(labels, labels, everyone, true_labels))
     if confidence.shape != labels.shape:
         raise ValueError(f"confidence must have shape {tuple(labels.shape)} as labels, got {tuple(confidence.shape)}")
-    first = torch.tensor([accepted_count(rate, len(labels)) for rate in rates], device=labels.device)
+    accepted = [accepted_count(rate, len(labels)) for rate in rates]
+    first = torch.tensor(accepted, dtype=torch.int64, device=labels.device)
     true_pairs = int(_pairs_among_first(truth)[-1])
     found = DetectionByRate(list(rates), [], [], [])
     for level in range(labels.shape[1]):
@@ -118,7 +119,7 @@ def _pairs_among_first(codes: Tensor) -> Tensor:
     """(N + 1,) int64: entry m is the number of ordered pairs of two of the first m codes that are equal and >= 0."""
     ordered, position = codes.sort(stable=True)
     _, group, sizes = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
-    rank = torch.arange(len(codes), device=codes.device) - (sizes.cumsum(0) - sizes)[group]
+    rank = torch.arange(len(codes), dtype=torch.int64, device=codes.device) - (sizes.cumsum(0) - sizes)[group]
     earlier = torch.zeros(len(codes) + 1, dtype=torch.int64, device=codes.device)
     earlier[position + 1] = torch.where(ordered >= 0, rank, 0)
     return 2 * earlier.cumsum(0)
@@ -163,7 +164,7 @@ def _check(
         raise ValueError(f"queue_indices must be below the {n} rows of labels, got {largest}")
     if true_labels is None:
         return None
-    truth = torch.as_tensor(true_labels)
+    truth = true_labels if isinstance(true_labels, Tensor) else torch.from_numpy(np.asarray(true_labels))
     if truth.is_floating_point() or truth.is_complex() or truth.dtype == torch.bool:
         raise TypeError(f"true_labels must be integers, got {truth.dtype}")
     if truth.shape != (n,):

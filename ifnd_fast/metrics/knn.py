@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ifnd_fast.data.images import Images
+from ifnd_fast.ops import checks
+from ifnd_fast.ops.reference import no_autocast
 
 
 @torch.no_grad()
@@ -69,7 +72,7 @@ def knn_classify(
     _check_labels("train_labels", train_labels, len(train_features))
     _check_count("k", k)
     _check_count("chunk", chunk)
-    if not temperature > 0:
+    if not checks.number("temperature", temperature) > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if n_classes is None:
         n_classes = int(train_labels.max()) + 1
@@ -127,7 +130,8 @@ def _nearest(test: Tensor, train: Tensor, k: int, chunk: int) -> tuple[Tensor, T
     index = torch.empty((len(test), 0), dtype=torch.int64, device=test.device)
     start = 0
     for block in train.split(chunk):
-        near, where = _top(test @ block.T, k)
+        with no_autocast(test.device):
+            near, where = _top(test @ block.T, k)
         # Earlier blocks stand to the left, so "first position wins" is "lowest index wins".
         similarity, order = _top(torch.cat([similarity, near], dim=1), k)
         index = torch.cat([index, where + start], dim=1).gather(1, order)
@@ -152,7 +156,7 @@ def _vote(similarity: Tensor, labels: Tensor, temperature: float, n_classes: int
     # Dividing all votes of a row by the largest weight leaves the winner as it is and cannot overflow.
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
     votes = weights.new_zeros((len(weights), n_classes))
-    rows = torch.arange(len(weights), device=weights.device)
+    rows = torch.arange(len(weights), dtype=torch.int64, device=weights.device)
     # One neighbour at a time: no two additions meet in one cell, so the sums have one order on every device.
     for weight, label in zip(weights.T, labels.T, strict=True):
         votes[rows, label] += weight
@@ -189,7 +193,7 @@ def _check_labels(name: str, labels: Tensor, rows: int) -> None:
 
 
 def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")

@@ -29,15 +29,19 @@ def squared_distances(x: Tensor, labels: Tensor, centroids: Tensor, buffer: Tens
 def cluster_sums(x: Tensor, labels: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of each cluster's rows (C, D) float64, their number (C,) int64, and `squared_distances` (N,) float32.
 
-    No atomics, so the same bits every time. Where no kernel does it in one sweep, rows are sorted by cluster
-    and added up in float32 in bags of at most BAG_ROWS, the bags in float64: rounding does not grow with a
-    cluster's size.
+    Labels (N,) are int32 from 0 to C - 1: ValueError for others, but on a GPU with the cuda backend, where such rows
+    are in no sum and at distance NaN.
+
+    No atomics, so the same bits every time. Where no kernel does it in one sweep, rows are sorted by cluster and
+    added up in float32 in bags of at most BAG_ROWS, the bags in float64: rounding does not grow with a cluster's size.
     """
     backend = backends.choose("auto", "cluster_sums", x.device, x.dtype)
     if backend != "reference":
         with torch.cuda.device_of(x):
             return backends.module_of(backend, "cluster_sums").cluster_sums(x, labels, centroids)
     n_clusters = len(centroids)
+    if not bool(((labels >= 0) & (labels < n_clusters)).all()):
+        raise ValueError("labels must be 0 to C - 1")
     sums = torch.zeros(n_clusters, x.shape[1], dtype=torch.float64, device=x.device)
     for part in chunks(x):
         ordered, order = torch.sort(labels[part], stable=True)

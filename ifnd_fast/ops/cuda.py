@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ifnd_fast.ops.address import address
 from ifnd_fast.ops.backends import _cuda
 
 # float32 rows are split into terms of 16 bits this many at a time: the terms take as much memory as the rows.
@@ -25,10 +26,17 @@ FLOAT16_SHIFT = 15
 LOG2E = math.log2(math.e)
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+# What the kernels read and write where it is always the same; rows of 16 bits, or of a kind that they are told, aside.
+_DTYPES = {
+    **dict.fromkeys(("query_labels", "negative_labels", "labels", "rows", "row_count", "near_rows", "near_count",
+                     "level_count", "counts"), torch.int32),
+    **dict.fromkeys(("query_ids", "negative_ids", "order", "begins"), torch.int64),
+    **dict.fromkeys(("half_norms", "unit", "column_unit", "margins", "confidence", "split_max", "split_sum",
+                     "split_grad", "split_factor", "level_max", "level_sum", "log_normalizer", "loss_grad",
+                     "negatives_grad", "loss", "positive_weight", "query_grad", "distances"), torch.float32),
+    "sums": torch.float64,
+    "flags": torch.uint8,
+}  # fmt: skip
 
 
 def _stream(device: torch.device) -> int:
@@ -108,12 +116,14 @@ def _warps(rows: int, levels: int) -> int:
 
 
 def _call(function, arguments: dict[str, Any]) -> None:
-    function(
-        **{
-            name: _address(value) if value is None or isinstance(value, Tensor) else value
-            for name, value in arguments.items()
-        }
-    )
+    device = next(value.device.type for value in arguments.values() if isinstance(value, Tensor))
+
+    def native(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return address(name, value, _DTYPES.get(name, value.dtype), device, None)
+        return 0 if value is None else value
+
+    function(**{name: native(name, value) for name, value in arguments.items()})
 
 
 def info_nce_forward(

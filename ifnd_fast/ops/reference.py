@@ -2,7 +2,8 @@
 
 They materialise the (B, K) logits and the (N, C) similarities, run on any device in any float dtype, and
 differentiate by autograd. Half precision is computed in float32, float64 stays float64; autocast, which would
-round a matrix product to half precision, is off inside.
+round a matrix product to half precision, is off inside, in derivatives too. Products are torch's all the same:
+torch.set_float32_matmul_precision below "highest" makes them coarser, here and in no other backend.
 """
 
 from __future__ import annotations
@@ -36,10 +37,9 @@ def info_nce(
 
     level_combination "any" and "all": one level, whose F is the union or the intersection of these.
     """
-    q, p, n = (t if t.dtype == torch.float64 else t.float() for t in (query, positive, negatives))
+    q, p, n = (_computed(t) for t in (query, positive, negatives))
     s_positive = (q * p).sum(1, keepdim=True) / temperature  # (B, 1)
-    with _no_autocast(q.device):
-        s = q @ n.t() / temperature  # (B, K)
+    s = _product(q, n.t()) / temperature  # (B, K)
     if query_ids is not None and negative_ids is not None:
         same_image = (query_ids[:, None] == negative_ids[None, :]) & (query_ids >= 0)[:, None]
     else:
@@ -68,7 +68,48 @@ def _log_normalizer(s_positive: Tensor, s: Tensor) -> Tensor:
     return torch.logsumexp(torch.cat([s_positive, s], dim=1), dim=1)
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+def _computed(rows: Tensor) -> Tensor:
+    """In the dtype to compute in; row by row, as products of transposes are rounded in another order."""
+    return (rows if rows.dtype == torch.float64 else rows.float()).contiguous()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # which reads contexts
+        with no_autocast(a.device):
+            return a @ b
+    return _Product.apply(a, b)
+
+
+class _Product(torch.autograd.Function):
+    """a @ b, whose derivatives know no autocast either: they may be taken where it is on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b):
+        with no_autocast(a.device):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return (
+            _Product.apply(grad, b.mT) if ctx.needs_input_grad[0] else None,
+            _Product.apply(a.mT, grad) if ctx.needs_input_grad[1] else None,
+        )
+
+    @staticmethod
+    def jvp(ctx, a_tangent, b_tangent):
+        a, b = ctx.saved_tensors
+        return _Product.apply(a_tangent, b) + _Product.apply(a, b_tangent)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -83,9 +124,8 @@ def assign_clusters(
     x_i.c_j - |c_j|^2 / 2, which orders centroids as -|x_i - c_j|^2 does. A similarity that is NaN is never the
     largest; where all are, the label is -1.
     """
-    x, c = (t if t.dtype == torch.float64 else t.float() for t in (features, centroids))
-    with _no_autocast(x.device):
-        similarity = x @ c.t()  # (N, C)
+    x, c = _computed(features), _computed(centroids)
+    similarity = _product(x, c.t())  # (N, C)
     if metric == "l2":
         similarity = similarity - c.square().sum(1) / 2
     best = similarity.masked_fill(similarity.isnan(), -torch.inf).max(1, keepdim=True).values

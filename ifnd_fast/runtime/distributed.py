@@ -164,7 +164,8 @@ def same_everywhere(*tensors: Tensor) -> bool:
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
-    own = torch.tensor([int.from_bytes(digest.digest(), "little", signed=True)], device=tensors[0].device)
+    value = int.from_bytes(digest.digest(), "little", signed=True)
+    own = torch.tensor([value], dtype=torch.int64, device=tensors[0].device)
     return bool((all_gather(own) == own).all())
 
 

@@ -189,8 +189,8 @@ def clustering_in(state: Mapping[str, Any]) -> Clustering | None:
     usable = state.get("cluster_waiting", {}).get("usable")
     if "labels" not in found or usable is None or int(usable.sum()) != len(found["labels"]):
         return None
-    labels = torch.full((len(usable), len(found["levels"])), -1, dtype=torch.int32)
-    confidence = torch.zeros(labels.shape)
+    labels = torch.full((len(usable), len(found["levels"])), -1, dtype=torch.int32, device="cpu")
+    confidence = torch.zeros(labels.shape, dtype=torch.float32, device="cpu")
     labels[usable], confidence[usable] = found["labels"], found["confidence"]
     return Clustering(tuple(found["levels"].tolist()), labels, confidence)
 
