@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ifnd_fast.ops import backends, checks, reference
+from ifnd_fast.ops.batches import one_by_one
 
 METRICS = ("inner_product", "l2")
 FAR = 100.0  # from the origin: squared distance in squared spreads
@@ -138,3 +139,6 @@ def _(features, centroids, temperature, metric, return_confidence, backend):
         features.new_empty(rows, dtype=torch.int32),
         features.new_empty(rows if return_confidence else 0, dtype=torch.float32),
     )
+
+
+_assign_clusters.register_vmap(one_by_one(_assign_clusters))

@@ -121,13 +121,13 @@ def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype
     Raises:
         ValueError: the name is unknown, or the backend asked for can't run here (with the reason).
     """
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     if backend == "auto":
         allowed = [name for name, reason in explain(operator, device, dtype).items() if reason is None]
         if device.type == "cpu" and "triton" in allowed:
             allowed.remove("triton")  # interpreted: only when asked for by name
         return allowed[0]
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     reason = refusal(backend, operator, device, dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} can't run {operator} here: {reason}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from ifnd_fast.ops import backends, checks, reference
+from ifnd_fast.ops.batches import one_by_one
 
 STRATEGIES = ("eliminate", "attract", "keep")
 REDUCTIONS = ("mean", "sum", "none")
@@ -237,25 +237,8 @@ def _(
     return negatives.new_empty(negatives.shape, dtype=torch.float32)
 
 
-@torch.library.register_vmap("ifnd_fast::info_nce")
-def _(info, in_dims, *arguments):
-    return _one_by_one(_info_nce, info, in_dims, arguments)
-
-
-@torch.library.register_vmap("ifnd_fast::info_nce_negatives_grad")
-def _(info, in_dims, *arguments):
-    return _one_by_one(_negatives_grad, info, in_dims, arguments)
-
-
-def _one_by_one(operator: Callable, info: Any, in_dims: tuple, arguments: tuple) -> tuple:
-    """torch.func.vmap's rule: a call for each element of the batch, its results stacked in the first dimension."""
-    results = [
-        operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+_info_nce.register_vmap(one_by_one(_info_nce))
+_negatives_grad.register_vmap(one_by_one(_negatives_grad))
 
 
 def _save(ctx, inputs, output) -> None:

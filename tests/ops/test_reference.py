@@ -32,7 +32,7 @@ def literal_loss(case: Case, i: int) -> float:
         detected: list[float] = []
         others: list[float] = []
         for k, key in enumerate(rows["negatives"]):
-            if ids is not None and ids[0][i] == ids[1][k]:
+            if ids is not None and ids[0][i] == ids[1][k] >= 0:
                 continue
             is_false = labels is not None and labels[0][i][level] == labels[1][k][level] >= 0
             (detected if is_false and case.false_negatives != "keep" else others).append(similarity(key))
@@ -64,8 +64,8 @@ def small_cases(draw) -> Case:
         case.query_labels = draw(integers(B, L, low=-1, high=2, dtype=torch.int32))
         case.negative_labels = draw(integers(K, L, low=-1, high=2, dtype=torch.int32))
     if draw(st.booleans()):
-        case.query_ids = draw(integers(B, low=0, high=3, dtype=torch.int64))
-        case.negative_ids = draw(integers(K, low=0, high=3, dtype=torch.int64))
+        case.query_ids = draw(integers(B, low=-2, high=3, dtype=torch.int64))
+        case.negative_ids = draw(integers(K, low=-2, high=3, dtype=torch.int64))
     return case
 
 
