@@ -76,7 +76,7 @@ def number(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer of hundreds of digits
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def fraction(name: str, value: Any) -> float:
