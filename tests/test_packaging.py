@@ -102,6 +102,14 @@ def test_wheel_from_the_sdist_with_a_failing_nvcc(source, tmp_path):
     assert done.stdout.startswith(str(tmp_path / "installed")), done
 
 
+def test_citation_is_of_this_version():
+    yaml = pytest.importorskip("yaml")
+    import ifnd_fast
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == ifnd_fast.__version__ and citation["license"] == "Apache-2.0"
+
+
 def test_console_scripts_exist():
     import importlib
 
