@@ -16,6 +16,7 @@ import ifnd_fast
 from ifnd_fast import cli
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS
+from ifnd_fast.runtime.checkpoint import FORMAT
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/gpu/*.md")])
@@ -152,3 +153,12 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
         if not target.startswith(("http://", "https://")):
             assert (document.parent / target).exists(), target
+
+
+def test_stable_names_are_there():
+    """README's section names every public name, command and section of config.yaml, and the checkpoints' format."""
+    section = (ROOT / "README.md").read_text().partition("## Stable names")[2].partition("\n## ")[0]
+    stable, _, rest = section.partition("Everything else")
+    sections = [name for name, value in configs.to_dict(PRESETS["demo"][1]).items() if isinstance(value, dict)]
+    assert {*ifnd_fast.__all__, *sections} <= set(re.findall(r"`(\w+)`", stable)) and rest
+    assert f'"{FORMAT}"' in stable and all(f"`ifnd-fast-{name}`" in stable for name in ("train", "eval", "report"))
