@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -93,7 +95,7 @@ def open_picture(path: Path | str, upright: bool = True) -> Image.Image:
     try:
         with warnings.catch_warnings(), open(_regular(path), "rb") as file:  # of odd metadata there may be thousands
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=formats()) as image:
+            with _opened(file) as image:
                 _refuse_size(image.size)
                 image.load()
                 turn = _turn(image) if upright else None
@@ -103,6 +105,22 @@ def open_picture(path: Path | str, upright: bool = True) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         raise UnreadablePictureError(path, reason_of(error)) from error
+
+
+def _opened(file: IO[bytes]) -> Image.Image:
+    try:
+        return Image.open(file, formats=formats())
+    except UnidentifiedImageError:
+        for name in formats():
+            factory, accept = Image.OPEN[name]
+            file.seek(0)
+            if accept is not None and accept(file.read(16)) is True:
+                file.seek(0)
+                try:
+                    factory(file, "")
+                except (SyntaxError, IndexError, TypeError, struct.error) as error:  # those that Pillow keeps to itself
+                    raise OSError(f"{name}: {reason_of(error)}") from error
+        raise
 
 
 def _regular(path: Path | str) -> Path | str:
@@ -202,5 +220,5 @@ def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     `high` is `low`."""
     if high <= low:
         return np.zeros(values.shape, dtype=np.uint8)
-    parts = np.clip((values.astype(np.float64) - low) * (255 / (high - low)), 0, 255)
-    return np.rint(np.nan_to_num(parts, nan=0.0)).astype(np.uint8)
+    parts = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1)
+    return (255 * np.nan_to_num(parts, nan=0.0) + 0.5).astype(np.uint8)

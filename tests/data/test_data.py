@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import v2
 
 from ifnd_fast.config import PRESETS, DataConfig
 from ifnd_fast.data.batch_views import NUMBERS
-from ifnd_fast.data.loading import EpochBatches, PairDataset, centre_loader, pair_loader
+from ifnd_fast.data.images import middle
+from ifnd_fast.data.loading import CentreDataset, EpochBatches, PairDataset, ViewDataset, centre_loader, pair_loader
 from ifnd_fast.data.sources import open_for_run, open_images
-from ifnd_fast.data.views import to_input
-from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.data.unreadable import Unreadable
+from ifnd_fast.data.views import centre_view, to_input
+from ifnd_fast.report.thumbnails import thumbnail
+from ifnd_fast.runtime.errors import CommandError, Stopped, UsageError
 
 SMALL = DataConfig(image_size=16, workers=0)
 
@@ -88,13 +96,13 @@ def test_missing_and_empty_folders_are_refused_by_name(make, tmp_path):
 def test_views_depend_on_seed_epoch_and_index_alone(flat_folder):
     images = open_images(str(flat_folder))
     dataset = PairDataset(images, SMALL, seed=1)
-    view, other, index, wanted = dataset[3, 7]
+    view, other, index, wanted, reason = dataset[3, 7]
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    again, other_again, _, _ = dataset[3, 7]
+    again, other_again, *_ = dataset[3, 7]
     assert torch.equal(before, torch.get_rng_state()), "the global generator moved"
     assert torch.equal(view, again) and torch.equal(other, other_again)
-    assert (index, wanted) == (7, 7) and view.shape == (3, 16, 16) and view.dtype == torch.uint8
+    assert (index, wanted, reason) == (7, 7, "") and view.shape == (3, 16, 16) and view.dtype == torch.uint8
     assert not torch.equal(view, other)
     assert not torch.equal(view, dataset[4, 7][0])
     assert not torch.equal(view, PairDataset(images, SMALL, seed=2)[3, 7][0])
@@ -120,7 +128,7 @@ def test_any_number_of_workers_gives_the_same_batches(augment, flat_folder):
 def test_images_for_views_on_the_device(flat_folder):
     files, digits = open_images(str(flat_folder)), open_images("demo")
     config = DataConfig(image_size=16, augment="device")
-    image, numbers, index, wanted = PairDataset(files, config, seed=1)[3, 7]
+    image, numbers, index, wanted, _ = PairDataset(files, config, seed=1)[3, 7]
     again = PairDataset(files, config, seed=1)[3, 7]
     assert image.shape == (3, 24, 24) and image.dtype == torch.uint8 and (index, wanted) == (7, 7)
     assert numbers.shape == (2, NUMBERS) and torch.equal(numbers, again[1])
@@ -156,9 +164,11 @@ def test_unreadable_images_are_replaced_and_named(flat_folder, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "001.png").write_bytes(b"not a picture")
     images = open_images(str(tmp_path))
-    _, _, index, wanted = PairDataset(images, SMALL, 0)[0, 1]
+    _, _, index, wanted, reason = PairDataset(images, SMALL, 0)[0, 1]
     assert (index, wanted) == (2, 1) and images.name(1).endswith("001.png")
-    views, indices, readable = next(iter(centre_loader(images, SMALL, 4, range(4))))
+    assert reason == "no picture in a format that can be read here"
+    views, indices, readable, reasons = next(iter(centre_loader(images, SMALL, 4, range(4))))
+    assert list(reasons) == ["", reason, "", ""]
     assert readable.tolist() == [True, False, True, True] and indices.tolist() == [0, 1, 2, 3]
     assert not views[1].any() and views[0].any()
 
@@ -166,7 +176,124 @@ def test_unreadable_images_are_replaced_and_named(flat_folder, tmp_path):
 def test_nothing_readable_is_said_so(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
-    assert PairDataset(open_images(str(tmp_path)), SMALL, 0)[0, 1][2] == -1
+    with pytest.raises(CommandError, match=r"3 images in a row can't be read, from .*1.jpg on: the file is empty"):
+        PairDataset(open_images(str(tmp_path)), SMALL, 0)[0, 1]
+
+
+class Odd:
+    """Grey images, of which some can't be opened, and some make the view fail."""
+
+    labels = class_names = None
+
+    def __init__(self, faults: dict[int, Exception]):
+        self.faults = faults
+
+    def __len__(self) -> int:
+        return 300
+
+    def name(self, index: int) -> str:
+        return f"picture {index}"
+
+    def image(self, index: int) -> Image.Image:
+        if index in self.faults and index % 2:
+            raise self.faults[index]
+        return Image.new("RGB", (20 + (index in self.faults), 20), "grey")
+
+
+FAULTS = {
+    number: error for number, error in enumerate(
+        [SyntaxError("broken"), ValueError("odd"), struct.error("short"), zlib.error("Error -3"), EOFError(),
+         OverflowError("large"), MemoryError(), ZeroDivisionError("0"), OSError("gone"), KeyError("x")], 10)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", FAULTS)
+def test_whatever_one_picture_raises_it_alone_is_unreadable(number, monkeypatch):
+    """On opening (odd numbers) and on making the view."""
+    images, error = Odd(FAULTS), FAULTS[number]
+
+    def view(image: Image.Image) -> torch.Tensor:
+        if image.width > 20:
+            raise error
+        return torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+    for dataset, item in ((ViewDataset(images, view, 0), (0, number)), (CentreDataset(images, SMALL), number)):
+        dataset.view = view
+        *_, reason = dataset[item]
+        assert ("" if type(error) is OSError else type(error).__name__) in reason and str(error) in reason
+        assert ("on making its view" in reason) == (number % 2 == 0)
+        assert dataset[(0, 50) if isinstance(item, tuple) else 50][-1] == ""
+    assert ViewDataset(images, view, 0)[0, number][1:3] == (20, number)
+
+
+def test_a_view_that_fails_on_every_picture_is_no_picture_s_fault():
+    def broken(image: Image.Image) -> torch.Tensor:
+        raise TypeError("a slip")
+
+    with pytest.raises(CommandError, match=r"100 images in a row .* picture 7 on: TypeError: a slip .*test_data.py"):
+        ViewDataset(Odd({}), broken, 0)[0, 7]
+
+
+def test_a_signal_while_a_picture_is_read_is_not_the_picture_s():
+    images = Odd({1: Stopped(15)})
+    for dataset, item in ((PairDataset(images, SMALL, 0), (0, 1)), (CentreDataset(images, SMALL), 1)):
+        with pytest.raises(Stopped):
+            dataset[item]
+
+
+@pytest.mark.parametrize("augment", ["loader", "device"])
+@pytest.mark.parametrize("size", [(16_000, 1), (1, 16_000), (1, 1), (3, 5000)])
+def test_views_of_narrow_pictures_take_little_memory(size, augment, tmp_path):
+    Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "0.png")
+    config = DataConfig(image_size=224, augment=augment, color_jitter=0.4, blur=0.5, rotation=0.0)
+    images, largest = open_images(str(tmp_path)), []
+    resize = Image.Image.resize
+
+    def watched(self, size, *args, **kwargs):
+        largest.append(size[0] * size[1])
+        return resize(self, size, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", watched)
+        view = PairDataset(images, config, 0)[0, 0][0]
+        centre, *_, reason = CentreDataset(images, config)[0]
+        assert thumbnail(images, 0) is not None
+    assert reason == "" and view.shape[0] == 3 and centre.shape == (3, 224, 224)
+    assert largest and max(largest) <= 8 * 336 * 336
+    assert (centre == torch.tensor([10, 20, 30])[:, None, None]).all()
+
+
+def test_middles_of_narrow_pictures_are_what_the_centre_crop_sees():
+    """The same pixels as of the whole picture resized, but for those of a narrower neighbour at the edge."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 400, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    assert middle(image).size == (160, 20) and middle(image.transpose(2)).size == (20, 160)
+    assert np.array_equal(np.asarray(middle(image)), pixels[:, 120:280])
+    assert middle(image.crop((0, 0, 160, 20))).size == (160, 20)
+    config = DataConfig(image_size=28)
+    whole = v2.Compose([v2.Resize(28), v2.CenterCrop(28), v2.ToImage()])(image)
+    assert torch.equal(centre_view(config)(image), whole)
+
+
+def test_unreadable_images_are_named_once_with_the_reason(flat_folder, capfd):
+    images = open_images(str(flat_folder))
+    unreadable = Unreadable(images, strict=False)
+    unreadable.note(torch.tensor([3, 5, 5]), torch.tensor([3, 4, 5]), ["", "it is broken", ""])
+    unreadable.note(torch.tensor([5]), torch.tensor([4]), ["it is broken"])
+    unreadable.add(9, "empty")
+    assert capfd.readouterr().err.splitlines() == [
+        f"warning: unreadable image skipped: {images.name(4)}: it is broken (1 so far)",
+        f"warning: unreadable image skipped: {images.name(9)}: empty (2 so far)",
+    ]
+    assert unreadable.listed() == [{"image": images.name(4), "reason": "it is broken"},
+                                   {"image": images.name(9), "reason": "empty"}]  # fmt: skip
+    again = Unreadable(images, strict=True)
+    again.load_state(unreadable.state())
+    assert again.listed() == unreadable.listed()
+    again.load_state([4])  # as checkpoints once had them
+    again.add(4, "it is broken")
+    with pytest.raises(CommandError, match=r"unreadable image \(--strict\): .*008.png: torn"):
+        again.add(8, "torn")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
