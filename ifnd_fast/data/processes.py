@@ -56,7 +56,7 @@ def running(loader: DataLoader) -> Iterator[Iterator[Any]]:
         except RuntimeError as error:  # torch raises it wherever the main thread is when a process dies
             if not str(error).startswith(OF_A_PROCESS):
                 raise
-            raise _loading_error(error) from error
+            raise _loading_error(error, batches) from error
         finally:
             if isinstance(batches, _MultiProcessingDataLoaderIter):
                 _end(batches)
@@ -73,7 +73,7 @@ def _started(loader: DataLoader) -> _BaseDataLoaderIter:
         raise
 
 
-def _explained(batches: Iterator[Any]) -> Iterator[Any]:
+def _explained(batches: _BaseDataLoaderIter) -> Iterator[Any]:
     while True:
         try:
             batch = next(batches)
@@ -82,17 +82,19 @@ def _explained(batches: Iterator[Any]) -> Iterator[Any]:
         except Exception as error:
             if isinstance(error, CommandError) and not str(error).startswith(CAUGHT):  # of this process
                 raise
-            raise _loading_error(error) from error
+            raise _loading_error(error, batches) from error
         yield batch
 
 
-def _loading_error(error: Exception) -> LoadingError:
+def _loading_error(error: Exception, batches: _BaseDataLoaderIter) -> LoadingError:
     """What a person is told of an error that came with a batch, or instead of one."""
     text = str(error).strip()
     if text.startswith(OF_A_PROCESS):
-        if "Bus error" in text:
-            return LoadingError(f"a loading process died: {_of_shared_memory()} ({text})")
-        return LoadingError(f"a loading process died, often because memory ran out (fewer --workers?): {text}")
+        codes = [worker.exitcode for worker in getattr(batches, "_workers", ()) if worker.exitcode is not None]
+        how = ", ".join(signal.Signals(-code).name if code < 0 else f"exit code {code}" for code in codes)
+        if -signal.SIGBUS in codes:
+            return LoadingError(f"a loading process died ({how}): {_of_shared_memory()}")
+        return LoadingError(f"a loading process died ({how}), often because memory ran out: fewer --workers need less")
     details = text if text.startswith(CAUGHT) else "".join(traceback.format_exception(error)).strip()
     last = details.splitlines()[-1]
     if isinstance(error, CommandError):  # of a loading process: it says all

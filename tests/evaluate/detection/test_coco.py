@@ -10,12 +10,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ifnd_fast.evaluate.detection import coco
 from ifnd_fast.evaluate.detection.metrics import average_precision, to_results
-from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.errors import CommandError, UsageError
 from tests import scenes
 
 
@@ -64,7 +65,8 @@ def test_training_leaves_out_images_without_objects_and_flips_half(written):
     flipped = 0
     for epoch in range(10):
         for number in range(len(examples)):
-            image, target = examples[epoch, number]
+            image, target, unreadable = examples[epoch, number]
+            assert not unreadable
             again = examples[epoch, number]
             assert torch.equal(image, again[0]) and torch.equal(target["boxes"], again[1]["boxes"])
             plain = images.image(examples.numbers[number])
@@ -172,12 +174,49 @@ def test_images_that_cannot_be_read_are_told_by_name(written, tmp_path):
     images = open_split(root)
     images.file(1).write_bytes(b"no image")
     examples = coco.TrainingExamples(images, seed=0)
-    assert f"{images.file(1)} can't be read" in examples[0, examples.numbers.index(1)]
+    reason = "no picture in a format that can be read here"
+    number = examples.numbers.index(1)
+    image, target, unreadable = examples[0, number]
+    stand_in = examples[0, number + 1]
+    assert unreadable == [(1, reason)] and images.name(1).endswith(images.file(1).name)
+    assert torch.equal(image, stand_in[0]) and torch.equal(target["boxes"], stand_in[1]["boxes"])
+    assert coco.MeasuredImages(images)[1] == (1, reason)
     images.file(2).write_bytes((root / "train2017" / "000000000000.png").read_bytes())
     change_size = images.coco.imgs[images.image_ids[2]]
     change_size["width"] = 81
-    with pytest.raises(OSError, match="is 80 x 64 pixels, its annotations say 81 x 64"):
+    with pytest.raises(OSError, match="80 x 64 pixels, its annotations say 81 x 64"):
         images.image(2)
+    for index in range(len(images)):
+        images.file(index).write_bytes(b"")
+    with pytest.raises(CommandError, match=r"5 images in a row can't be read, from .*png on: the file is empty"):
+        examples[0, 0]
+
+
+@pytest.mark.parametrize("orientation, applied", [(1, True), (3, True), (6, True), (6, False), (8, True), (8, False)])
+def test_orientation_is_applied_where_the_annotated_size_allows_it(orientation, applied, written, tmp_path):
+    """As detectron2 does; an image that has the annotated size only as stored is read as stored."""
+    root = tmp_path / "coco"
+    shutil.copytree(written[0], root)
+    images = open_split(root)
+    upright = images.image(0)
+    if applied and orientation != 1:
+        stored = upright.rot90({3: 2, 6: 1, 8: -1}[orientation], dims=(1, 2))
+    else:
+        stored = upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored.permute(1, 2, 0).numpy()).save(images.file(0), exif=exif)
+    assert torch.equal(images.image(0), upright)
+
+
+def test_images_too_narrow_for_the_model_are_unreadable(written, tmp_path):
+    root = tmp_path / "coco"
+    shutil.copytree(written[0], root)
+    images = coco.CocoImages(*coco.find("train", root, None, None), max_size=100)
+    images.coco.imgs[images.image_ids[0]].update(width=101, height=1)
+    Image.new("RGB", (101, 1)).save(images.file(0))
+    with pytest.raises(OSError, match="101 x 1 pixels leave nothing at a longer side of 100"):
+        images.image(0)
 
 
 # ---- metrics ----

@@ -237,12 +237,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, coco_folder, tmp_path):
     assert it.step == 0
 
 
-def test_an_image_that_cannot_be_read_stops_the_run_by_name(run, coco_folder, tmp_path):
-    it = begun(run, coco_folder, tmp_path / "out", batch_size=5)
-    it.examples[0, 0]
-    it.train.coco.imgs[it.train.image_ids[it.examples.numbers[0]]]["file_name"] = "gone.png"
-    with pytest.raises(CommandError, match="training image .*gone.png can't be read"):
+def spoil(images, index: int) -> str:
+    """The image's name is now another's, which isn't there."""
+    images.coco.imgs[images.image_ids[index]]["file_name"] = "gone.png"
+    return images.name(index)
+
+
+def test_the_next_image_stands_in_for_one_that_cannot_be_read(run, coco_folder, tmp_path, capfd):
+    it = begun(run, coco_folder, tmp_path / "out", batch_size=5, workers=2, iterations=3)
+    spoiled = [spoil(it.train, it.examples.numbers[0]), spoil(it.val, 1)]
+    with it.stop.deferred():
         it._train(it.model)
+    result = it._finish(it.measure())
+    assert result["unreadable"] == [{"image": name, "reason": "No such file or directory"} for name in spoiled]
+    told = capfd.readouterr().err
+    for name in spoiled:
+        assert told.count(f"warning: unreadable image skipped: {name}: No such file or directory (1 so far)") == 1
+    again = tuning(run, coco_folder, tmp_path / "out", batch_size=5, iterations=3, resume=True)
+    again.resume()
+    assert list(again.unreadable[0].reasons) == [it.examples.numbers[0]]
+
+
+def test_strict_stops_at_one(run, coco_folder, tmp_path):
+    it = begun(run, coco_folder, tmp_path / "out", batch_size=5, strict=True)
+    name = spoil(it.train, it.examples.numbers[0])
+    with pytest.raises(CommandError, match=f"unreadable image \\(--strict\\): {name}: No such file"):
+        it._train(it.model)
+    spoil(it.val, 0)
+    with pytest.raises(CommandError, match="--strict"):
+        it.measure()
 
 
 class Oracle(nn.Module):
@@ -263,6 +286,13 @@ def test_a_perfect_detector_measures_100(run, coco_folder, tmp_path):
     it.model = Oracle(it.val)
     figures = it.measure()
     assert figures["box_AP"] == figures["mask_AP"] == figures["box_AP75"] == 100.0
+    spoil(it.val, 0)  # which is left out, with its objects
+    figures = it.measure()
+    assert figures["box_AP"] == figures["mask_AP"] == 100.0
+    for index in range(len(it.val)):
+        spoil(it.val, index)
+    with pytest.raises(CommandError, match=r"none of 4 images can be read: .*gone.png: No such file"):
+        it.measure()
 
 
 def test_two_ranks_write_one_result_of_all_images(run, coco_folder, tmp_path):
