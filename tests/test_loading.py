@@ -247,13 +247,13 @@ def test_commands_end_within_seconds_with_a_message_and_nobody_left(
     ]
     done = subprocess.run(
         [sys.executable, "-c", FAULTS[message] + RUN_ALL, json.dumps(commands)], capture_output=True, text=True,
-        timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     told = done.stderr
     ends = [json.loads(line[6:]) for line in told.splitlines() if line.startswith("ENDED ")]
     assert len(ends) == len(commands) and done.returncode == 0, told
     for (_, args), (_, code, left, seconds) in zip(commands, ends, strict=True):
-        assert (code, left) == (1, 0) and seconds < 60, (args, code, left, seconds, told)
+        assert (code, left) == (1, 0) and seconds < 90, (args, code, left, seconds, told)
     errors = [line for line in told.splitlines() if line.startswith("error: ")]
     assert len(errors) == len(commands) and all(line.startswith(f"error: {message}") for line in errors), told
 
@@ -267,12 +267,12 @@ def test_a_signal_to_an_evaluation_ends_its_processes(number, untrained_run, cla
         [sys.executable, "-c", slow, "knn", str(untrained_run), "--data", str(class_folders), "--workers", "2"],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not (tmp_path / "begun").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(process.pid, number)
-    _, told = process.communicate(timeout=30)
+    _, told = process.communicate(timeout=90)
     assert process.returncode == 128 + number and "Traceback" not in told, told
     with pytest.raises(ProcessLookupError):  # of the whole group nobody is left
         for _ in range(100):

@@ -365,7 +365,7 @@ def test_narrow_pictures_and_bombs_take_little_memory(tmp_path):
         "for augment in ('loader', 'device'):\n"
         "    config = DataConfig(image_size=224, augment=augment, rotation=10.0)\n"
         "    for index in (0, 1, 3): PairDataset(images, config, 0)[0, index], CentreDataset(images, config)[index]\n"
-        "for index in range(4): thumbnail(images, index)\n"
+        "for index in range(4): thumbnail(images, index, '')\n"
         "print(peak() - before, CentreDataset(images, config)[2][-1])"
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.data.images import Images
-from ifnd_fast.report.thumbnails import Row, Sheet, Thumbnail, class_name, describe, spread, thumbnail, thumbnails
+from ifnd_fast.report.thumbnails import Row, Sheet, class_name, describe, spread, thumbnail, thumbnails
 
 IN_BATCH_SAMPLE = 4096
 
@@ -125,7 +125,7 @@ def _row(
             note += f", {(truth[found] == truth[anchor]).mean():.0%} right"
     right = None if truth is None else int(truth[anchor])
     shown = thumbnails(images, spread(found, confidence, columns), right, confidence)
-    first = Thumbnail(thumbnail(images, anchor), f"anchor: {describe(images, anchor)}")
+    first = thumbnail(images, anchor, f"anchor: {describe(images, anchor)}")
     return Row(first, class_name(images, anchor) or f"image {anchor}", note, shown)
 
 

@@ -58,7 +58,17 @@ def render(run: Run) -> str:
         clusters=clusters,
         clusters_explanation=clusters_explanation,
         settings=flatten(run.config),
+        unreadable=unreadable_images(run, images),
     )
+
+
+def unreadable_images(run: Run, images: Images | None) -> list[tuple[str, str]]:
+    """(image, reason) of those that the run left out, as its result or its checkpoint says."""
+    if isinstance(listed := run.result.get("unreadable"), list):
+        return [(str(one.get("image")), str(one.get("reason"))) for one in listed if isinstance(one, dict)]
+    noted = run.state.get("unreadable", {})  # in older checkpoints a list
+    reasons = noted if isinstance(noted, dict) else dict.fromkeys(noted, "")
+    return [(images.name(index) if images else f"image {index}", why) for index, why in reasons.items()]
 
 
 def _detections(run: Run, images: Images | None, missing: str, clustering: Clustering | None) -> Sheets:

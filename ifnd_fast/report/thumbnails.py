@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from ifnd_fast.data.images import Images
+from ifnd_fast.data.images import Images, attempt
 
 SIDE = 64  # largest thumbnail, pixels
 
@@ -58,7 +58,7 @@ def thumbnails(
         text = describe(images, index)
         text += "" if confidence is None else f", confidence {confidence[index]:.2f}"
         text += ", wrong" if wrong else ""
-        shown.append(Thumbnail(thumbnail(images, index), text, wrong))
+        shown.append(thumbnail(images, index, text, wrong))
     return shown
 
 
@@ -76,14 +76,16 @@ def name_of_class(images: Images, label: int) -> str:
     return images.class_names[label] if images.class_names else f"class {label}"
 
 
-def thumbnail(images: Images, index: int) -> str | None:
-    """A square thumbnail, in the smaller of PNG and JPEG; None when the image can't be read."""
-    try:
-        image = images.image(index).convert("RGB")
-    except OSError:
-        return None
+def thumbnail(images: Images, index: int, text: str, wrong: bool = False) -> Thumbnail:
+    """Of an image, described by `text` and, where it can't be read, the reason."""
+    source, reason = attempt(images, index, _encoded)
+    return Thumbnail(source, text if source else f"{text}, not readable: {reason}", wrong)
+
+
+def _encoded(image: Image.Image) -> str:
+    """A square picture as a data URI, in the smaller of PNG and JPEG."""
     side = min(SIDE, *image.size)
-    image = ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
     encoded = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
         buffer = io.BytesIO()

@@ -257,7 +257,7 @@ def test_views_of_narrow_pictures_take_little_memory(size, augment, tmp_path):
         patch.setattr(Image.Image, "resize", watched)
         view = PairDataset(images, config, 0)[0, 0][0]
         centre, *_, reason = CentreDataset(images, config)[0]
-        assert thumbnail(images, 0) is not None
+        assert thumbnail(images, 0, "").source
     assert reason == "" and view.shape[0] == 3 and centre.shape == (3, 224, 224)
     assert largest and max(largest) <= 8 * 336 * 336
     assert (centre == torch.tensor([10, 20, 30])[:, None, None]).all()

@@ -301,6 +301,28 @@ def test_an_unreadable_image_costs_its_thumbnail_only(make_run):
         path.write_bytes(b"no image")
     page = write_report(out).read_text()
     assert page.count(">not readable</span>") > 3 and page.count("<img") > 10
+    assert page.count(", not readable: no picture in a format that can be read here") > 3
+
+
+@pytest.mark.parametrize("noted", ["result", "checkpoint", "older checkpoint", "many", "none"])
+def test_images_that_the_run_left_out_are_listed_with_the_reason(noted, make_run):
+    out = make_run()
+    written = json.loads((out / "result.json").read_text())
+    listed = [{"image": f"/data/{n}.png", "reason": f"torn at <{n}>"} for n in range(300 if noted == "many" else 2)]
+    if noted in ("result", "many"):
+        (out / "result.json").write_text(json.dumps({**written, "unreadable": listed}))
+    else:
+        (out / "result.json").unlink()
+        state = {"checkpoint": {3: "torn at <3>"}, "older checkpoint": [3], "none": {}}[noted]
+        out = make_run(state={"unreadable": state})
+        (out / "result.json").unlink()
+    page = write_report(out).read_text()
+    assert ("can't be read</h2>" in page) == (noted != "none")
+    if noted in ("result", "many"):
+        assert "<dt>/data/1.png</dt><dd>torn at &lt;1&gt;</dd>" in page
+    elif noted != "none":
+        assert "class 0/003.png</dt><dd>" in page and ("torn at &lt;3&gt;" in page) == (noted == "checkpoint")
+    assert ("300 left out" in page and "and 100 more" in page and "200.png" not in page) == (noted == "many")
 
 
 def test_nothing_accepted_yet(make_run):

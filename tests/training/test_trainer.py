@@ -283,7 +283,14 @@ def test_unreadable_images_are_counted_or_stop_the_run(strict, flat_folder, tmp_
         return
     trainer.fit()
     error = capsys.readouterr().err
-    assert error.count("007.png") == 1 and trainer.unreadable.indices == {7}
+    assert error.count("007.png") == 1 and list(trainer.unreadable.reasons) == [7]
+    reason = "no picture in a format that can be read here"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["unreadable"] == [{"image": str(folder / "007.png"), "reason": reason}]
+    assert f"unreadable image skipped: {folder / '007.png'}: {reason} (1 so far)" in error
+    again = Trainer(parse_train(["--resume", "--out", str(tmp_path / "run")]))
+    again.resume()
+    assert again.unreadable.reasons == {7: reason}
     assert (trainer.labeller.accepted[7] == -1).all()
 
 
