@@ -85,25 +85,30 @@ def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, 
     products = {"PRECISION": "ieee", "HAS_IDS": True, "SHIFT": info_nce.shift_of(dtype), "WITH_GRAD": True}
     of_loss = {**of_rows, **levels, **products, "ROWS": loss.rows, "KEYS": loss.columns}
     of_marked = {**of_loss, "KEYS": loss.marked, "FLAG_KEYS": loss.columns}
-    small = Tile(info_nce.ROWS_PER_PROGRAM, 0, 4, 1)
+    rows, numbers = info_nce.ROWS_BY_SPLITS, info_nce.NUMBERS_BY_SPLITS
+    of_splits = {"ROWS": rows.rows, "SPLITS": rows.columns}
     out: dict[str, tuple[Any, dict[str, Any], Tile]] = {}
     for attract in (False, True):
         name = "attract" if attract else "eliminate"
         for kernel, constants, tile in (
-            (info_nce.pass_kernel, of_loss, loss),
+            (info_nce.pass_kernel, of_loss, loss.of_pass),
             (info_nce.marked_sums_kernel, of_marked, loss),
-            (info_nce.normalise_kernel, {**of_rows, **losses, "ROWS": small.rows}, small),
+            (info_nce.normalise_kernel, {**of_rows, **losses, **of_splits}, rows),
             (info_nce.marked_grad_kernel, of_marked, loss),
             (info_nce.negatives_grad_kernel, {**of_loss, "KEYS": loss.negatives}, loss),
         ):
             label = kernel.fn.__name__.removesuffix("_kernel")
             out[f"info_nce {label}, {name}"] = (kernel, {**constants, "ATTRACT": attract}, tile)
-    constants = {"D": size.dim, "ELEMENTS": info_nce.ELEMENTS_PER_PROGRAM, "SCALED": True}
-    out["info_nce add_splits"] = (info_nce.add_splits_kernel, constants, small)
+    constants = {"D": size.dim, "NUMBERS": numbers.rows, "SPLITS": numbers.columns, "SCALED": True}
+    out["info_nce add_splits"] = (info_nce.add_splits_kernel, constants, numbers)
     for with_confidence in (True, False):
         name = "labels and confidence" if with_confidence else "labels"
         constants = {**of_rows, "PRECISION": "ieee", "ROWS": nearest.rows, "COLUMNS": nearest.columns, "L2": True}
         out[f"assign {name}"] = (assign.assign_kernel, {**constants, "WITH_CONFIDENCE": with_confidence}, nearest)
+    few = assign.INFINITIES
+    out["assign infinities"] = (
+        assign.infinities_kernel, {**constants, "ROWS": few.rows, "COLUMNS": few.columns}, few,
+    )  # fmt: skip
     return out
 
 
@@ -151,7 +156,7 @@ def cuda_kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, CudaKe
         shared += 32 * warps * size.levels * 12 if step == "MARKED_SUMS" else 0
         out[f"cuda info_nce {step.lower()}"] = CudaKernel("info_nce.h", kernel, warps, shared)
     out["cuda info_nce normalise"] = CudaKernel("normalise.h", "ifnd::cuda::normalise_kernel", 4, 0)
-    out["cuda info_nce add_splits"] = CudaKernel("normalise.h", "ifnd::cuda::add_splits_kernel", 8, 0)
+    out["cuda info_nce add_splits"] = CudaKernel("normalise.h", "ifnd::cuda::add_splits_kernel", 8, 1024)
     return out
 
 

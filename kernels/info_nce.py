@@ -48,8 +48,9 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 # Weights in (0, 1] are rounded to the inputs' dtype to be multiplied. In float16 those below 2^-14 would lose digits,
 # so all are scaled by this power of 2: relative to the largest, digits last to 2^-29.
 FLOAT16_SHIFT = 15
-ROWS_PER_PROGRAM = 16  # of the kernels that only join sums
-ELEMENTS_PER_PROGRAM = 1024
+SMALLEST_LOSS_GRAD = tl.constexpr(2.0**-100)  # of the largest: its inverse is finite
+# Of the kernels that join splits: rows, or numbers of the gradient, by splits side by side.
+ROWS_BY_SPLITS, NUMBERS_BY_SPLITS = Tile(4, 64, 4, 1, registers=96), Tile(64, 16, 4, 1)
 
 
 @triton.jit
@@ -80,10 +81,11 @@ def pass_tile(
         if not ATTRACT:
             s = kept
     s = tl.where(excluded, float("-inf"), s)
-    raised = tl.maximum(highest, tl.max(s, 1) * scale)
-    reference = tl.where(raised == float("-inf"), 0.0, raised) - SHIFT
-    weights = tl.exp2(s * scale - reference[:, None])
-    rescale = tl.exp2(highest - SHIFT - reference)
+    raised = tl.maximum(highest, tl.max(s, 1))
+    reference = tl.where(raised == float("-inf"), 0.0, raised)
+    # The difference first: it is exact where it matters, and a large product with the scale, or less SHIFT, is not.
+    weights = tl.exp2((s - reference[:, None]) * scale + SHIFT)
+    rescale = tl.exp2((highest - reference) * scale)
     total = total * rescale + tl.sum(weights, 1)
     if WITH_GRAD:
         grad = tl.dot(weights.to(n.dtype), n, grad * rescale[:, None], input_precision=PRECISION)
@@ -124,13 +126,14 @@ def pass_kernel(
             D, L, KEYS, CHUNK, CHUNKS, SHIFT, ATTRACT, ALL, WITH_GRAD, HAS_LABELS, FLAGS, HAS_IDS, PRECISION, False,
         )  # fmt: skip
 
-    at = split.to(tl.int64) * B + rows
+    at = split.to(tl.int64) * B + rows  # the maximum without the scale, the sum relative to it
     if chunk == 0:
-        tl.store(split_max + at, highest - SHIFT, mask=valid)
-        tl.store(split_sum + at, total, mask=valid)
+        tl.store(split_max + at, highest, mask=valid)
+        tl.store(split_sum + at, total * (1.0 / (1 << SHIFT)), mask=valid)
     if WITH_GRAD:
         columns = chunk * CHUNK + tl.arange(0, CHUNK)
-        tl.store(split_grad + at[:, None] * D + columns[None, :], grad, mask=valid[:, None] & (columns < D)[None, :])
+        place = split_grad + at[:, None] * D + columns[None, :]
+        tl.store(place, grad * (1.0 / (1 << SHIFT)), mask=valid[:, None] & (columns < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "K", "split_keys", "tiles"])
@@ -154,7 +157,7 @@ def marked_sums_kernel(
     for first in range(split * split_keys, end, KEYS):
         if tl.load(flags + tl.program_id(0).to(tl.int64) * tiles + first // FLAG_KEYS) != 0:
             exists = first + tl.arange(0, KEYS) < end
-            s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION) * scale
+            s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION)
             excluded = excluded_pairs(ids_of(query_ids, row, valid, HAS_IDS), negative_ids, first, exists, HAS_IDS)
             marked = marked_pairs(query_labels, row, valid, negative_labels, first, exists, L, ALL) & ~excluded
             for level in range(LOSSES):
@@ -168,8 +171,8 @@ def marked_sums_kernel(
                     before = tl.max(tl.where(levels == level, own_max, float("-inf")), 1)
                     raised = tl.maximum(before, tl.max(kept, 1))
                     reference = tl.where(raised == float("-inf"), 0.0, raised)
-                    added = tl.sum(tl.exp2(kept - reference[:, None]), 1)
-                    joined = own_sum * tl.exp2(before - reference)[:, None] + added[:, None]
+                    added = tl.sum(tl.exp2((kept - reference[:, None]) * scale), 1)
+                    joined = own_sum * tl.exp2((before - reference) * scale)[:, None] + added[:, None]
                     own_sum = tl.where(levels == level, joined, own_sum)
                     own_max = tl.where(levels == level, raised[:, None], own_max)
     at = (split.to(tl.int64) * B + rows)[:, None] * LOSSES + levels
@@ -180,27 +183,51 @@ def marked_sums_kernel(
 
 
 @triton.jit
-def join(highest, total, other_max, other_sum):
-    """Two sums of powers of 2, each relative to its own maximum, as one."""
-    raised = tl.maximum(highest, other_max)
-    reference = tl.where(raised == float("-inf"), 0.0, raised)
-    return raised, total * tl.exp2(highest - reference) + other_sum * tl.exp2(other_max - reference)
+def join_splits(split_max, split_sum, at, valid, stride, splits, scale, SPLITS: tl.constexpr):
+    """The splits' sums of powers of 2, each relative to its own maximum, as one (rows,): the largest maximum, and the
+    sum relative to it, in float64. A row's are at `at` and every `stride` from there."""
+    highest = tl.full((at.shape[0],), float("-inf"), tl.float32)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        inside = (split < splits)[:, None] & valid[None, :]
+        place = split[:, None] * stride + at[None, :]
+        highest = tl.maximum(highest, tl.max(tl.load(split_max + place, mask=inside, other=float("-inf")), 0))
+    reference = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.zeros((at.shape[0],), tl.float64)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        inside = (split < splits)[:, None] & valid[None, :]
+        place = split[:, None] * stride + at[None, :]
+        m = tl.load(split_max + place, mask=inside, other=float("-inf"))
+        part = tl.load(split_sum + place, mask=inside, other=0.0) * tl.exp2((m - reference[None, :]) * scale)
+        total += tl.sum(part.to(tl.float64), 0)
+    return highest, total
+
+
+@triton.jit
+def add_up(numbers, at, valid, stride, splits, SPLITS: tl.constexpr, dtype: tl.constexpr):
+    """The splits' numbers of each row, added up."""
+    total = tl.zeros((at.shape[0],), dtype)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        inside = (split < splits)[:, None] & valid[None, :]
+        total += tl.sum(tl.load(numbers + split[:, None] * stride + at[None, :], mask=inside, other=0).to(dtype), 0)
+    return total
 
 
 @triton.jit(do_not_specialize=["B", "splits"])
 def normalise_kernel(
     query, positive, split_max, split_sum, level_max, level_sum, level_count,
     loss, log_normalizer, counts, positive_weight, split_factor, B, splits, scale,
-    D: tl.constexpr, LOSSES: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    D: tl.constexpr, LOSSES: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, ATTRACT: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the sums of ROWS queries, in float64, as they are few. `split_factor` (splits, B) is
-    mean_l e^{m_split - lse_l}."""
+    """One program: the sums of ROWS queries, SPLITS at a time side by side; what is left, which is little, in float64.
+
+    `split_factor` (splits, B) is mean_l e^{m_split - lse_l} = e^{m_split - m} mean_l e^{m - lse_l}, m the largest."""
     row = tl.program_id(0) * ROWS
     rows = row + tl.arange(0, ROWS)
     valid = rows < B
-    levels = tl.arange(0, PADDED)[None, :]
-    real = valid[:, None] & (levels < LOSSES)
     s_positive = tl.zeros((ROWS,), tl.float64)
     for chunk in range(CHUNKS):
         q = load_rows(query, row, valid, chunk, D, CHUNK).to(tl.float64)
@@ -208,51 +235,45 @@ def normalise_kernel(
         s_positive += tl.sum(q * p, 1)
     s_positive *= scale
 
-    highest = tl.full((ROWS,), float("-inf"), tl.float64)
-    total = tl.zeros((ROWS,), tl.float64)
-    own_max = tl.full((ROWS, PADDED), float("-inf"), tl.float64)
-    own_sum = tl.zeros((ROWS, PADDED), tl.float64)
-    count = tl.zeros((ROWS, PADDED), tl.int32)
-    at = rows.to(tl.int64)
-    for _ in range(splits):
-        m = tl.load(split_max + at, mask=valid, other=float("-inf")).to(tl.float64)
-        highest, total = join(highest, total, m, tl.load(split_sum + at, mask=valid, other=0.0).to(tl.float64))
+    at, stride = rows.to(tl.int64), tl.cast(B, tl.int64)
+    highest, total = join_splits(split_max, split_sum, at, valid, stride, splits, scale, SPLITS)
+    dense_max = highest.to(tl.float64) * scale
+    losses, weight, factor = tl.zeros_like(total), tl.zeros_like(total), tl.zeros_like(total)
+    for level in range(LOSSES):
+        at_level = at * LOSSES + level
+        M, rest = tl.maximum(dense_max, s_positive), total
+        count = tl.zeros((ROWS,), tl.int32)
         if FLAGS:
-            at_level = at[:, None] * LOSSES + levels
-            count += tl.load(level_count + at_level, mask=real, other=0)
-            part = tl.load(level_sum + at_level, mask=real, other=0.0).to(tl.float64)
-            if ATTRACT:
-                own_sum += part
-            else:
-                m_level = tl.load(level_max + at_level, mask=real, other=float("-inf")).to(tl.float64)
-                own_max, own_sum = join(own_max, own_sum, m_level, part)
-        at += B
-
-    attracted = own_sum
-    if ATTRACT:
-        own_sum = tl.zeros((ROWS, PADDED), tl.float64)
-    M = tl.maximum(tl.maximum(highest, s_positive)[:, None], own_max)
-    rest = total[:, None] * tl.exp2(highest[:, None] - M) + own_sum * tl.exp2(own_max - M)
-    Z = rest + tl.exp2(s_positive[:, None] - M)
-    log_Z = tl.log(Z)
-    losses = (M - s_positive[:, None]) * LN2 + log_Z
-    weight = -rest / Z  # e^{s+ - lse} - 1
-    if ATTRACT:
-        n = count.to(tl.float64)
-        losses -= (attracted - n * s_positive[:, None]) * LN2 / (1.0 + n)
-        weight += n / (1.0 + n)
-    lse = M * LN2 + log_Z
-    tl.store(loss + rows, tl.sum(tl.where(levels < LOSSES, losses, 0.0), 1) / LOSSES, mask=valid)
-    tl.store(positive_weight + rows, tl.sum(tl.where(levels < LOSSES, weight, 0.0), 1) / LOSSES, mask=valid)
-    at_level = rows[:, None].to(tl.int64) * LOSSES + levels
-    tl.store(log_normalizer + at_level, lse, mask=real)
-    tl.store(counts + at_level, count, mask=real)
-    at = rows.to(tl.int64)
-    for _ in range(splits):
-        m = tl.load(split_max + at, mask=valid, other=float("-inf")).to(tl.float64)
-        factors = tl.exp2(m[:, None] - M) / Z
-        tl.store(split_factor + at, tl.sum(tl.where(levels < LOSSES, factors, 0.0), 1) / LOSSES, mask=valid)
-        at += B
+            count = add_up(level_count, at_level, valid, stride * LOSSES, splits, SPLITS, tl.int32)
+        if FLAGS and not ATTRACT:
+            own_max, own = join_splits(level_max, level_sum, at_level, valid, stride * LOSSES, splits, scale, SPLITS)
+            own_max = own_max.to(tl.float64) * scale
+            M = tl.maximum(M, own_max)
+            rest = total * tl.exp2(dense_max - M) + own * tl.exp2(own_max - M)
+        else:
+            rest = total * tl.exp2(dense_max - M)
+        Z = rest + tl.exp2(s_positive - M)
+        log_Z = tl.log(Z)
+        losses += (M - s_positive) * LN2 + log_Z
+        weight -= rest / Z  # e^{s+ - lse} - 1
+        factor += tl.exp2(dense_max - M) / Z
+        if ATTRACT:
+            n = count.to(tl.float64)
+            attracted = add_up(level_sum, at_level, valid, stride * LOSSES, splits, SPLITS, tl.float64) * scale
+            losses -= (attracted - n * s_positive) * LN2 / (1.0 + n)
+            weight += n / (1.0 + n)
+        tl.store(log_normalizer + at_level, M * LN2 + log_Z, mask=valid)
+        tl.store(counts + at_level, count, mask=valid)
+    tl.store(loss + rows, losses / LOSSES, mask=valid)
+    tl.store(positive_weight + rows, weight / LOSSES, mask=valid)
+    of_row = (factor / LOSSES).to(tl.float32)
+    reference = tl.where(highest == float("-inf"), 0.0, highest)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        inside = (split < splits)[:, None] & valid[None, :]
+        place = split[:, None] * stride + at[None, :]
+        m = tl.load(split_max + place, mask=inside, other=float("-inf"))
+        tl.store(split_factor + place, tl.exp2((m - reference[None, :]) * scale) * of_row[None, :], mask=inside)
 
 
 @triton.jit
@@ -261,16 +282,17 @@ def marked_weights(
     L: tl.constexpr, LOSSES: tl.constexpr, ATTRACT: tl.constexpr, PULL_ALONE: tl.constexpr,
 ):  # fmt: skip
     """d loss / d s of the marked keys, those in F_l for some l, level by level: mean_l [k not in F_l] e^{s - lse_l}, or
-    in attraction e^{s - lse} - mean_l [k in F_l] / (1 + |F_l|), of which `PULL_ALONE` leaves the second term."""
+    in attraction e^{s - lse} - mean_l [k in F_l] / (1 + |F_l|), of which `PULL_ALONE` leaves the second term. Rounded,
+    a large lse may be below s: no exponential is more than 1."""
     weights = tl.zeros(s.shape, tl.float32)
     for level in range(LOSSES):
         here = loss_pairs(marked, query_labels, row, valid, negative_labels, key, exists, level, L, LOSSES)
         if not PULL_ALONE:
             lse = load_column(log_normalizer, row, valid, level, LOSSES, 0.0) * LOG2E
             if ATTRACT:
-                weights += tl.exp2(s - lse[:, None])
+                weights += tl.exp2(tl.minimum(s - lse[:, None], 0.0))
             else:
-                weights += tl.exp2(tl.where(here, float("-inf"), s - lse[:, None]))
+                weights += tl.exp2(tl.where(here, float("-inf"), tl.minimum(s - lse[:, None], 0.0)))
         if ATTRACT:
             pull = 1.0 / (1.0 + load_column(counts, row, valid, level, LOSSES, 0))
             weights -= tl.where(here, pull[:, None], 0.0)
@@ -320,22 +342,21 @@ def marked_grad_kernel(
 @triton.jit(do_not_specialize=["B", "splits"])
 def add_splits_kernel(
     positive, positive_weight, split_grad, split_factor, query_grad, B, splits, inverse_temperature,
-    D: tl.constexpr, ELEMENTS: tl.constexpr, SCALED: tl.constexpr,
+    D: tl.constexpr, NUMBERS: tl.constexpr, SPLITS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """One program: ELEMENTS of the query's gradient."""
-    at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    """One program: NUMBERS of the query's gradient, SPLITS at a time side by side."""
+    at = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
     inside = at < B.to(tl.int64) * D
     row = at // D
     grad = tl.load(positive_weight + row, mask=inside, other=0.0)
     grad *= tl.load(positive + at, mask=inside, other=0.0).to(tl.float32)
-    split_row, split_at = row, at
-    for _ in range(splits):
-        part = tl.load(split_grad + split_at, mask=inside, other=0.0)
+    for first in range(0, splits, SPLITS):
+        split = (first + tl.arange(0, SPLITS))[:, None]
+        real = (split < splits) & inside[None, :]
+        part = tl.load(split_grad + split * (B.to(tl.int64) * D) + at[None, :], mask=real, other=0.0)
         if not SCALED:
-            part *= tl.load(split_factor + split_row, mask=inside, other=0.0)
-        grad += part
-        split_row += B
-        split_at += B.to(tl.int64) * D
+            part *= tl.load(split_factor + split * B.to(tl.int64) + row[None, :], mask=real, other=0.0)
+        grad += tl.sum(part, 0)
     tl.store(query_grad + at, grad * inverse_temperature, mask=inside)
 
 
@@ -351,12 +372,12 @@ def negatives_grad_kernel(
     """One program: KEYS negatives against all queries, one chunk of the gradient's columns.
 
     d_k = sum_i g_i (d loss_i / d s_ik) q_i / tau. For a key in no F_l the mean over levels is one exponential:
-    mean_l e^{s - lse_l} = e^{s - a} mean_l e^{a - lse_l}, a = min_l lse_l >= s up to rounding.
+    mean_l e^{s - lse_l} = e^{s - a} mean_l e^{a - lse_l}, a = min_l lse_l >= s up to rounding, as in `marked_weights`.
     """
     key, chunk = tl.program_id(0) * KEYS, tl.program_id(1)
     exists = key + tl.arange(0, KEYS) < K
-    largest = tl.load(largest_loss_grad)
-    unit = tl.where(largest > 0.0, 1.0 / largest, 0.0) * (1 << SHIFT)
+    largest = tl.maximum(tl.load(largest_loss_grad), SMALLEST_LOSS_GRAD)
+    unit = (1 << SHIFT) / largest
     levels = tl.arange(0, PADDED)[None, :]
     grad = tl.zeros((KEYS, CHUNK), tl.float32)
     for row in range(0, B, ROWS):
@@ -369,7 +390,7 @@ def negatives_grad_kernel(
         s = similarities(query, row, valid, negatives, key, exists, D, CHUNK, CHUNKS, PRECISION) * scale
         own = ids_of(query_ids, row, valid, HAS_IDS)
         s = tl.where(excluded_pairs(own, negative_ids, key, exists, HAS_IDS), float("-inf"), s)
-        weights = tl.exp2(s - (least * LOG2E)[:, None]) * mean[:, None]
+        weights = tl.exp2(tl.minimum(s - (least * LOG2E)[:, None], 0.0)) * mean[:, None]
         if HAS_LABELS:
             y = labels_of(query_labels, row, valid, L)
             marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, key, exists, L, ALL)
@@ -385,7 +406,7 @@ def negatives_grad_kernel(
         grad = tl.dot(tl.trans(weights.to(q.dtype)), q, grad, input_precision=PRECISION)
     columns = chunk * CHUNK + tl.arange(0, CHUNK)
     at = tl.arange(0, KEYS)[:, None] * D + columns[None, :]
-    grad *= largest * inverse_temperature / (1 << SHIFT)
+    grad = grad * (largest * (1.0 / (1 << SHIFT))) * inverse_temperature
     place = negatives_grad + tl.cast(key, tl.int64) * D + at
     tl.store(place, grad, mask=exists[:, None] & (columns < D)[None, :])
 
@@ -457,16 +478,19 @@ def info_nce_forward(
     shift = shift_of(query.dtype)
     pass_kernel[blocks, splits, chunks if with_grad else 1](
         *inputs, split_max, split_sum, split_grad, flags, *cut,
-        SHIFT=shift, WITH_GRAD=with_grad, HAS_LABELS=has_labels, FLAGS=flagged, **shape, **products,
+        SHIFT=shift, WITH_GRAD=with_grad, HAS_LABELS=has_labels, FLAGS=flagged, **shape,
+        **{**products, "maxnreg": tile.of_pass.registers},
     )  # fmt: skip
     if flagged:
         marked_sums_kernel[blocks, splits](
             *inputs, level_max, level_sum, level_count, flags, *cut, **of_losses, **shape, **of_marked
         )
-    normalise_kernel[(triton.cdiv(B, ROWS_PER_PROGRAM),)](
+    joined = ROWS_BY_SPLITS
+    normalise_kernel[(triton.cdiv(B, joined.rows),)](
         query, positive, split_max, split_sum, level_max, level_sum, level_count,
         loss, log_normalizer, counts, positive_weight, split_factor, B, splits, scale,
-        ROWS=ROWS_PER_PROGRAM, FLAGS=flagged, **of_losses, **shape,
+        LOSSES=losses, ROWS=joined.rows, SPLITS=joined.columns, FLAGS=flagged, num_warps=joined.warps,
+        maxnreg=joined.registers, **shape,
     )  # fmt: skip
     if with_grad:
         if flagged:
@@ -474,9 +498,10 @@ def info_nce_forward(
                 *inputs, split_grad, split_factor, log_normalizer, counts, flags, *cut,
                 SHIFT=shift, LOSSES=losses, **shape, **of_marked,
             )  # fmt: skip
-        add_splits_kernel[(triton.cdiv(B * D, ELEMENTS_PER_PROGRAM),)](
+        joined = NUMBERS_BY_SPLITS
+        add_splits_kernel[(triton.cdiv(B * D, joined.rows),)](
             positive, positive_weight, split_grad, split_factor, query_grad, B, splits, 1.0 / temperature,
-            D=D, ELEMENTS=ELEMENTS_PER_PROGRAM, SCALED=flagged,
+            D=D, NUMBERS=joined.rows, SPLITS=joined.columns, SCALED=flagged, num_warps=joined.warps,
         )  # fmt: skip
     return loss, query_grad, positive_weight, log_normalizer, counts
 

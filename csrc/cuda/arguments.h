@@ -40,10 +40,10 @@ struct InfoNceArguments {
   int losses;  // L, or 1 whose false negatives are those of any level, or of all
   float scale, shift;  // log2(e) / tau; weights are multiplied by 2^shift, else small ones lose digits in 16 bits
   bool attract, all_levels, with_grad;
-  float *split_max, *split_sum;               // (splits, B)
+  float *split_max, *split_sum;               // (splits, B): of products; of exponentials
   float* split_grad;                          // (splits, B, D)
   unsigned char* flags;                       // (groups of 32 queries, tiles), or null where none is visited again
-  float *level_max, *level_sum;               // (splits, B, losses)
+  float *level_max, *level_sum;               // (splits, B, losses), or where false negatives attract products' sums
   int* level_count;                           // (splits, B, losses)
   const float *split_factor, *log_normalizer;  // (splits, B), (B, losses)
   const int* counts;                           // (B, losses)

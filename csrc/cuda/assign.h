@@ -4,7 +4,8 @@
 //
 // h_j = |c_j|^2 / 2 for l2, else 0; scale = log2(e) / temperature. A warp holds 32 rows in registers and walks the
 // centroids, 16 at a time, double-buffered in shared memory. A lane keeps the best of the columns that it sees; lanes
-// are joined at the end. Equal sums: the lowest index.
+// are joined at the end. Equal sums: the lowest index. NaN is never the largest, and makes the confidence NaN; a row that
+// has no other similarity gets label -1.
 //
 // float32 comes as two terms of 16 bits, x = high + low: high.high + high.low + low.high is within about 2^-22 of x.c.
 // Labels alone take less: SCREEN multiplies high.high and lists the rows whose two best are closer than their `margin`,
@@ -27,7 +28,7 @@ constexpr int ASSIGN_SHARED_BYTES = 2 * ASSIGN_COLUMNS * (CHUNK + PAD) * int(siz
 template <Assign MODE>
 struct Nearest {
   float best = -infinity(), second = -infinity(), total = 0;
-  int label = 0;
+  int label = -1;  // none yet, or past the last column: both more than any label as unsigned numbers
 
   // One tile's sums for this row, `s(i)` with i rising by column, `column(i)`.
   template <int COUNT, class Sums, class Columns>
@@ -46,7 +47,7 @@ struct Nearest {
       for (int i = 0; i < COUNT; ++i) added += exp2_fast((s(i) - reference) * scale);
       total += added;
     }
-    if (highest > best) {
+    if (highest > best || label < 0) {  // the first -infinity, too, is the largest so far
 #pragma unroll
       for (int i = COUNT - 1; i >= 0; --i)
         if (s(i) == highest) label = column(i);
@@ -65,7 +66,7 @@ struct Nearest {
       const float reference = highest == -infinity() ? 0.f : highest;
       total = total * exp2_fast((best - reference) * scale) + other_total * exp2_fast((other - reference) * scale);
     }
-    if (other > best || (other == best && other_label < label)) label = other_label;
+    if (other > best || (other == best && u32(other_label) < u32(label))) label = other_label;
     best = highest;
   }
 };
@@ -161,8 +162,9 @@ __global__ void __launch_bounds__(ASSIGN_THREADS, 2) assign_kernel(AssignArgumen
       const int at = warp_row + Core::row(lane, r);
       if (at > last_row || (lane & (4 - Core::FIRST_PARTNER)) != 0) continue;
       const int i = listed ? p.rows[at] : at;
-      p.labels[i] = nearest[r].label;
-      if (MODE == Assign::CONFIDENCE) p.confidence[i] = 1.f / nearest[r].total;
+      p.labels[i] = nearest[r].label < p.C ? nearest[r].label : -1;
+      if (MODE == Assign::CONFIDENCE)
+        p.confidence[i] = nearest[r].best == -infinity() ? infinity() - infinity() : 1.f / nearest[r].total;
       if (MODE == Assign::SCREEN && !(nearest[r].best - nearest[r].second > p.margins[i]))
         p.near_rows[atomicAdd(p.near_count, 1)] = i;
     }

@@ -41,7 +41,9 @@ void info_nce_normalise(const NormaliseArguments& p, Stream stream) {
 
 void info_nce_add_splits(const NormaliseArguments& p, Stream stream) {
   const long long numbers = (long long)p.B * p.D;
-  launch("add_splits_kernel", add_splits_kernel, dim3((unsigned)((numbers + 255) / 256)), 256, 0, stream, p);
+  constexpr int threads = 32 * ADD_WARPS;
+  launch("add_splits_kernel", add_splits_kernel, dim3((unsigned)((numbers + 31) / 32)), threads,
+         threads * int(sizeof(float)), stream, p);
 }
 
 }  // namespace ifnd::cuda

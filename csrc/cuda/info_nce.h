@@ -70,7 +70,7 @@ __device__ __forceinline__ void stage(u16* shared, const Side& side, int count, 
   }
 }
 
-// Their labels, `none` for none, and ids.
+// Their labels and ids, `none` for none.
 __device__ __forceinline__ void stage_labels(int* labels, long long* ids, const Side& side, int count, int first, int last,
                                              int L, int none) {
   for (int i = threadIdx.x; i < count * L; i += blockDim.x) {
@@ -78,7 +78,10 @@ __device__ __forceinline__ void stage_labels(int* labels, long long* ids, const 
     labels[i % L * count + i / L] = label < 0 ? none : label;
   }
   if (side.ids)
-    for (int i = threadIdx.x; i < count; i += blockDim.x) ids[i] = first + i < last ? side.ids[first + i] : 0;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+      const long long id = first + i < last ? side.ids[first + i] : -1;
+      ids[i] = id < 0 ? none : id;
+    }
 }
 
 // One lane's sums of a tile, and words with a bit for each of them: number i is row r(i) and column c(i).
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
     const int grad_at = blockIdx.z * CHUNK, grad_columns = p.D - grad_at;
     const int first_column = split * p.split_columns;
     const int end = p.columns.count < first_column + p.split_columns ? p.columns.count : first_column + p.split_columns;
-    const float scale = p.scale * (p.unit ? *p.unit : 1.f);
+    const float product_unit = p.unit ? *p.unit : 1.f, scale = p.scale * product_unit;
     const u16* own_rows = shared.rows + warp * WARP_ROWS * STRIDE;
     const int* own_labels = shared.row_labels + warp * WARP_ROWS;
     const bool active = warp_row < p.rows.count;  // the warp has rows; without any it only helps to stage
@@ -170,7 +173,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
     float grad[GRAD_BLOCKS][8] = {};
     float highest[Core::ROWS], total[Core::ROWS];
 #pragma unroll
-    for (int r = 0; r < Core::ROWS; ++r) highest[r] = PASS == Pass::NEGATIVES ? 0x1p-100f : -infinity(), total[r] = 0;
+    for (int r = 0; r < Core::ROWS; ++r) highest[r] = PASS == Pass::NEGATIVES ? 0x1p-112f : -infinity(), total[r] = 0;
 
 #pragma unroll 1
     for (int first = first_column; first < end; first += TILE_COLUMNS) {
@@ -234,12 +237,9 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
         }
         marked &= ~excluded;
         const auto loss_pairs = [&](int loss) { return p.losses == 1 ? marked : level_pairs(loss) & marked; };
-#pragma unroll
-        for (int block = 0; block < TILE_BLOCKS; ++block)
-#pragma unroll
-          for (int i = 0; i < 8; ++i) s[block][i] *= scale;
 
-        // 3. Weights, in the place of the logits.
+        // 3. Weights, in the place of the products. Exponents are differences of products, times the scale: these are
+        // exact where it matters, and differences of large logits are not.
         if constexpr (PASS == Pass::DENSE) {
           const bool flag = __any_sync(0xffffffffu, marked != 0);
           if (p.flags && lane == 0) p.flags[(long long)(warp_row / WARP_ROWS) * p.tiles + tile] = flag;
@@ -253,12 +253,12 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
               raised = fmaxf(raised, s[i / 8][i % 8]);
             }
             raised = max_of_row(raised);
-            const float reference = finite_or_zero(raised) - p.shift;
-            rescale[r] = exp2_fast(highest[r] - p.shift - reference);
+            const float reference = finite_or_zero(raised);
+            rescale[r] = exp2_fast((highest[r] - reference) * scale);
             highest[r] = raised;
             float added = 0;
             FOR_ROW(i, r) {
-              s[i / 8][i % 8] = exp2_fast(s[i / 8][i % 8] - reference);
+              s[i / 8][i % 8] = exp2_fast(fmaf(s[i / 8][i % 8] - reference, scale, p.shift));
               added += s[i / 8][i % 8];
             }
             total[r] = total[r] * rescale[r] + added;
@@ -281,12 +281,13 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
               raised = max_of_row(raised);
               const float reference = finite_or_zero(raised);
               if (!p.attract) FOR_ROW(i, r)
-                if (kept >> i & 1) sum += exp2_fast(s[i / 8][i % 8] - reference);
+                if (kept >> i & 1) sum += exp2_fast((s[i / 8][i % 8] - reference) * scale);
               sum = sum_of_row(sum);
               members = sum_of_row(members);
               if ((lane & (4 - Core::FIRST_PARTNER)) == 0) {
                 shared.level_count[at] += members;
-                shared.level_sum[at] = shared.level_sum[at] * (p.attract ? 1.f : exp2_fast(before - reference)) + sum;
+                const float rescale = p.attract ? 1.f : exp2_fast((before - reference) * scale);
+                shared.level_sum[at] = shared.level_sum[at] * rescale + sum;
                 shared.level_max[at] = raised;
               }
             }
@@ -294,7 +295,13 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
           }
         } else {
           // mean_l [k not in F_l] e^{s - lse_l}, less mean_l [k in F_l] / (1 + |F_l|) where these attract. In the dense
-          // part of NEGATIVES the mean is one exponential: e^{s - a} mean_l e^{a - lse_l}, a = min_l lse_l.
+          // part of NEGATIVES the mean is one exponential: e^{s - a} mean_l e^{a - lse_l}, a = min_l lse_l. Rounded, a
+          // large lse_l may be below s: no exponential is more than 1.
+#pragma unroll
+          for (int block = 0; block < TILE_BLOCKS; ++block)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) s[block][i] *= scale;
+          const auto exponential = [&](int i, float lse) { return exp2_fast(fminf(s[i / 8][i % 8] - lse, 0.f)); };
           float weights[TILE_BLOCKS][8] = {};
           for (int loss = 0; marked && loss < p.losses; ++loss) {
             const u32 here = loss_pairs(loss);
@@ -306,7 +313,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
               float& w = weights[i / 8][i % 8];
               const bool inside = here >> i & 1;
               if (PASS == Pass::NEGATIVES ? p.attract || !inside : !p.attract && !inside)
-                w += exp2_fast(s[i / 8][i % 8] - p.log_normalizer[at] * LOG2E);
+                w += exponential(i, p.log_normalizer[at] * LOG2E);
               if (p.attract && inside) w -= 1.f / (1 + p.counts[at]);
             }
           }
@@ -325,7 +332,7 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
               float raised = 0;
               FOR_ROW(i, r) {
                 const int column = own.column(block_, v_);
-                float w = exp2_fast(s[i / 8][i % 8] - shared.column_shift[column]) * shared.column_factor[column];
+                float w = exponential(i, shared.column_shift[column]) * shared.column_factor[column];
                 if (marked >> i & 1) w = weights[i / 8][i % 8] * p.loss_grad[first + column] / p.losses;
                 if (excluded >> i & 1) w = 0;
                 s[i / 8][i % 8] = w;
@@ -384,8 +391,8 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
       for (int i = threadIdx.x; i < count * p.losses; i += blockDim.x)
         if (block_row + i / p.losses < p.rows.count) {
           const long long at = ((long long)split * p.rows.count + block_row) * p.losses + i;
-          p.level_max[at] = shared.level_max[i];
-          p.level_sum[at] = shared.level_sum[i];
+          p.level_max[at] = shared.level_max[i] * product_unit;
+          p.level_sum[at] = p.attract ? shared.level_sum[i] * product_unit : shared.level_sum[i];
           p.level_count[at] = shared.level_count[i];
         }
     }
@@ -397,13 +404,12 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
       if (PASS == Pass::DENSE) {
         const float sum = sum_of_row(total[r]);
         if (row < p.rows.count && blockIdx.z == 0 && (lane & (4 - Core::FIRST_PARTNER)) == 0)
-          p.split_max[at] = highest[r] - p.shift, p.split_sum[at] = sum;
+          p.split_max[at] = highest[r] * product_unit, p.split_sum[at] = sum * exp2_fast(-p.shift);
       }
       if (!GRAD || !p.with_grad || row >= p.rows.count) continue;
       const float factor = PASS == Pass::MARKED_GRAD ? p.split_factor[at] : 0.f;
-      const float unit = PASS == Pass::NEGATIVES     ? column_unit * exp2_fast(1 - p.shift) * highest[r] * p.scale * LN2
-                         : PASS == Pass::MARKED_GRAD ? column_unit * exp2_fast(-p.shift)
-                                                     : column_unit;
+      const float unit = PASS == Pass::NEGATIVES ? column_unit * exp2_fast(1 - p.shift) * highest[r] * p.scale * LN2
+                                                 : column_unit * exp2_fast(-p.shift);
       float* out = PASS == Pass::NEGATIVES ? p.negatives_grad : p.split_grad;
 #pragma unroll
       for (int block = 0; block < GRAD_BLOCKS; ++block)

@@ -6,22 +6,26 @@
 
 namespace ifnd::cuda {
 
-// A sum of powers of 2, relative to the largest.
+// Sums of powers of 2, each relative to its own maximum, as one: relative to the largest, in float64.
 struct Sum {
-  double max = -infinity(), sum = 0;
-  __device__ void add(double other_max, double other_sum) {
-    const double raised = other_max > max ? other_max : max, reference = raised == -infinity() ? 0 : raised;
-    sum = sum * exp2(max - reference) + other_sum * exp2(other_max - reference);
-    max = raised;
-  }
-  __device__ void join_lanes() {
-    for (int partner = 16; partner; partner /= 2)
-      add(__shfl_xor_sync(0xffffffffu, max, partner), __shfl_xor_sync(0xffffffffu, sum, partner));
+  float max = -infinity();  // without the scale
+  double sum = 0;
+
+  // By one warp; number i at `at + i * stride`.
+  __device__ __forceinline__ Sum(const float* maxima, const float* sums, long long at, long long stride, int count,
+                                 float scale, int lane) {
+    for (int i = lane; i < count; i += 32) max = fmaxf(max, maxima[at + i * stride]);
+    max = max_of_lanes(max);
+    const float reference = max == -infinity() ? 0.f : max;
+    for (int i = lane; i < count; i += 32)
+      sum += sums[at + i * stride] * exp2_fast((maxima[at + i * stride] - reference) * scale);
+    sum = sum_of_lanes(sum);
   }
 };
-// One warp: loss, log Z_l, |F_l| of a query, and `split_factor`, mean_l e^{m_split - lse_l}. In float64: it is little.
-// One block at least: without that ptxas keeps to 96 registers on 12.0 and spills.
-__global__ void __launch_bounds__(128, 1) normalise_kernel(NormaliseArguments p) {
+
+// One warp: loss, log Z_l, |F_l| of a query, splits side by side; what is left, which is little, in float64.
+// `split_factor` is mean_l e^{m_split - lse_l} = e^{m_split - m} mean_l e^{m - lse_l}, m the largest.
+__global__ void __launch_bounds__(128) normalise_kernel(NormaliseArguments p) {
   const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= p.B) return;
   double s_positive = 0;
@@ -30,70 +34,72 @@ __global__ void __launch_bounds__(128, 1) normalise_kernel(NormaliseArguments p)
     s_positive += double(number(p.query, at, p.kind)) * number(p.positive, at, p.kind);
   }
   s_positive = sum_of_lanes(s_positive) * p.scale;
-  Sum dense;
-  for (int split = lane; split < p.splits; split += 32)
-    dense.add(p.split_max[(long long)split * p.B + row], p.split_sum[(long long)split * p.B + row]);
-  dense.join_lanes();
+  const Sum dense(p.split_max, p.split_sum, row, p.B, p.splits, p.scale, lane);
+  const double dense_max = double(dense.max) * p.scale;
 
-  double lse[MAX_LEVELS], loss = 0, weight = 0;
-#pragma unroll
-  for (int level = 0; level < MAX_LEVELS; ++level) {
-    if (level >= p.losses) break;
-    Sum own;
-    double attracted = 0;
+  double loss = 0, weight = 0, factor = 0;
+#pragma unroll 1
+  for (int level = 0; level < p.losses; ++level) {
+    const long long at = (long long)row * p.losses + level, stride = (long long)p.B * p.losses;
     int members = 0;
-    for (int split = lane; p.visited && split < p.splits; split += 32) {
-      const long long at = ((long long)split * p.B + row) * p.losses + level;
-      members += p.level_count[at];
-      if (p.attract)
-        attracted += p.level_sum[at];
-      else
-        own.add(p.level_max[at], p.level_sum[at]);
-    }
-    own.join_lanes();
-    attracted = sum_of_lanes(attracted);
+    for (int split = lane; p.visited && split < p.splits; split += 32) members += p.level_count[at + split * stride];
     members = sum_of_lanes(members);
-    own.add(dense.max, dense.sum);
-    const double rest_max = own.max, rest_sum = own.sum;
-    own.add(s_positive, 1);
-    const double log_Z = log2(own.sum), rest = rest_sum * exp2(rest_max - own.max);
-    lse[level] = own.max + log_Z;
-    loss += lse[level] - s_positive;
-    weight -= rest / own.sum;
+    double M = dense_max > s_positive ? dense_max : s_positive, rest;
+    if (p.visited && !p.attract) {
+      const Sum own(p.level_max, p.level_sum, at, stride, p.splits, p.scale, lane);
+      const double own_max = double(own.max) * p.scale;
+      M = own_max > M ? own_max : M;
+      rest = dense.sum * exp2(dense_max - M) + own.sum * exp2(own_max - M);
+    } else {
+      rest = dense.sum * exp2(dense_max - M);
+    }
+    const double Z = rest + exp2(s_positive - M), lse = M + log2(Z);
+    loss += lse - s_positive;
+    weight -= rest / Z;  // e^{s+ - lse} - 1
+    factor += exp2(dense_max - M) / Z;
     if (p.attract) {
-      loss -= (attracted - members * s_positive) / (1 + members);
+      double attracted = 0;
+      for (int split = lane; p.visited && split < p.splits; split += 32) attracted += p.level_sum[at + split * stride];
+      loss -= (sum_of_lanes(attracted) * p.scale - members * s_positive) / (1 + members);
       weight += double(members) / (1 + members);
     }
     if (lane == 0) {
-      p.log_normalizer[row * p.losses + level] = float(lse[level] * 0.69314718055994530942);
-      p.counts[row * p.losses + level] = members;
+      p.log_normalizer[at] = float(lse * 0.69314718055994530942);
+      p.counts[at] = members;
     }
   }
   if (lane == 0) {
     p.loss[row] = float(loss / p.losses * 0.69314718055994530942);
     p.positive_weight[row] = float(weight / p.losses);
   }
+  const float of_row = float(factor / p.losses), reference = dense.max == -infinity() ? 0.f : dense.max;
   for (int split = lane; split < p.splits; split += 32) {
-    const double m = p.split_max[(long long)split * p.B + row];
-    double factor = 0;
-#pragma unroll
-    for (int level = 0; level < MAX_LEVELS; ++level)
-      if (level < p.losses) factor += exp2(m - lse[level]);
-    p.split_factor[(long long)split * p.B + row] = float(factor / p.losses);
+    const long long at = (long long)split * p.B + row;
+    p.split_factor[at] = exp2_fast((p.split_max[at] - reference) * p.scale) * of_row;
   }
 }
 
-// One thread: a number of the query's gradient, the splits' parts in order.
-__global__ void __launch_bounds__(256) add_splits_kernel(NormaliseArguments p) {
-  const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-  if (at >= (long long)p.B * p.D) return;
-  const int row = int(at / p.D), column = int(at % p.D);
-  float grad = p.positive_weight[row] * number(p.positive, at, p.kind);
-  for (int split = 0; split < p.splits; ++split) {
+// One block: 32 numbers of the query's gradient, of which each warp adds up every eighth split's part.
+constexpr int ADD_WARPS = 8;
+__global__ void __launch_bounds__(32 * ADD_WARPS) add_splits_kernel(NormaliseArguments p) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  float* parts = (float*)shared_memory;  // (ADD_WARPS, 32)
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const long long at = (long long)blockIdx.x * 32 + lane;
+  const bool inside = at < (long long)p.B * p.D;
+  const int row = inside ? int(at / p.D) : 0, column = inside ? int(at % p.D) : 0;
+  float grad = 0;
+#pragma unroll 4
+  for (int split = warp; split < p.splits; split += ADD_WARPS) {
     const long long of_row = (long long)split * p.B + row;
     const float part = p.split_grad[of_row * p.grad_stride + column];
     grad += p.visited ? part : part * p.split_factor[of_row];
   }
+  parts[threadIdx.x] = grad;
+  __syncthreads();
+  if (warp != 0 || !inside) return;
+  for (int w = 1; w < ADD_WARPS; ++w) grad += parts[32 * w + lane];
+  grad += p.positive_weight[row] * number(p.positive, at, p.kind);
   p.query_grad[at] = grad * p.inverse_temperature;
 }
 

@@ -1,4 +1,4 @@
-// Numbers of any dtype, and sums over a warp.
+// Numbers of any dtype; sums and maxima over a warp.
 #pragma once
 
 #include "ptx.h"
@@ -14,6 +14,11 @@ __device__ __forceinline__ float number(const void* x, long long i, int kind) {
 template <class N>
 __device__ __forceinline__ N sum_of_lanes(N x) {
   for (int partner = 16; partner; partner /= 2) x += __shfl_xor_sync(0xffffffffu, x, partner);
+  return x;
+}
+
+__device__ __forceinline__ float max_of_lanes(float x) {
+  for (int partner = 16; partner; partner /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, partner));
   return x;
 }
 

@@ -54,8 +54,9 @@ def _rows_of_pieces(x: Tensor) -> Tensor:
 
 
 def _shift_of(x: Tensor) -> Tensor:
-    """The power of 2, as float64 (), that brings the largest number of x between 2^14 and 2^15, within float16."""
-    largest = x.abs().amax().clamp(min=2.0**-100) if x.numel() else x.new_ones(())
+    """The power of 2, as float64 (), that brings x's largest finite number between 2^14 and 2^15, within float16."""
+    sizes = torch.where(x.isfinite(), x.abs(), 0.0)
+    largest = sizes.amax().clamp(min=2.0**-100) if x.numel() else x.new_ones(())
     return 15.0 - torch.frexp(largest).exponent.double()
 
 
