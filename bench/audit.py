@@ -25,7 +25,7 @@ from nvrtc import ptx_of, wheel_file
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ifnd_fast.kernels import assign, info_nce, tiles
+from ifnd_fast.kernels import assign_clusters, dense, info_nce, marked, negatives, normalise, tiles
 from ifnd_fast.kernels.tiles import Tile
 
 JSON = Path(__file__).parent / "results" / "audit.json"
@@ -85,29 +85,30 @@ def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, 
     products = {"PRECISION": "ieee", "HAS_IDS": True, "SHIFT": info_nce.shift_of(dtype), "WITH_GRAD": True}
     of_loss = {**of_rows, **levels, **products, "ROWS": loss.rows, "KEYS": loss.columns}
     of_marked = {**of_loss, "KEYS": loss.marked, "FLAG_KEYS": loss.columns}
-    rows, numbers = info_nce.ROWS_BY_SPLITS, info_nce.NUMBERS_BY_SPLITS
+    rows, numbers = normalise.ROWS_BY_SPLITS, normalise.NUMBERS_BY_SPLITS
     of_splits = {"ROWS": rows.rows, "SPLITS": rows.columns}
     out: dict[str, tuple[Any, dict[str, Any], Tile]] = {}
     for attract in (False, True):
         name = "attract" if attract else "eliminate"
         for kernel, constants, tile in (
-            (info_nce.pass_kernel, of_loss, loss.of_pass),
-            (info_nce.marked_sums_kernel, of_marked, loss),
-            (info_nce.normalise_kernel, {**of_rows, **losses, **of_splits}, rows),
-            (info_nce.marked_grad_kernel, of_marked, loss),
-            (info_nce.negatives_grad_kernel, {**of_loss, "KEYS": loss.negatives}, loss),
+            (dense.pass_kernel, of_loss, loss.of_pass),
+            (marked.marked_sums_kernel, of_marked, loss),
+            (normalise.normalise_kernel, {**of_rows, **losses, **of_splits}, rows),
+            (marked.marked_grad_kernel, of_marked, loss),
+            (negatives.negatives_grad_kernel, {**of_loss, "KEYS": loss.negatives}, loss),
         ):
             label = kernel.fn.__name__.removesuffix("_kernel")
             out[f"info_nce {label}, {name}"] = (kernel, {**constants, "ATTRACT": attract}, tile)
     constants = {"D": size.dim, "NUMBERS": numbers.rows, "SPLITS": numbers.columns, "SCALED": True}
-    out["info_nce add_splits"] = (info_nce.add_splits_kernel, constants, numbers)
+    out["info_nce add_splits"] = (normalise.add_splits_kernel, constants, numbers)
     for with_confidence in (True, False):
         name = "labels and confidence" if with_confidence else "labels"
         constants = {**of_rows, "PRECISION": "ieee", "ROWS": nearest.rows, "COLUMNS": nearest.columns, "L2": True}
-        out[f"assign {name}"] = (assign.assign_kernel, {**constants, "WITH_CONFIDENCE": with_confidence}, nearest)
-    few = assign.INFINITIES
+        with_its = {**constants, "WITH_CONFIDENCE": with_confidence}
+        out[f"assign {name}"] = (assign_clusters.assign_kernel, with_its, nearest)
+    few = assign_clusters.INFINITIES
     out["assign infinities"] = (
-        assign.infinities_kernel, {**constants, "ROWS": few.rows, "COLUMNS": few.columns}, few,
+        assign_clusters.infinities_kernel, {**constants, "ROWS": few.rows, "COLUMNS": few.columns}, few,
     )  # fmt: skip
     return out
 

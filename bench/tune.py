@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from ifnd_fast import assign_clusters, info_nce
-from ifnd_fast.kernels import assign as assign_kernels
+from ifnd_fast.kernels import assign_clusters as assign_kernels
 from ifnd_fast.kernels import info_nce as loss_kernels
 from ifnd_fast.kernels.tiles import Tile, tile_of
 

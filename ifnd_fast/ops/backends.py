@@ -137,5 +137,5 @@ def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype
 def module_of(backend: str, operator: str) -> ModuleType:
     """Where this fused backend's function for the operator is; Triton's are imported, and compiled, on first use."""
     if backend == "triton":
-        return importlib.import_module(f"ifnd_fast.kernels.{'assign' if operator == 'assign_clusters' else operator}")
+        return importlib.import_module(f"ifnd_fast.kernels.{operator}")
     return importlib.import_module(f"ifnd_fast.ops.{backend}")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ifnd_fast.ops.address import address
 from ifnd_fast.ops.backends import _cuda
+from ifnd_fast.ops.float32_terms import Operand, margins_of, rows_of_pieces, shift_of, two_terms, unit_of
 
 # float32 rows are split into terms of 16 bits this many at a time: the terms take as much memory as the rows.
 ROWS_AT_A_TIME = 1 << 18
-PIECE = 8  # numbers in the 16 bytes that the kernels read at a time
 WARP_ROWS = 32
 TILE_COLUMNS = 32
 MAX_WARPS = 4
@@ -47,49 +45,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _rows_of_pieces(x: Tensor) -> Tensor:
-    """x, its rows contiguous, aligned to 16 bytes and of a multiple of 8 numbers: a copy where they are not."""
-    x = F.pad(x, (0, -x.shape[1] % PIECE)).contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _shift_of(x: Tensor) -> Tensor:
-    """The power of 2, as float64 (), that brings x's largest finite number between 2^14 and 2^15, within float16."""
-    sizes = torch.where(x.isfinite(), x.abs(), 0.0)
-    largest = sizes.amax().clamp(min=2.0**-100) if x.numel() else x.new_ones(())
-    return 15.0 - torch.frexp(largest).exponent.double()
-
-
-def _two_terms(x: Tensor, shift: Tensor) -> Tensor:
-    """[high | low] (rows, 2 D) float16 with high + low = 2^shift x, to about 22 bits."""
-    scaled = x * torch.exp2(shift).float()
-    high = scaled.half()
-    return torch.cat([high, (scaled - high).half()], 1)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A matrix as the kernels take it: rows of `terms` * `dim` 16-bit numbers, 1 / unit times as large."""
-
-    numbers: Tensor
-    dim: int
-    shift: Tensor | None  # of float32 rows, which are two terms
-
-    @staticmethod
-    def of(x: Tensor) -> Operand:
-        x = _rows_of_pieces(x)
-        if x.dtype != torch.float32:
-            return Operand(x, x.shape[1], None)
-        shift = _shift_of(x)
-        return Operand(_two_terms(x, shift), x.shape[1], shift)
-
-
-def _unit(*operands: Operand) -> Tensor | None:
-    """What a product of these is to be multiplied by."""
-    shifts = [operand.shift for operand in operands if operand.shift is not None]
-    return torch.exp2(-sum(shifts, torch.zeros_like(shifts[0]))).float() if shifts else None
-
-
 def _pass_arguments(
     query: Operand, negatives: Operand, labels_and_ids: list[Tensor | None], temperature: float, false_negatives: str,
     level_combination: str,
@@ -102,7 +57,7 @@ def _pass_arguments(
     levels = 0 if extra[0] is None else extra[0].shape[1]
     return {
         "query": query.numbers, "negatives": negatives.numbers, **dict(zip(names, extra, strict=True)),
-        "unit": _unit(query, negatives), "B": len(query.numbers), "K": len(negatives.numbers), "D": query.dim,
+        "unit": unit_of(query, negatives), "B": len(query.numbers), "K": len(negatives.numbers), "D": query.dim,
         "L": 0 if false_negatives == "keep" else levels, "losses": max(1, levels) if level_combination == "mean" else 1,
         "all_levels": level_combination == "all",
         "terms": 3 if split else 1, "stored_terms": 2 if split else 1, "scale": LOG2E / temperature,
@@ -168,7 +123,7 @@ def info_nce_forward(
         "log_normalizer": log_normalizer, "counts": counts,
     }  # fmt: skip
     cut = {"split_columns": split_tiles * TILE_COLUMNS, "splits": splits, "tiles": tiles, "warps": warps}
-    passes = {**both, **sums, **cut, "column_unit": _unit(operands[1]), "with_grad": with_grad}
+    passes = {**both, **sums, **cut, "column_unit": unit_of(operands[1]), "with_grad": with_grad}
     joins = {
         **sums, "query": query.contiguous(), "positive": positive.contiguous(), "loss": loss,
         "positive_weight": positive_weight, "query_grad": query_grad, "B": B, "D": D, "losses": losses,
@@ -208,7 +163,7 @@ def info_nce_negatives_grad(
         "loss_grad": loss_grad.contiguous(), "negatives_grad": out,
     }  # fmt: skip
     cut = {"split_columns": B, "splits": 1, "tiles": 0, "warps": _warps(K, both["L"])}
-    last = {"column_unit": _unit(operands[0]), "with_grad": True, "step": "negatives"}
+    last = {"column_unit": unit_of(operands[0]), "with_grad": True, "step": "negatives"}
     if K:
         _call(_cuda.info_nce, {**both, **of_queries, **cut, **last})
     return out[:, : query.shape[1]]
@@ -218,7 +173,7 @@ def assign_clusters(
     features: Tensor, centroids: Tensor, temperature: float, metric: str, return_confidence: bool
 ) -> tuple[Tensor, Tensor]:
     """Labels (N,) int32 and confidences (N,) float32, or an empty tensor in their place."""
-    features, centroids = _rows_of_pieces(features), _rows_of_pieces(centroids)
+    features, centroids = rows_of_pieces(features), rows_of_pieces(centroids)
     labels = features.new_empty(len(features), dtype=torch.int32)
     confidence = features.new_empty(len(features) if return_confidence else 0, dtype=torch.float32)
     shared: dict[str, Any] = {
@@ -230,8 +185,8 @@ def assign_clusters(
     if features.dtype != torch.float32:
         _assign(features, centroids, labels=labels, confidence=confidence, **shared)
         return labels, confidence
-    shift = _shift_of(centroids)
-    terms = _two_terms(centroids, shift)
+    shift = shift_of(centroids)
+    terms = two_terms(centroids, shift)
     for first in range(0, len(features), ROWS_AT_A_TIME):
         rows = slice(first, first + ROWS_AT_A_TIME)
         out: dict[str, Any] = {"labels": labels[rows], "confidence": confidence[rows]}
@@ -243,8 +198,8 @@ def _assign_float32(
     features: Tensor, centroids: Tensor, centroid_terms: Tensor, centroid_shift: Tensor, return_confidence: bool, **how
 ) -> None:
     """With confidence, three products of terms; without, one, and three for the rows whose two best are too close."""
-    shift = _shift_of(features)
-    terms = _two_terms(features, shift)
+    shift = shift_of(features)
+    terms = two_terms(features, shift)
     unit = torch.exp2(-(shift + centroid_shift)).float()
     how |= {"unit": unit, "stored_terms": 2}
     if return_confidence:
@@ -252,29 +207,10 @@ def _assign_float32(
         return
     near_rows = torch.empty_like(how["labels"])
     near_count = torch.zeros_like(near_rows[:1])
-    margins = _margins(features, terms, shift, centroids, centroid_terms, centroid_shift)
+    margins = margins_of(features, terms, shift, centroids, centroid_terms, centroid_shift)
     near: dict[str, Any] = {"margins": margins, "near_rows": near_rows, "near_count": near_count}
     _assign(terms, centroid_terms, **near, **how | {"mode": "screen"})
     _assign(terms, centroid_terms, terms=3, rows=near_rows, row_count=near_count, **how)
-
-
-def _margins(
-    x: Tensor, x_terms: Tensor, x_shift: Tensor, c: Tensor, c_terms: Tensor, c_shift: Tensor
-) -> Tensor:
-    """(N,): centroids whose similarities by the first terms differ by more than this are in the right order.
-
-    x.c - high(x).high(c) = low(x).c + high(x).low(c), each at most the product of two lengths (low: what `high`
-    leaves); sums on tensor cores are rounded, at every fourth product or more rarely, by at most 2^-23 of |x| |c|.
-    """
-
-    def lengths(rows: Tensor, terms: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        high = terms[:, : rows.shape[1]].float() * torch.exp2(-shift).float()
-        return rows.norm(dim=1), high.norm(dim=1), (rows - high).norm(dim=1)
-
-    x_length, x_high, x_low = lengths(x, x_terms, x_shift)
-    c_length, _, c_low = (length.amax() for length in lengths(c, c_terms, c_shift))
-    rounding = (x.shape[1] / 4 + 2) * 2.0**-23 * c_length * torch.maximum(x_length, c_length)
-    return 2.01 * (x_low * c_length + x_high * c_low + rounding)
 
 
 def _assign(features: Tensor, centroids: Tensor, *, stored_terms: int = 1, terms: int = 1, **arguments) -> None:
