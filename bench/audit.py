@@ -69,7 +69,7 @@ class Shape:
     """of levels: mean, any or all"""
 
     @property
-    def losses(self) -> int:
+    def n_losses(self) -> int:
         return self.levels if self.combination == "mean" else 1
 
 
@@ -80,7 +80,7 @@ def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, 
     nearest = tiles.tile_of("assign_clusters", dtype, capability)
     chunk, chunks = tiles.chunk_of(size.dim)
     of_rows = {"D": size.dim, "CHUNK": chunk, "CHUNKS": chunks}
-    losses = {"LOSSES": size.losses, "PADDED": triton.next_power_of_2(size.losses), "FLAGS": True}
+    losses = {"N_LOSSES": size.n_losses, "PADDED": triton.next_power_of_2(size.n_losses), "HAS_MARKED_PASS": True}
     levels = {**losses, "L": size.levels, "ALL": size.combination == "all", "HAS_LABELS": True}
     products = {"PRECISION": "ieee", "HAS_IDS": True, "SHIFT": info_nce.shift_of(dtype), "WITH_GRAD": True}
     of_loss = {**of_rows, **levels, **products, "ROWS": loss.rows, "KEYS": loss.columns}
@@ -117,7 +117,7 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
     """Argument types, by the arguments' names."""
     of_inputs = {"query", "positive", "negatives", "features", "centroids"}
     integers = {"query_labels": "*i32", "negative_labels": "*i32", "query_ids": "*i64", "negative_ids": "*i64",
-                "labels": "*i32", "counts": "*i32", "level_count": "*i32", "flags": "*i8"}  # fmt: skip
+                "labels": "*i32", "false_negative_counts": "*i32", "level_count": "*i32", "flags": "*i8"}  # fmt: skip
     numbers = {"B": "i32", "K": "i32", "N": "i32", "C": "i32", "split_keys": "i32", "tiles": "i32", "splits": "i32",
                "scale": "fp32", "inverse_temperature": "fp32"}  # fmt: skip
     types = {}

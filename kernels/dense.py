@@ -15,7 +15,7 @@ def pass_tile(
     flags, first, end, chunk, tiles, scale,
     D: tl.constexpr, L: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     SHIFT: tl.constexpr, ATTRACT: tl.constexpr, ALL: tl.constexpr, WITH_GRAD: tl.constexpr, HAS_LABELS: tl.constexpr,
-    FLAGS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_MARKED_PASS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The online softmax of each row with one tile of keys more; in a `WHOLE` tile all keys exist."""
     exists = tl.full((KEYS,), True, tl.int1) if WHOLE else first + tl.arange(0, KEYS) < end
@@ -29,7 +29,7 @@ def pass_tile(
     if HAS_LABELS:
         marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, first, exists, L, ALL)
         kept = tl.where(marked, float("-inf"), s)
-        if FLAGS:
+        if HAS_MARKED_PASS:
             # By the logits: of the marks alone, in a layout of its own, Triton makes a second. Excluded pairs count,
             # which at most flags a tile for nothing.
             found = (tl.min(kept) == float("-inf")).to(tl.int8)
@@ -54,7 +54,7 @@ def pass_kernel(
     split_max, split_sum, split_grad, flags, B, K, split_keys, tiles, scale,
     D: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, ALL: tl.constexpr, WITH_GRAD: tl.constexpr,
-    HAS_LABELS: tl.constexpr, FLAGS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_MARKED_PASS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS queries, one split of the keys, one chunk of the gradient's columns."""
     row = tl.program_id(0) * ROWS
@@ -73,13 +73,15 @@ def pass_kernel(
         highest, total, grad = pass_tile(
             highest, total, grad, q, own, y, row, valid, query, negatives, query_labels, negative_labels, negative_ids,
             flags, first, end, chunk, tiles, scale,
-            D, L, KEYS, CHUNK, CHUNKS, SHIFT, ATTRACT, ALL, WITH_GRAD, HAS_LABELS, FLAGS, HAS_IDS, PRECISION, True,
+            D, L, KEYS, CHUNK, CHUNKS, SHIFT, ATTRACT, ALL, WITH_GRAD, HAS_LABELS, HAS_MARKED_PASS, HAS_IDS, PRECISION,
+            True,
         )  # fmt: skip
     for first in tl.range(whole, end, KEYS, num_stages=1):  # one turn at most; as a branch it would spill registers
         highest, total, grad = pass_tile(
             highest, total, grad, q, own, y, row, valid, query, negatives, query_labels, negative_labels, negative_ids,
             flags, first, end, chunk, tiles, scale,
-            D, L, KEYS, CHUNK, CHUNKS, SHIFT, ATTRACT, ALL, WITH_GRAD, HAS_LABELS, FLAGS, HAS_IDS, PRECISION, False,
+            D, L, KEYS, CHUNK, CHUNKS, SHIFT, ATTRACT, ALL, WITH_GRAD, HAS_LABELS, HAS_MARKED_PASS, HAS_IDS, PRECISION,
+            False,
         )  # fmt: skip
 
     at = split.to(tl.int64) * B + rows  # the maximum without the scale, the sum relative to it

@@ -13,7 +13,7 @@ no F_l count alike at every level; keys in some F_l are few. So, with the queue 
 5. `add_splits_kernel`: the splits' gradients, in order, and the positive's.
 
 Levels that are combined make one loss, whose F holds the keys that `marked_pairs` finds at any level or at all: L
-columns of labels then, and one of LOSSES. Where one loss eliminates there is no key left for 2 and 4.
+columns of labels then, and one of N_LOSSES. Where one loss eliminates there is no key left for 2 and 4.
 
 Attraction: every key but the own image's is in the dense softmax; level l sums T_l = sum_{F_l} s_k in 2, and
 -mean_l [k in F_l] / (1 + |F_l|) are the weights of 4. No atomics: the same bits every time.
@@ -28,10 +28,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ifnd_fast.kernels.dense import pass_kernel
-from ifnd_fast.kernels.marked import marked_grad_kernel, marked_sums_kernel
+from ifnd_fast.kernels import dense, marked, normalise
 from ifnd_fast.kernels.negatives import negatives_grad_kernel
-from ifnd_fast.kernels.normalise import NUMBERS_BY_SPLITS, ROWS_BY_SPLITS, add_splits_kernel, normalise_kernel
 from ifnd_fast.kernels.products import LOG2E
 from ifnd_fast.kernels.tiles import Tile, capability_of, chunk_of, multiprocessors, tile_of
 
@@ -58,6 +56,35 @@ def plan_of(B: int, K: int, tile: Tile, chunks: int, multiprocessors: int) -> Pl
     return Plan(triton.cdiv(tiles, split_tiles), split_tiles * tile.columns, tiles)
 
 
+class Buffers(NamedTuple):
+    """What the passes leave for each other, of every split."""
+
+    split_max: Tensor  # (splits, B): the largest q.n_k of a split's dense softmax
+    split_sum: Tensor
+    split_factor: Tensor
+    split_grad: Tensor  # (splits, B, D)
+    level_max: Tensor  # (splits, B, n_losses); without a marked pass no splits
+    level_sum: Tensor
+    level_count: Tensor
+    flags: Tensor  # (blocks of queries, tiles): the tile is to be visited again
+
+    @staticmethod
+    def of(query: Tensor, plan: Plan, blocks: int, n_losses: int, has_marked_pass: bool, with_grad: bool) -> Buffers:
+        B, D = query.shape
+        level_splits = plan.splits if has_marked_pass else 0
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return query.new_empty(shape, dtype=dtype)
+
+        return Buffers(
+            new(plan.splits, B), new(plan.splits, B), new(plan.splits, B),
+            new(plan.splits if with_grad else 0, B, D),
+            new(level_splits, B, n_losses), new(level_splits, B, n_losses),
+            new(level_splits, B, n_losses, dtype=torch.int32),
+            new(blocks, plan.tiles if has_marked_pass else 0, dtype=torch.int8),
+        )  # fmt: skip
+
+
 def info_nce_forward(
     query: Tensor,
     positive: Tensor,
@@ -68,72 +95,67 @@ def info_nce_forward(
     level_combination: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, losses); counts
-    are 0 where they aren't needed: one loss that eliminates."""
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and false_negative_counts
+    (B, n_losses); the counts are 0 where they aren't needed: one loss that eliminates."""
     query, positive, negatives = query.contiguous(), positive.contiguous(), negatives.contiguous()
     extra = [None if t is None else t.contiguous() for t in labels_and_ids]
     (B, D), K, L = query.shape, len(negatives), 1 if extra[0] is None else extra[0].shape[1]
-    losses = L if level_combination == "mean" else 1
-    has_labels, has_ids = extra[0] is not None and false_negatives != "keep", extra[2] is not None
-    attract = false_negatives == "attract"
-    flagged = has_labels and (attract or losses > 1)  # are visited again
+    n_losses = L if level_combination == "mean" else 1
+    has_labels, attract = extra[0] is not None and false_negatives != "keep", false_negatives == "attract"
+    has_marked_pass = has_labels and (attract or n_losses > 1)
     chunk, chunks = chunk_of(D)
     tile = tile_of("info_nce", query.dtype, capability_of(query.device), L)
-    splits, split_keys, tiles = plan_of(B, K, tile, chunks, multiprocessors(query.device))
+    plan = plan_of(B, K, tile, chunks, multiprocessors(query.device))
+    blocks = triton.cdiv(B, tile.rows)
+    b = Buffers.of(query, plan, blocks, n_losses, has_marked_pass, with_grad)
 
     def floats(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
-    split_max, split_sum, split_factor = floats(splits, B), floats(splits, B), floats(splits, B)
-    split_grad = floats(splits if with_grad else 0, B, D)
-    level_splits = splits if flagged else 0
-    level_max, level_sum = floats(level_splits, B, losses), floats(level_splits, B, losses)
-    level_count = query.new_empty((level_splits, B, losses), dtype=torch.int32)
-    blocks = triton.cdiv(B, tile.rows)
-    flags = query.new_empty((blocks, tiles if flagged else 0), dtype=torch.int8)
-    loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, losses)
+    loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, n_losses)
     query_grad = floats(B if with_grad else 0, D)
-    counts = query.new_empty((B, losses), dtype=torch.int32)
+    false_negative_counts = query.new_empty((B, n_losses), dtype=torch.int32)
 
     scale = LOG2E.value / temperature
     inputs = (query, negatives, *[loss if t is None else t for t in extra])  # the loss is never read
-    cut = (B, K, split_keys, tiles, scale)
+    cut = (B, K, plan.split_keys, plan.tiles, scale)
     shape = {"D": D, "CHUNK": chunk, "CHUNKS": chunks, "ATTRACT": attract}
-    of_losses = {"LOSSES": losses, "PADDED": triton.next_power_of_2(losses)}
     products = {
-        "ROWS": tile.rows, "KEYS": tile.columns, "L": L, "ALL": level_combination == "all", "HAS_IDS": has_ids,
-        "PRECISION": "ieee", "num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers,
+        "ROWS": tile.rows, "KEYS": tile.columns, "L": L, "ALL": level_combination == "all",
+        "HAS_IDS": extra[2] is not None, "PRECISION": "ieee", "num_warps": tile.warps, "num_stages": tile.stages,
+        "maxnreg": tile.registers,
     }  # fmt: skip
-    of_marked = {**products, "KEYS": tile.marked, "FLAG_KEYS": tile.columns}
+    of_marked = {**products, "KEYS": tile.marked, "FLAG_KEYS": tile.columns, "N_LOSSES": n_losses}
     shift = shift_of(query.dtype)
-    pass_kernel[blocks, splits, chunks if with_grad else 1](
-        *inputs, split_max, split_sum, split_grad, flags, *cut,
-        SHIFT=shift, WITH_GRAD=with_grad, HAS_LABELS=has_labels, FLAGS=flagged, **shape,
+    dense.pass_kernel[blocks, plan.splits, chunks if with_grad else 1](
+        *inputs, b.split_max, b.split_sum, b.split_grad, b.flags, *cut,
+        SHIFT=shift, WITH_GRAD=with_grad, HAS_LABELS=has_labels, HAS_MARKED_PASS=has_marked_pass, **shape,
         **{**products, "maxnreg": tile.of_pass.registers},
     )  # fmt: skip
-    if flagged:
-        marked_sums_kernel[blocks, splits](
-            *inputs, level_max, level_sum, level_count, flags, *cut, **of_losses, **shape, **of_marked
-        )
-    joined = ROWS_BY_SPLITS
-    normalise_kernel[(triton.cdiv(B, joined.rows),)](
-        query, positive, split_max, split_sum, level_max, level_sum, level_count,
-        loss, log_normalizer, counts, positive_weight, split_factor, B, splits, scale,
-        LOSSES=losses, ROWS=joined.rows, SPLITS=joined.columns, FLAGS=flagged, num_warps=joined.warps,
-        maxnreg=joined.registers, **shape,
+    if has_marked_pass:
+        marked.marked_sums_kernel[blocks, plan.splits](
+            *inputs, b.level_max, b.level_sum, b.level_count, b.flags, *cut,
+            PADDED=triton.next_power_of_2(n_losses), **shape, **of_marked,
+        )  # fmt: skip
+    joined = normalise.ROWS_BY_SPLITS
+    normalise.normalise_kernel[(triton.cdiv(B, joined.rows),)](
+        query, positive, b.split_max, b.split_sum, b.level_max, b.level_sum, b.level_count,
+        loss, log_normalizer, false_negative_counts, positive_weight, b.split_factor, B, plan.splits, scale,
+        N_LOSSES=n_losses, ROWS=joined.rows, SPLITS=joined.columns, HAS_MARKED_PASS=has_marked_pass,
+        num_warps=joined.warps, maxnreg=joined.registers, **shape,
     )  # fmt: skip
     if with_grad:
-        if flagged:
-            marked_grad_kernel[blocks, splits, chunks](
-                *inputs, split_grad, split_factor, log_normalizer, counts, flags, *cut,
-                SHIFT=shift, LOSSES=losses, **shape, **of_marked,
+        if has_marked_pass:
+            marked.marked_grad_kernel[blocks, plan.splits, chunks](
+                *inputs, b.split_grad, b.split_factor, log_normalizer, false_negative_counts, b.flags, *cut,
+                SHIFT=shift, **shape, **of_marked,
             )  # fmt: skip
-        joined = NUMBERS_BY_SPLITS
-        add_splits_kernel[(triton.cdiv(B * D, joined.rows),)](
-            positive, positive_weight, split_grad, split_factor, query_grad, B, splits, 1.0 / temperature,
-            D=D, NUMBERS=joined.rows, SPLITS=joined.columns, SCALED=flagged, num_warps=joined.warps,
+        joined = normalise.NUMBERS_BY_SPLITS
+        normalise.add_splits_kernel[(triton.cdiv(B * D, joined.rows),)](
+            positive, positive_weight, b.split_grad, b.split_factor, query_grad, B, plan.splits, 1.0 / temperature,
+            D=D, NUMBERS=joined.rows, SPLITS=joined.columns, SCALED=has_marked_pass, num_warps=joined.warps,
         )  # fmt: skip
-    return loss, query_grad, positive_weight, log_normalizer, counts
+    return loss, query_grad, positive_weight, log_normalizer, false_negative_counts
 
 
 def info_nce_negatives_grad(
@@ -142,7 +164,7 @@ def info_nce_negatives_grad(
     negatives: Tensor,
     labels_and_ids: tuple[Tensor | None, ...],
     log_normalizer: Tensor,
-    counts: Tensor,
+    false_negative_counts: Tensor,
     temperature: float,
     false_negatives: str,
     level_combination: str,
@@ -151,15 +173,15 @@ def info_nce_negatives_grad(
     loss_grad, query, negatives = loss_grad.contiguous(), query.contiguous(), negatives.contiguous()
     extra = [None if t is None else t.contiguous() for t in labels_and_ids]
     (B, D), K, L = query.shape, len(negatives), 1 if extra[0] is None else extra[0].shape[1]
-    losses = log_normalizer.shape[1]
+    n_losses = log_normalizer.shape[1]
     negatives_grad = query.new_empty((K, D), dtype=torch.float32)
     if K == 0:
         return negatives_grad
     tile, (chunk, chunks) = tile_of("info_nce", query.dtype, capability_of(query.device), L), chunk_of(D)
     negatives_grad_kernel[(triton.cdiv(K, tile.negatives), chunks)](
         loss_grad, loss_grad.abs().amax(), query, negatives, *[loss_grad if t is None else t for t in extra],
-        log_normalizer, counts, negatives_grad, B, K, LOG2E.value / temperature, 1.0 / temperature,
-        D=D, L=L, LOSSES=losses, PADDED=triton.next_power_of_2(losses), ROWS=tile.rows, KEYS=tile.negatives,
+        log_normalizer, false_negative_counts, negatives_grad, B, K, LOG2E.value / temperature, 1.0 / temperature,
+        D=D, L=L, N_LOSSES=n_losses, PADDED=triton.next_power_of_2(n_losses), ROWS=tile.rows, KEYS=tile.negatives,
         CHUNK=chunk, CHUNKS=chunks, SHIFT=shift_of(query.dtype), ATTRACT=false_negatives == "attract",
         ALL=level_combination == "all",
         HAS_LABELS=extra[0] is not None and false_negatives != "keep", HAS_IDS=extra[2] is not None,

@@ -13,7 +13,7 @@ from ifnd_fast.kernels.products import LOG2E, load_column, load_rows, similariti
 def marked_sums_kernel(
     query, negatives, query_labels, negative_labels, query_ids, negative_ids,
     level_max, level_sum, level_count, flags, B, K, split_keys, tiles, scale,
-    D: tl.constexpr, L: tl.constexpr, LOSSES: tl.constexpr, PADDED: tl.constexpr,
+    D: tl.constexpr, L: tl.constexpr, N_LOSSES: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, FLAG_KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     ATTRACT: tl.constexpr, ALL: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -33,8 +33,8 @@ def marked_sums_kernel(
             s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION)
             excluded = excluded_pairs(ids_of(query_ids, row, valid, HAS_IDS), negative_ids, first, exists, HAS_IDS)
             marked = marked_pairs(query_labels, row, valid, negative_labels, first, exists, L, ALL) & ~excluded
-            for level in range(LOSSES):
-                here = loss_pairs(marked, query_labels, row, valid, negative_labels, first, exists, level, L, LOSSES)
+            for level in range(N_LOSSES):
+                here = loss_pairs(marked, query_labels, row, valid, negative_labels, first, exists, level, L, N_LOSSES)
                 here &= marked
                 count += tl.where(levels == level, tl.sum(here.to(tl.int32), 1)[:, None], 0)
                 if ATTRACT:
@@ -48,8 +48,8 @@ def marked_sums_kernel(
                     joined = own_sum * tl.exp2((before - reference) * scale)[:, None] + added[:, None]
                     own_sum = tl.where(levels == level, joined, own_sum)
                     own_max = tl.where(levels == level, raised[:, None], own_max)
-    at = (split.to(tl.int64) * B + rows)[:, None] * LOSSES + levels
-    real = valid[:, None] & (levels < LOSSES)
+    at = (split.to(tl.int64) * B + rows)[:, None] * N_LOSSES + levels
+    real = valid[:, None] & (levels < N_LOSSES)
     tl.store(level_max + at, own_max, mask=real)
     tl.store(level_sum + at, own_sum, mask=real)
     tl.store(level_count + at, count, mask=real)
@@ -57,32 +57,32 @@ def marked_sums_kernel(
 
 @triton.jit
 def marked_weights(
-    s, marked, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists,
-    L: tl.constexpr, LOSSES: tl.constexpr, ATTRACT: tl.constexpr, PULL_ALONE: tl.constexpr,
+    s, marked, query_labels, negative_labels, log_normalizer, false_negative_counts, row, valid, key, exists,
+    L: tl.constexpr, N_LOSSES: tl.constexpr, ATTRACT: tl.constexpr, PULL_ALONE: tl.constexpr,
 ):  # fmt: skip
     """d loss / d s of the marked keys, those in F_l for some l, level by level: mean_l [k not in F_l] e^{s - lse_l}, or
     in attraction e^{s - lse} - mean_l [k in F_l] / (1 + |F_l|), of which `PULL_ALONE` leaves the second term. Rounded,
     a large lse may be below s: no exponential is more than 1."""
     weights = tl.zeros(s.shape, tl.float32)
-    for level in range(LOSSES):
-        here = loss_pairs(marked, query_labels, row, valid, negative_labels, key, exists, level, L, LOSSES)
+    for level in range(N_LOSSES):
+        here = loss_pairs(marked, query_labels, row, valid, negative_labels, key, exists, level, L, N_LOSSES)
         if not PULL_ALONE:
-            lse = load_column(log_normalizer, row, valid, level, LOSSES, 0.0) * LOG2E
+            lse = load_column(log_normalizer, row, valid, level, N_LOSSES, 0.0) * LOG2E
             if ATTRACT:
                 weights += tl.exp2(tl.minimum(s - lse[:, None], 0.0))
             else:
                 weights += tl.exp2(tl.where(here, float("-inf"), tl.minimum(s - lse[:, None], 0.0)))
         if ATTRACT:
-            pull = 1.0 / (1.0 + load_column(counts, row, valid, level, LOSSES, 0))
+            pull = 1.0 / (1.0 + load_column(false_negative_counts, row, valid, level, N_LOSSES, 0))
             weights -= tl.where(here, pull[:, None], 0.0)
-    return weights / LOSSES
+    return weights / N_LOSSES
 
 
 @triton.jit(do_not_specialize=["B", "K", "split_keys", "tiles"])
 def marked_grad_kernel(
     query, negatives, query_labels, negative_labels, query_ids, negative_ids,
-    split_grad, split_factor, log_normalizer, counts, flags, B, K, split_keys, tiles, scale,
-    D: tl.constexpr, L: tl.constexpr, LOSSES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    split_grad, split_factor, log_normalizer, false_negative_counts, flags, B, K, split_keys, tiles, scale,
+    D: tl.constexpr, L: tl.constexpr, N_LOSSES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     FLAG_KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr,
     ALL: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -103,8 +103,8 @@ def marked_grad_kernel(
             excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
             marked = marked_pairs(query_labels, row, valid, negative_labels, first, exists, L, ALL) & ~excluded
             weights = marked_weights(
-                s, marked, query_labels, negative_labels, log_normalizer, counts, row, valid, first, exists,
-                L, LOSSES, ATTRACT, ATTRACT,
+                s, marked, query_labels, negative_labels, log_normalizer, false_negative_counts, row, valid, first,
+                exists, L, N_LOSSES, ATTRACT, ATTRACT,
             )  # fmt: skip
             weights = tl.where(marked, weights, 0.0) * (1 << SHIFT)
             n = load_rows(negatives, first, exists, chunk, D, CHUNK)

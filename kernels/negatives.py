@@ -15,8 +15,8 @@ SMALLEST_LOSS_GRAD = tl.constexpr(2.0**-100)  # of the largest: its inverse is f
 @triton.jit(do_not_specialize=["B", "K"])
 def negatives_grad_kernel(
     loss_grad, largest_loss_grad, query, negatives, query_labels, negative_labels, query_ids, negative_ids,
-    log_normalizer, counts, negatives_grad, B, K, scale, inverse_temperature,
-    D: tl.constexpr, L: tl.constexpr, LOSSES: tl.constexpr, PADDED: tl.constexpr,
+    log_normalizer, false_negative_counts, negatives_grad, B, K, scale, inverse_temperature,
+    D: tl.constexpr, L: tl.constexpr, N_LOSSES: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
     ATTRACT: tl.constexpr, ALL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -34,11 +34,11 @@ def negatives_grad_kernel(
     grad = tl.zeros((KEYS, CHUNK), tl.float32)
     for row in range(0, B, ROWS):
         valid = row + tl.arange(0, ROWS) < B
-        at = tl.arange(0, ROWS)[:, None] * LOSSES + levels
-        inside = valid[:, None] & (levels < LOSSES)
-        lse = tl.load(log_normalizer + tl.cast(row, tl.int64) * LOSSES + at, mask=inside, other=float("inf"))
+        at = tl.arange(0, ROWS)[:, None] * N_LOSSES + levels
+        inside = valid[:, None] & (levels < N_LOSSES)
+        lse = tl.load(log_normalizer + tl.cast(row, tl.int64) * N_LOSSES + at, mask=inside, other=float("inf"))
         least = tl.where(valid, tl.min(lse, 1), 0.0)
-        mean = tl.sum(tl.exp2((least[:, None] - lse) * LOG2E), 1) / LOSSES
+        mean = tl.sum(tl.exp2((least[:, None] - lse) * LOG2E), 1) / N_LOSSES
         s = similarities(query, row, valid, negatives, key, exists, D, CHUNK, CHUNKS, PRECISION) * scale
         own = ids_of(query_ids, row, valid, HAS_IDS)
         s = tl.where(excluded_pairs(own, negative_ids, key, exists, HAS_IDS), float("-inf"), s)
@@ -49,8 +49,8 @@ def negatives_grad_kernel(
             marked &= s > float("-inf")
             if tl.max(tl.where(marked, s, float("-inf"))) > float("-inf"):
                 exact = marked_weights(
-                    s, marked, query_labels, negative_labels, log_normalizer, counts, row, valid, key, exists,
-                    L, LOSSES, ATTRACT, False,
+                    s, marked, query_labels, negative_labels, log_normalizer, false_negative_counts, row, valid, key,
+                    exists, L, N_LOSSES, ATTRACT, False,
                 )  # fmt: skip
                 weights = tl.where(marked, exact, weights)
         weights *= (load_column(loss_grad, row, valid, 0, 1, 0.0) * unit)[:, None]

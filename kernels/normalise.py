@@ -48,9 +48,9 @@ def add_up(numbers, at, valid, stride, splits, SPLITS: tl.constexpr, dtype: tl.c
 @triton.jit(do_not_specialize=["B", "splits"])
 def normalise_kernel(
     query, positive, split_max, split_sum, level_max, level_sum, level_count,
-    loss, log_normalizer, counts, positive_weight, split_factor, B, splits, scale,
-    D: tl.constexpr, LOSSES: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr, ATTRACT: tl.constexpr, FLAGS: tl.constexpr,
+    loss, log_normalizer, false_negative_counts, positive_weight, split_factor, B, splits, scale,
+    D: tl.constexpr, N_LOSSES: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, ATTRACT: tl.constexpr, HAS_MARKED_PASS: tl.constexpr,
 ):  # fmt: skip
     """One program: the sums of ROWS queries, SPLITS at a time side by side; what is left, which is little, in float64.
 
@@ -69,14 +69,14 @@ def normalise_kernel(
     highest, total = join_splits(split_max, split_sum, at, valid, stride, splits, scale, SPLITS)
     dense_max = highest.to(tl.float64) * scale
     losses, weight, factor = tl.zeros_like(total), tl.zeros_like(total), tl.zeros_like(total)
-    for level in range(LOSSES):
-        at_level = at * LOSSES + level
+    for level in range(N_LOSSES):
+        at_level = at * N_LOSSES + level
         M, rest = tl.maximum(dense_max, s_positive), total
         count = tl.zeros((ROWS,), tl.int32)
-        if FLAGS:
-            count = add_up(level_count, at_level, valid, stride * LOSSES, splits, SPLITS, tl.int32)
-        if FLAGS and not ATTRACT:
-            own_max, own = join_splits(level_max, level_sum, at_level, valid, stride * LOSSES, splits, scale, SPLITS)
+        if HAS_MARKED_PASS:
+            count = add_up(level_count, at_level, valid, stride * N_LOSSES, splits, SPLITS, tl.int32)
+        if HAS_MARKED_PASS and not ATTRACT:
+            own_max, own = join_splits(level_max, level_sum, at_level, valid, stride * N_LOSSES, splits, scale, SPLITS)
             own_max = own_max.to(tl.float64) * scale
             M = tl.maximum(M, own_max)
             rest = total * tl.exp2(dense_max - M) + own * tl.exp2(own_max - M)
@@ -89,14 +89,14 @@ def normalise_kernel(
         factor += tl.exp2(dense_max - M) / Z
         if ATTRACT:
             n = count.to(tl.float64)
-            attracted = add_up(level_sum, at_level, valid, stride * LOSSES, splits, SPLITS, tl.float64) * scale
+            attracted = add_up(level_sum, at_level, valid, stride * N_LOSSES, splits, SPLITS, tl.float64) * scale
             losses -= (attracted - n * s_positive) * LN2 / (1.0 + n)
             weight += n / (1.0 + n)
         tl.store(log_normalizer + at_level, M * LN2 + log_Z, mask=valid)
-        tl.store(counts + at_level, count, mask=valid)
-    tl.store(loss + rows, losses / LOSSES, mask=valid)
-    tl.store(positive_weight + rows, weight / LOSSES, mask=valid)
-    of_row = (factor / LOSSES).to(tl.float32)
+        tl.store(false_negative_counts + at_level, count, mask=valid)
+    tl.store(loss + rows, losses / N_LOSSES, mask=valid)
+    tl.store(positive_weight + rows, weight / N_LOSSES, mask=valid)
+    of_row = (factor / N_LOSSES).to(tl.float32)
     reference = tl.where(highest == float("-inf"), 0.0, highest)
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)

@@ -92,10 +92,10 @@ def marked_pairs_held(
 
 @triton.jit
 def loss_pairs(
-    marked, query_labels, row, valid, negative_labels, key, exists, loss, L: tl.constexpr, LOSSES: tl.constexpr
+    marked, query_labels, row, valid, negative_labels, key, exists, loss, L: tl.constexpr, N_LOSSES: tl.constexpr
 ):  # fmt: skip
     """(rows, keys): of the marked keys, those in this loss's F: a level's, or the only one's, which holds them all."""
-    if LOSSES == 1:
+    if N_LOSSES == 1:
         return marked
     else:
         label = label_of(query_labels, row, valid, loss, L)

@@ -71,13 +71,13 @@ void loss_pass(const nb::kwargs& values) {
   p.terms = n.number<int>("terms"), p.stored_terms = n.number<int>("stored_terms");
   p.split_columns = n.number<int>("split_columns"), p.tiles = n.number<int>("tiles");
   p.scale = n.number<float>("scale"), p.shift = n.number<float>("shift");
-  p.losses = n.number<int>("losses"), p.all_levels = n.number<bool>("all_levels");
+  p.n_losses = n.number<int>("n_losses"), p.all_levels = n.number<bool>("all_levels");
   p.attract = n.number<bool>("attract"), p.with_grad = n.number<bool>("with_grad");
   p.split_max = n.at<float>("split_max"), p.split_sum = n.at<float>("split_sum");
   p.split_grad = n.at<float>("split_grad"), p.flags = n.at<unsigned char>("flags");
   p.level_max = n.at<float>("level_max"), p.level_sum = n.at<float>("level_sum");
   p.level_count = n.at<int>("level_count"), p.split_factor = n.at<float>("split_factor");
-  p.log_normalizer = n.at<float>("log_normalizer"), p.counts = n.at<int>("counts");
+  p.log_normalizer = n.at<float>("log_normalizer"), p.false_negative_counts = n.at<int>("false_negative_counts");
   p.loss_grad = n.at<float>("loss_grad"), p.negatives_grad = n.at<float>("negatives_grad");
   info_nce(p, n.number<bool>("bfloat16"), pass, n.number<int>("warps"), n.number<int>("splits"), n.stream());
 }
@@ -88,13 +88,13 @@ NormaliseArguments normalise_arguments(const Named& n) {
   p.split_max = n.at<float>("split_max"), p.split_sum = n.at<float>("split_sum");
   p.split_grad = n.at<float>("split_grad"), p.split_factor = n.at<float>("split_factor");
   p.level_max = n.at<float>("level_max"), p.level_sum = n.at<float>("level_sum");
-  p.level_count = n.at<int>("level_count"), p.counts = n.at<int>("counts");
+  p.level_count = n.at<int>("level_count"), p.false_negative_counts = n.at<int>("false_negative_counts");
   p.loss = n.at<float>("loss"), p.log_normalizer = n.at<float>("log_normalizer");
   p.positive_weight = n.at<float>("positive_weight"), p.query_grad = n.at<float>("query_grad");
-  p.B = n.number<int>("B"), p.D = n.number<int>("D"), p.losses = n.number<int>("losses"), p.splits = n.number<int>("splits");
+  p.B = n.number<int>("B"), p.D = n.number<int>("D"), p.n_losses = n.number<int>("n_losses"), p.splits = n.number<int>("splits");
   p.kind = n.number<int>("kind"), p.grad_stride = n.number<int>("grad_stride");
   p.scale = n.number<float>("scale"), p.inverse_temperature = n.number<float>("inverse_temperature");
-  p.attract = n.number<bool>("attract"), p.visited = n.number<bool>("visited");
+  p.attract = n.number<bool>("attract"), p.has_marked_pass = n.number<bool>("has_marked_pass");
   return p;
 }
 

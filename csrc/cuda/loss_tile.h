@@ -1,4 +1,5 @@
-// What the passes of info_nce.h share: a tile of pairs, staged in shared memory and held by a warp, 32 rows by 32 columns.
+// What the passes of info_nce.h share: a tile of pairs, staged in shared memory and held by a warp, 32 rows by 32
+// columns.
 #pragma once
 
 #include "arguments.h"
@@ -18,7 +19,7 @@ struct LossShared {
   long long *row_ids, *column_ids;  // (32 * warps,), (32,)
   int *row_labels, *column_labels;  // (L, .): a lane then reads its columns at fixed distances
   float *column_shift, *column_factor;  // NEGATIVES: min_l lse_l, and g mean_l e^{min - lse_l}
-  float *level_max, *level_sum;         // MARKED_SUMS: (32 * warps, losses), L at most
+  float *level_max, *level_sum;         // MARKED_SUMS: (32 * warps, n_losses), L at most
   int* level_count;
 
   __host__ __device__ static constexpr int bytes(int warps, int L, bool level_sums) {
@@ -128,5 +129,39 @@ __device__ __forceinline__ void multiply_rows(float (&grad)[BLOCKS][8], const fl
 #define FOR_ROW(i, r)                                    \
   _Pragma("unroll") for (int block_ = 0; block_ < TILE_BLOCKS; ++block_) \
   _Pragma("unroll") for (int v_ = 0, i; i = Lane::index(block_, r, v_), v_ < Core::VALUES; ++v_)
+
+// One warp's pairs of a tile: which are of one image or past the end (`excluded`), and which are false negatives at
+// some level, or at all (`marked`).
+template <int CHUNK>
+struct Pairs {
+  const InfoNceArguments& p;
+  const LossShared<CHUNK>& shared;
+  const Lane own;
+  const int warp, first, end;  // columns [first, end) are the split's, the tile's the first of them
+  u32 excluded = 0, marked = 0;
+
+  __device__ __forceinline__ Pairs(const InfoNceArguments& p, const LossShared<CHUNK>& shared, Lane own, int warp,
+                                   int first, int end)
+      : p(p), shared(shared), own(own), warp(warp), first(first), end(end) {
+    const long long* ids = shared.row_ids + warp * WARP_ROWS;
+    if (p.rows.ids)
+      excluded = own.pairs([&](int row) { return ids[row]; }, [&](int column) { return shared.column_ids[column]; });
+    if (first + TILE_COLUMNS > end)
+      excluded |= own.pairs([](int) { return true; }, [&](int column) { return first + column >= end; });
+    if (p.L) marked = at_level(0);
+    for (int level = 1; level < p.L; ++level) {
+      const u32 here = at_level(level);
+      marked = p.all_levels ? marked & here : marked | here;
+    }
+    marked &= ~excluded;
+  }
+  __device__ __forceinline__ u32 at_level(int level) const {
+    const int* of_rows = shared.row_labels + level * (blockDim.x / 32 * WARP_ROWS) + warp * WARP_ROWS;
+    const int* of_columns = shared.column_labels + level * TILE_COLUMNS;
+    return own.pairs([&](int row) { return of_rows[row]; }, [&](int column) { return of_columns[column]; });
+  }
+  // Of the marked, those in this loss's F: a level's, or the only one's, which holds them all.
+  __device__ __forceinline__ u32 of_loss(int loss) const { return p.n_losses == 1 ? marked : at_level(loss) & marked; }
+};
 
 }  // namespace ifnd::cuda

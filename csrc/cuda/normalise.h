@@ -39,13 +39,13 @@ __global__ void __launch_bounds__(128) normalise_kernel(NormaliseArguments p) {
 
   double loss = 0, weight = 0, factor = 0;
 #pragma unroll 1
-  for (int level = 0; level < p.losses; ++level) {
-    const long long at = (long long)row * p.losses + level, stride = (long long)p.B * p.losses;
+  for (int level = 0; level < p.n_losses; ++level) {
+    const long long at = (long long)row * p.n_losses + level, stride = (long long)p.B * p.n_losses;
     int members = 0;
-    for (int split = lane; p.visited && split < p.splits; split += 32) members += p.level_count[at + split * stride];
+    for (int split = lane; p.has_marked_pass && split < p.splits; split += 32) members += p.level_count[at + split * stride];
     members = sum_of_lanes(members);
     double M = dense_max > s_positive ? dense_max : s_positive, rest;
-    if (p.visited && !p.attract) {
+    if (p.has_marked_pass && !p.attract) {
       const Sum own(p.level_max, p.level_sum, at, stride, p.splits, p.scale, lane);
       const double own_max = double(own.max) * p.scale;
       M = own_max > M ? own_max : M;
@@ -59,20 +59,20 @@ __global__ void __launch_bounds__(128) normalise_kernel(NormaliseArguments p) {
     factor += exp2(dense_max - M) / Z;
     if (p.attract) {
       double attracted = 0;
-      for (int split = lane; p.visited && split < p.splits; split += 32) attracted += p.level_sum[at + split * stride];
+      for (int split = lane; p.has_marked_pass && split < p.splits; split += 32) attracted += p.level_sum[at + split * stride];
       loss -= (sum_of_lanes(attracted) * p.scale - members * s_positive) / (1 + members);
       weight += double(members) / (1 + members);
     }
     if (lane == 0) {
       p.log_normalizer[at] = float(lse * 0.69314718055994530942);
-      p.counts[at] = members;
+      p.false_negative_counts[at] = members;
     }
   }
   if (lane == 0) {
-    p.loss[row] = float(loss / p.losses * 0.69314718055994530942);
-    p.positive_weight[row] = float(weight / p.losses);
+    p.loss[row] = float(loss / p.n_losses * 0.69314718055994530942);
+    p.positive_weight[row] = float(weight / p.n_losses);
   }
-  const float of_row = float(factor / p.losses), reference = dense.max == -infinity() ? 0.f : dense.max;
+  const float of_row = float(factor / p.n_losses), reference = dense.max == -infinity() ? 0.f : dense.max;
   for (int split = lane; split < p.splits; split += 32) {
     const long long at = (long long)split * p.B + row;
     p.split_factor[at] = exp2_fast((p.split_max[at] - reference) * p.scale) * of_row;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(32 * ADD_WARPS) add_splits_kernel(NormaliseArg
   for (int split = warp; split < p.splits; split += ADD_WARPS) {
     const long long of_row = (long long)split * p.B + row;
     const float part = p.split_grad[of_row * p.grad_stride + column];
-    grad += p.visited ? part : part * p.split_factor[of_row];
+    grad += p.has_marked_pass ? part : part * p.split_factor[of_row];
   }
   parts[threadIdx.x] = grad;
   __syncthreads();

@@ -58,7 +58,8 @@ def _pass_arguments(
     return {
         "query": query.numbers, "negatives": negatives.numbers, **dict(zip(names, extra, strict=True)),
         "unit": unit_of(query, negatives), "B": len(query.numbers), "K": len(negatives.numbers), "D": query.dim,
-        "L": 0 if false_negatives == "keep" else levels, "losses": max(1, levels) if level_combination == "mean" else 1,
+        "L": 0 if false_negatives == "keep" else levels,
+        "n_losses": max(1, levels) if level_combination == "mean" else 1,
         "all_levels": level_combination == "all",
         "terms": 3 if split else 1, "stored_terms": 2 if split else 1, "scale": LOG2E / temperature,
         "shift": float(FLOAT16_SHIFT if float16 else 0), "attract": false_negatives == "attract",
@@ -92,13 +93,13 @@ def info_nce_forward(
     level_combination: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, losses); counts are
-    0 where they aren't needed: one loss that eliminates."""
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and false_negative_counts
+    (B, n_losses); the counts are 0 where they aren't needed: one loss that eliminates."""
     (B, D), K = query.shape, len(negatives)
     operands = Operand.of(query), Operand.of(negatives)
     both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives, level_combination)
-    L, losses, dim, warps = both["L"], both["losses"], both["D"], _warps(B, both["L"])
-    visited = L > 0 and (both["attract"] or losses > 1)  # tiles with false negatives, once more
+    L, n_losses, dim, warps = both["L"], both["n_losses"], both["D"], _warps(B, both["L"])
+    has_marked_pass = L > 0 and (both["attract"] or n_losses > 1)  # tiles with false negatives, once more
 
     tiles = max(1, -(-K // TILE_COLUMNS))
     blocks = -(-B // (warps * WARP_ROWS)) * (-(-dim // 128) if with_grad else 1)
@@ -110,36 +111,36 @@ def info_nce_forward(
     def floats(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
-    level_splits = splits if visited else 0
-    loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, losses)
-    counts = query.new_empty((B, losses), dtype=torch.int32)
+    level_splits = splits if has_marked_pass else 0
+    loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, n_losses)
+    false_negative_counts = query.new_empty((B, n_losses), dtype=torch.int32)
     query_grad = floats(B if with_grad else 0, D)
     sums = {
         "split_max": floats(splits, B), "split_sum": floats(splits, B), "split_factor": floats(splits, B),
         "split_grad": floats(splits if with_grad else 0, B, dim),
-        "level_max": floats(level_splits, B, losses), "level_sum": floats(level_splits, B, losses),
-        "level_count": query.new_empty((level_splits, B, losses), dtype=torch.int32),
-        "flags": query.new_empty((-(-B // WARP_ROWS), tiles), dtype=torch.uint8) if visited else None,
-        "log_normalizer": log_normalizer, "counts": counts,
+        "level_max": floats(level_splits, B, n_losses), "level_sum": floats(level_splits, B, n_losses),
+        "level_count": query.new_empty((level_splits, B, n_losses), dtype=torch.int32),
+        "flags": query.new_empty((-(-B // WARP_ROWS), tiles), dtype=torch.uint8) if has_marked_pass else None,
+        "log_normalizer": log_normalizer, "false_negative_counts": false_negative_counts,
     }  # fmt: skip
     cut = {"split_columns": split_tiles * TILE_COLUMNS, "splits": splits, "tiles": tiles, "warps": warps}
     passes = {**both, **sums, **cut, "column_unit": unit_of(operands[1]), "with_grad": with_grad}
     joins = {
         **sums, "query": query.contiguous(), "positive": positive.contiguous(), "loss": loss,
-        "positive_weight": positive_weight, "query_grad": query_grad, "B": B, "D": D, "losses": losses,
+        "positive_weight": positive_weight, "query_grad": query_grad, "B": B, "D": D, "n_losses": n_losses,
         "splits": splits, "kind": _KINDS[query.dtype], "grad_stride": dim, "scale": both["scale"],
-        "inverse_temperature": 1 / temperature, "attract": both["attract"], "visited": visited,
+        "inverse_temperature": 1 / temperature, "attract": both["attract"], "has_marked_pass": has_marked_pass,
         "stream": both["stream"],
     }  # fmt: skip
     _call(_cuda.info_nce, {**passes, "step": "dense"})
-    if visited:
+    if has_marked_pass:
         _call(_cuda.info_nce, {**passes, "step": "marked_sums"})
     _call(_cuda.info_nce_normalise, joins)
     if with_grad:
-        if visited:
+        if has_marked_pass:
             _call(_cuda.info_nce, {**passes, "step": "marked_grad"})
         _call(_cuda.info_nce_add_splits, joins)
-    return loss, query_grad, positive_weight, log_normalizer, counts
+    return loss, query_grad, positive_weight, log_normalizer, false_negative_counts
 
 
 def info_nce_negatives_grad(
@@ -148,7 +149,7 @@ def info_nce_negatives_grad(
     negatives: Tensor,
     labels_and_ids: tuple[Tensor | None, ...],
     log_normalizer: Tensor,
-    counts: Tensor,
+    false_negative_counts: Tensor,
     temperature: float,
     false_negatives: str,
     level_combination: str,
@@ -159,7 +160,7 @@ def info_nce_negatives_grad(
     both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives, level_combination)
     out = query.new_empty((K, both["D"]), dtype=torch.float32)
     of_queries = {
-        "log_normalizer": log_normalizer.contiguous(), "counts": counts.contiguous(),
+        "log_normalizer": log_normalizer.contiguous(), "false_negative_counts": false_negative_counts.contiguous(),
         "loss_grad": loss_grad.contiguous(), "negatives_grad": out,
     }  # fmt: skip
     cut = {"split_columns": B, "splits": 1, "tiles": 0, "warps": _warps(K, both["L"])}
