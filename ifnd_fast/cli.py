@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ import tyro
 
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config
+from ifnd_fast.paths import expand_home, refuse_file, refuse_folder
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.console import errors, guard_output, say, stage, table, warn
 from ifnd_fast.runtime.errors import CommandError, LoadingError, PeerError, Stopped, UsageError
@@ -39,7 +41,11 @@ def evaluate() -> None:
     app = tyro.extras.SubcommandApp()
     for name, task in TASKS.items():
         app.command(name=name)(task)
-    _run(lambda: app.cli(prog="ifnd-fast-eval", description="Measure a trained backbone."))
+    _run(
+        lambda: app.cli(
+            prog="ifnd-fast-eval", description="Measure a trained backbone.", args=expand_home(sys.argv[1:])
+        )
+    )
 
 
 def report() -> None:
@@ -58,13 +64,18 @@ def report() -> None:
         """
         if not runs:
             raise UsageError("give the folder of a run, or of several to compare")
+        if out is not None:
+            refuse_folder("--out", out)
         _write_report(runs, out)
 
-    _run(lambda: tyro.cli(write, prog="ifnd-fast-report"))
+    _run(lambda: tyro.cli(write, prog="ifnd-fast-report", args=expand_home(sys.argv[1:])))
 
 
 def _run(command: Callable[[], object], interrupted: str = "interrupted") -> None:
     """Run a command; its failures become a line on standard error and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of names and signs that the terminal has no way to show
     output, code = guard_output(), 0
     try:
         with StopSignals():
@@ -103,6 +114,7 @@ def parse_train(args: list[str]) -> Config:
         UsageError: unknown preset, option out of range, or not what the run to resume was started with.
         SystemExit: 0 after --help, 2 for an option that doesn't parse.
     """
+    args = expand_home(args)
     preset, args = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -131,7 +143,8 @@ def parse_train(args: list[str]) -> Config:
             raise UsageError(
                 f"--resume: {known.out} was started with other options:\n  " + "\n  ".join(differences)
             )
-    return settings
+    refuse_file("--out", settings.run.out)
+    return configs.with_full_paths(settings)
 
 
 def _description(preset: str) -> str:

@@ -115,7 +115,7 @@ def test_a_batch_that_cannot_be_handed_over_ends_the_loop(options):
 
 
 def test_processes_that_are_stuck_are_killed(monkeypatch):
-    monkeypatch.setattr(loading, "GRACE", 0.5)
+    monkeypatch.setattr("ifnd_fast.data.processes.GRACE", 0.5)
     started = time.monotonic()
 
     def stuck(index: int) -> int:

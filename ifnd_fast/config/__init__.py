@@ -1,6 +1,7 @@
 """A run's options: what they are, their presets, their ranges, and how they are saved."""
 
 from ifnd_fast.config.options import (
+    BUILT_IN,
     ClusterConfig,
     Config,
     ContrastConfig,
@@ -8,12 +9,16 @@ from ifnd_fast.config.options import (
     ModelConfig,
     OptimConfig,
     RunConfig,
+    full_data,
+    full_path,
+    with_full_paths,
 )
 from ifnd_fast.config.presets import PRESETS
 from ifnd_fast.config.ranges import validate
 from ifnd_fast.config.saved import MAY_CHANGE, differences, from_dict, load, to_dict, to_yaml
 
 __all__ = [
+    "BUILT_IN",
     "MAY_CHANGE",
     "PRESETS",
     "ClusterConfig",
@@ -25,8 +30,11 @@ __all__ = [
     "RunConfig",
     "differences",
     "from_dict",
+    "full_data",
+    "full_path",
     "load",
     "to_dict",
     "to_yaml",
     "validate",
+    "with_full_paths",
 ]

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+BUILT_IN = ("demo", "cifar10", "cifar100")
+"""Data sets that --data names, whatever folders of these names there are."""
+
 
 @dataclass
 class DataConfig:
     data: str = "demo"
     """"demo" (5,000 MNIST digits that are installed with the package), "cifar10", "cifar100" (downloaded on
-    first use), or a folder: one sub-folder of images per class, train/ and val/ of such folders, or images
-    without any classes. Labels only ever measure (and feed --false-negatives oracle)."""
+    first use), or a folder: two or more sub-folders of images, at any depth below them, one per class; or train/ and
+    val/ (or valid/, validation/, test/, in any case) of such folders; or images without any classes. train/ is a part
+    if a test part is beside it or no other folder with images; else it is a class. Hidden files and folders are left
+    out, linked ones followed, and what was left out is said. Labels only ever measure (and feed --false-negatives
+    oracle)."""
     data_root: Path = Path("data")
     """folder for downloaded data sets"""
     hold_out: float = 0.0
@@ -162,6 +169,8 @@ class RunConfig:
 @dataclass
 class Config:
     preset: Annotated[str, tyro.conf.Suppress] = "demo"
+    identity: Annotated[dict[str, str], tyro.conf.Suppress] = field(default_factory=dict)
+    """of the data, by part (see `ifnd_fast.identity`); empty before they are looked at and in earlier versions' runs"""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -174,3 +183,24 @@ class Config:
         """Epochs between clusterings, at least 1."""
         every = self.cluster.recluster_every
         return max(1, round(every if every >= 1 else every * self.optim.epochs))
+
+
+def with_full_paths(config: Config) -> Config:
+    """The same config with no path that depends on the folder it is read in."""
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, out=full_path(config.run.out)),
+        data=dataclasses.replace(
+            config.data, data=full_data(config.data.data), data_root=full_path(config.data.data_root)
+        ),
+    )
+
+
+def full_path(path: Path) -> Path:
+    """The path from the root on; links in it stay, but .. is followed as the system does."""
+    return path.resolve() if ".." in path.parts else path.absolute()
+
+
+def full_data(data: str) -> str:
+    """A folder's full path; the name of a built-in data set as it is."""
+    return data if data in BUILT_IN or not data else str(full_path(Path(data)))

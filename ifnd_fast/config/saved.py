@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from ifnd_fast.config.options import Config
+from ifnd_fast.config.options import Config, with_full_paths
 from ifnd_fast.runtime.errors import CommandError
 
-# What may differ when a run is resumed: nothing that changes what it computes.
+# What may differ when a run is resumed: nothing that changes what it computes. (Where --data lies may change too, where
+# the identity of what is there is known: see `differences`.)
 MAY_CHANGE = {"resume", "out", "device", "workers", "data_root", "knn_every", "checkpoint_every",
               "keep_checkpoints", "rank_timeout", "tensorboard"}  # fmt: skip
 
@@ -60,7 +61,7 @@ def to_yaml(config: Config) -> str:
 def load(path: Path) -> Config:
     """Raises CommandError: the file is missing, or is not a run's config."""
     try:
-        return from_dict(yaml.safe_load(path.read_text()))
+        return from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         raise CommandError(f"{path} is not the config of a run: {error}") from error
 
@@ -68,8 +69,12 @@ def load(path: Path) -> Config:
 def differences(saved: Config, wanted: Config) -> list[str]:
     """The options in which two runs would compute different things, a line each."""
     lines = []
+    saved, wanted = with_full_paths(saved), with_full_paths(wanted)
+    may_change = MAY_CHANGE | ({"data"} if saved.identity else set())
     for section, values in to_dict(saved).items():
         other = to_dict(wanted)[section]
+        if section == "identity":
+            continue
         if not isinstance(values, dict):
             if values != other:
                 lines.append(f"preset: the run has {values}, asked for {other}")
@@ -77,6 +82,6 @@ def differences(saved: Config, wanted: Config) -> list[str]:
         lines += [
             f"--{name.replace('_', '-')}: the run has {value}, asked for {other[name]}"
             for name, value in values.items()
-            if value != other[name] and name not in MAY_CHANGE
+            if value != other[name] and name not in may_change
         ]
     return lines

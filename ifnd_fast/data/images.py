@@ -12,6 +12,9 @@ from PIL import Image
 
 from ifnd_fast.data import picture
 from ifnd_fast.data.picture import open_picture, reason_of
+from ifnd_fast.folders import LeftOut, find_images, shown
+from ifnd_fast.identity import Listing, content_of
+from ifnd_fast.lists import read_list, sizes_of
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
 T = TypeVar("T")
@@ -33,10 +36,14 @@ class Images(Named, Protocol):
     """Images by number, with labels where they are known."""
 
     labels: np.ndarray | None  # (N,) int64
-    class_names: list[str] | None
+    class_names: list[str] | None  # can be printed and encoded, whatever the folders' names are: see `folders.shown`
 
     def image(self, index: int) -> Image.Image:
         """The image in RGB. Whatever Exception it raises is why this image is unreadable."""
+        ...
+
+    def listing(self) -> Listing:
+        """Which images these are."""
         ...
 
 
@@ -58,6 +65,11 @@ class ArrayImages:
     def name(self, index: int) -> str:
         return f"image {index}"
 
+    def listing(self) -> Listing:
+        assert self.labels is not None
+        sizes = np.full(len(self), self.pixels[:1].nbytes, dtype=np.int64)
+        return Listing([], sizes, content_of(self.pixels, self.labels))
+
 
 class Subset:
     """Some of the images, by their numbers."""
@@ -78,15 +90,31 @@ class Subset:
     def name(self, index: int) -> str:
         return self.images.name(int(self.indices[index]))
 
+    def listing(self) -> Listing:
+        whole = self.images.listing()
+        names = [whole.names[index] for index in self.indices.tolist()] if whole.names else []
+        content = content_of(self.indices) + whole.content if whole.content else ""
+        return Listing(names, whole.sizes[self.indices], content)
+
 
 class FileImages:
-    """Image files, with labels where they are known."""
+    """Image files, with labels where they are known.
+
+    Args:
+        files: of N images.
+        labels: (N,) int64.
+        class_names: of the labels.
+        root: the folder that the names in the listing count from; None: they are whole paths.
+        sizes: (N,) int64, bytes; None: looked up when they are needed.
+    """
 
     labels: np.ndarray | None
     class_names: list[str] | None
 
-    def __init__(self, files: list[Path], labels: np.ndarray | None = None, class_names: list[str] | None = None):
+    def __init__(self, files: list[Path], labels: np.ndarray | None = None, class_names: list[str] | None = None,
+                 root: Path | None = None, sizes: np.ndarray | None = None):  # fmt: skip
         self.files, self.labels, self.class_names = files, labels, class_names
+        self.root, self.sizes = root, sizes
 
     def __len__(self) -> int:
         return len(self.files)
@@ -95,62 +123,59 @@ class FileImages:
         return open_picture(self.files[index])
 
     def name(self, index: int) -> str:
-        return str(self.files[index])
+        return shown(str(self.files[index]))
+
+    def listing(self) -> Listing:
+        start = "" if self.root is None else str(self.root / "_")[:-1]
+        names = [str(file).removeprefix(start) for file in self.files]
+        return Listing(names, sizes_of(self.files) if self.sizes is None else self.sizes)
 
 
 class FolderImages(FileImages):
-    """Image files below a folder: its sub-folders are the classes, or it has none and all lie in it."""
+    """Image files below a folder: `folders.find_images` says which, and of which classes.
 
-    def __init__(self, root: Path):
-        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        classes = [(folder.name, _image_files(folder)) for folder in folders]
-        classes = [(name, files) for name, files in classes if files]
-        if classes:
-            files = [file for _, files in classes for file in files]
-            labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for _, files in classes])
-            super().__init__(files, labels, [name for name, _ in classes])
-        else:
-            super().__init__(_image_files(root))
-        if not self.files:
-            raise UsageError(f"--data {root}: no images below it (looked for {', '.join(sorted(image_extensions()))})")
+    Args:
+        root: the folder.
+        one_class: a single sub-folder is a class; else it takes two.
+        left_out: what was left out so far.
+
+    Attributes:
+        found: what was found and left out.
+
+    Raises:
+        UsageError: it can't be read, or there are no images below it.
+    """
+
+    def __init__(self, root: Path, one_class: bool = False, left_out: LeftOut | None = None):
+        self.found = find_images(root, image_extensions(), one_class, left_out)
+        if not self.found.names:
+            lines = "; ".join(line for line, _ in self.found.left_out.lines())
+            raise UsageError(
+                f"--data {shown(str(root))}: no images below it (looked for {', '.join(sorted(image_extensions()))})"
+                + (f"; left out: {lines}" if lines else "")
+            )
+        files = [root / name for name in self.found.names]
+        super().__init__(files, self.found.labels, self.found.class_names, root, self.found.sizes)
 
 
 class ListImages(FileImages):
-    """Image files named by a list, a line "path label" each (as Places205 has it); paths are below `root`.
-
-    Raises:
-        UsageError: the list can't be read, a line is something else, a label is negative, or there are no lines.
-    """
+    """Image files named by a list, a line "path label" each (as Places205 has it); paths are below `root`. See
+    `lists.read_list`, also for the errors."""
 
     def __init__(self, list_file: Path, root: Path):
-        try:
-            lines = list_file.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the list {list_file} can't be read: {error}") from error
-        files, labels = [], []
-        for number, line in enumerate(lines, 1):
-            path, _, label = line.strip().rpartition(" ")
-            if not line.strip():
-                continue
-            if not path or not label.isdecimal():
-                raise UsageError(f"{list_file}, line {number}: wanted \"path class\", class from 0 on, got {line!r}")
-            files.append(root / path.strip())
-            labels.append(int(label))
-        if not files:
-            raise UsageError(f"the list {list_file} names no images")
-        super().__init__(files, np.array(labels, dtype=np.int64))
-        if not files[0].is_file():
-            raise UsageError(f"{files[0]} is missing: --image-root must be the folder that {list_file} counts from")
+        listed = read_list(list_file, root)
+        super().__init__([root / name for name in listed.names], listed.labels, None, root, listed.sizes)
+        self.listed = listed
+
+    def listing(self) -> Listing:
+        assert self.labels is not None
+        return Listing(self.listed.names, self.listed.sizes, content_of(self.labels))
 
 
 def image_extensions() -> frozenset[str]:
     """Endings of names, lower case, by which a file counts as an image: of the formats of photographs, drawings and
     scans (`picture.FORMATS`) that Pillow can open here."""
     return picture.extensions()
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in image_extensions() and path.is_file())
 
 
 def middle(image: Image.Image) -> Image.Image:

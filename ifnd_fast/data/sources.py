@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ifnd_fast.config import DataConfig
+from ifnd_fast.config import BUILT_IN, DataConfig
 from ifnd_fast.data.images import ArrayImages, FolderImages, Images, Subset
+from ifnd_fast.folders import find_parts, shown
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
@@ -28,13 +30,16 @@ def open_images(data: str, split: str = "train", data_root: Path = Path("data"))
         except (OSError, RuntimeError) as error:
             raise CommandError(f"--data {data}: the download to {data_root} failed: {error}") from error
         return ArrayImages(cifar.data, np.asarray(cifar.targets), list(cifar.classes))
+    if not data:
+        raise UsageError("--data is empty: give a folder, or one of " + ", ".join(BUILT_IN))
     root = Path(data).expanduser()
     if not root.is_dir():
-        raise UsageError(f"--data {data}: no such folder (nor one of demo, cifar10, cifar100)")
-    if (root / "train").is_dir():
-        folder = root / "train" if split == "train" else root / "val"
-        return FolderImages(folder) if folder.is_dir() else None
-    return FolderImages(root) if split == "train" else None
+        what = "it is a file, not a folder" if root.is_file() else "no such folder"
+        raise UsageError(f"--data {shown(data)}: {what} (nor one of {', '.join(BUILT_IN)})")
+    parts = find_parts(root, IMG_EXTENSIONS)
+    if split == "train":
+        return FolderImages(parts.train, left_out=parts.train_left_out)
+    return None if parts.test is None else FolderImages(parts.test, one_class=True, left_out=parts.test_left_out)
 
 
 def open_for_run(config: DataConfig) -> tuple[Images | None, Images | None]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ifnd_fast import identity
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.loading import EpochBatches, ViewDataset, view_loader
@@ -75,7 +76,7 @@ class TrainingOptions:
     def folder(self, subject: Subject, task: str) -> Path:
         checkpoint = subject.options.checkpoint
         parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        return self.out or parent / "evaluate" / f"{task}-{Path(subject.data.data).name}"
+        return self.out or parent / "evaluate" / f"{task}-{Path(subject.data.data).name[:80]}"
 
     def views(self, data: DataConfig) -> DataConfig:
         """The data options with these crops and flips, and nothing else that is random."""
@@ -129,6 +130,7 @@ class ClassifierTraining:
         assert train.labels is not None
         self.subject, self.images, self.options, self.out = subject, train, options, out
         self.labels = torch.from_numpy(train.labels)
+        self.parts = {"train": train.listing()}
         self.data = options.views(subject.data)
         self.batches = EpochBatches(len(train), min(options.batch_size, len(train)), options.seed)
         self.session = Session(out, options.resume)
@@ -169,6 +171,7 @@ class ClassifierTraining:
             CommandError, NonFiniteError: a checkpoint can't be read or written; the loss is not finite.
         """
         with self.session.open(self):
+            identity.keep(self.out, self.parts)
             dataset = ViewDataset(self.images, random_view(self.data), self.options.seed)
             loader = view_loader(dataset, self.data, self.batches)
             while self.epoch < self.options.epochs:
@@ -242,7 +245,8 @@ class ClassifierTraining:
         """All that the rest depends on; the order and the views of images follow from the steps."""
         model = self.model.head if self.model.frozen else self.model
         return {
-            "settings": self.settings, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch, "step": self.step,
+            "settings": self.settings, "identity": identity.identity_of(self.parts),
+            "epoch": self.epoch, "step_in_epoch": self.step_in_epoch, "step": self.step,
             "loss_sum": self.loss_sum, "unreadable": self.unreadable.state(), "model": model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
         }  # fmt: skip
@@ -252,6 +256,7 @@ class ClassifierTraining:
         saved = state.get("settings")
         if not isinstance(saved, dict):
             raise CommandError(f"--resume: {self.out} holds no classifier's training")
+        identity.check(self.out, state.get("identity"), self.parts, f"--data {self.subject.data.data}")
         differences = [
             f"{name.replace('_', '-')}: the run has {saved.get(name)}, asked for {value}"
             for name, value in self.settings.items()

@@ -16,6 +16,7 @@ from ifnd_fast.config import Config, DataConfig
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.evaluate.subject import Subject
+from ifnd_fast.found import tell_found
 from ifnd_fast.ops import checks
 from ifnd_fast.runtime.checkpoint import list_checkpoints
 from ifnd_fast.runtime.console import progress, warn
@@ -46,7 +47,9 @@ def labelled_training_images(data: DataConfig) -> tuple[Images, np.ndarray]:
     Raises:
         UsageError: no such data, or no labels.
     """
-    images = open_for_run(data)[0]
+    images, tests = open_for_run(data)
+    if images is not None:
+        tell_found(data, images, tests)
     if images is None or images.labels is None:
         raise UsageError(f"--data {data.data}: needs true labels, that is images in one folder per class")
     return images, images.labels

@@ -10,8 +10,10 @@ from pathlib import Path
 import tyro
 
 from ifnd_fast import config as configs
+from ifnd_fast import identity
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.config import DataConfig
+from ifnd_fast.data.images import Images
 from ifnd_fast.evaluate.cluster_images import ClusterOptions, cluster_images, labelled_training_images
 from ifnd_fast.evaluate.subject import Options, Subject, tell
 from ifnd_fast.metrics.false_negatives import DetectionByRate, detection_of
@@ -47,12 +49,8 @@ def false_negatives(
         found, kind = cluster_images(subject, subject.config, images, clustering)
         source = f"clusters of {kind} features"
     else:
-        _, truth = labelled_training_images(data)
-        if len(truth) != len(found.labels):
-            raise UsageError(
-                f"--data {data.data} has {len(truth):,} training images, but the run's labels are of "
-                f"{len(found.labels):,}: give --levels to cluster these images"
-            )
+        images, truth = labelled_training_images(data)
+        _check_same(options.checkpoint, data, images, len(found.labels))
     detected = detection_of(found, truth)
     tell(
         options, data, f"Detection by {source}, {data.data}",
@@ -75,11 +73,24 @@ def _own_clustering(options: Options) -> tuple[Clustering | None, DataConfig | N
     if not out.is_dir() or not list_checkpoints(out):
         return None, None, ""
     data = configs.load(out / "config.yaml").data
-    if options.data not in (None, data.data):
+    if options.data is not None and configs.full_data(options.data) != configs.full_data(data.data):
         return None, None, ""
     data.data_root = options.data_root or data.data_root
     state = load_latest(out)
     return clustering_in(state), data, f"the run's own labels of epoch {state['epoch']}"
+
+
+def _check_same(out: Path, data: DataConfig, images: Images, labelled: int) -> None:
+    """Raises UsageError: the images are not those that the run's labels are of."""
+    then = load_latest(out)["config"].get("identity")
+    text = identity.changes(out, then, {"train": images.listing()}) if then else ""
+    if len(images) != labelled and not text:
+        text = f"it has {len(images):,} training images, the run's labels are of {labelled:,}"
+    if text:
+        raise UsageError(
+            f"--data {data.data} does not hold the images that the run's labels are of: {text}; give --levels to "
+            "cluster these images"
+        )
 
 
 def _rows(detected: DetectionByRate, every: int) -> list[list[str]]:

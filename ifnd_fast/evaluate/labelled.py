@@ -10,6 +10,9 @@ import numpy as np
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.images import Images, Subset
 from ifnd_fast.data.sources import number_as, open_for_run, rank_in_class
+from ifnd_fast.folders import shown
+from ifnd_fast.found import tell_found
+from ifnd_fast.lists import read_lines
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import UsageError
 
@@ -24,8 +27,13 @@ def open_labelled(data: DataConfig) -> tuple[Images, Images]:
     name = f"--data {data.data}"
     train, test = open_for_run(data)
     assert train is not None
+    tell_found(data, train, test)
     if train.labels is None or (test is not None and test.labels is None):
-        raise UsageError(f"{name}: an evaluation needs labels, that is images in one folder per class")
+        which = "training images" if train.labels is None else "test images"
+        raise UsageError(
+            f"{name}: an evaluation needs labels, that is images in one folder per class, two or more; without such "
+            f"folders the {which} count as of one class"
+        )
     if test is None:
         held_out = np.arange(len(train)) % 10 == 9
         if not held_out.any():
@@ -84,19 +92,19 @@ def read_ids(file: Path, images: Images) -> np.ndarray:
     Raises:
         UsageError: the file can't be read, is empty, or names images that are not there.
     """
-    try:
-        wanted = {line.strip() for line in file.read_text().splitlines() if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--ids {file} can't be read: {error}") from error
+    wanted = {line for _, line in read_lines(file, "--ids")}
     ids = image_ids(images)
-    unknown = sorted(wanted.difference(ids))
+    known = set(ids)
+    wanted = {line if line in known or shown(line) not in known else shown(line) for line in wanted}
+    unknown = sorted(line for line in wanted if line not in known and not line.startswith("#"))
     if unknown:
         raise UsageError(
-            f"--ids {file}: {len(unknown)} of {len(wanted)} names are not among the {len(ids)} training images, "
-            f"which have names like {ids[0]}: {_shortened(unknown)}"
+            f"--ids {shown(str(file))}: {len(unknown)} of {len(wanted)} names are not among the {len(ids)} training "
+            f"images, which have names like {ids[0]}: {_shortened([shown(name) for name in unknown])}"
         )
+    wanted &= known  # without comments
     if not wanted:
-        raise UsageError(f"--ids {file} names no images")
+        raise UsageError(f"--ids {shown(str(file))} names no images")
     return np.array([index for index, name in enumerate(ids) if name in wanted])
 
 

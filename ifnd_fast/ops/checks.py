@@ -76,7 +76,7 @@ def number(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer of hundreds of digits
-        return math.inf if int(value) > 0 else -math.inf
+        return -math.inf if str(value).startswith("-") else math.inf
 
 
 def fraction(name: str, value: Any) -> float:

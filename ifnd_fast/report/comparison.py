@@ -101,7 +101,8 @@ def group_by_settings(runs: Sequence[Run]) -> list[Group]:
     """Groups in order of their first run; a run without readable settings is alone in its own."""
     groups: list[Group] = []
     for run in runs:
-        settings = {name: value for name, value in flatten(run.config) if name.split(".")[-1] not in NO_SETTING}
+        config = {section: values for section, values in run.config.items() if section != "identity"}
+        settings = {name: value for name, value in flatten(config) if name.split(".")[-1] not in NO_SETTING}
         same = [group for group in groups if settings and group.settings == settings]
         if not same:
             same = [Group(settings)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -51,23 +52,25 @@ def draw_embedding(
     shown = np.sort(found[np.argsort(-sizes, kind="stable")][:MOST_GROUPS])
     figure.set_size_inches(5.6, 5.0)
     axes = figure.subplots()
+    legend: list[tuple[Any, str]] = []  # told to it by name: of itself it leaves out names that start with _
     others = points[~np.isin(groups, shown)]
     if len(others):
         colour, label = (GRID, "others") if len(shown) else (SERIES[0], None)
-        axes.scatter(others[:, 0], others[:, 1], s=7, color=colour, linewidths=0, label=label)
+        dots = axes.scatter(others[:, 0], others[:, 1], s=7, color=colour, linewidths=0)
+        legend += [(dots, label)] if label else []
     for i, group in enumerate(shown.tolist()):
         own = points[groups == group]
-        axes.scatter(
-            own[:, 0], own[:, 1], s=9, color=SERIES[i % len(SERIES)], marker=MARKERS[i // len(SERIES)],
-            linewidths=0, label=shortened(name_of[group]),
+        dots = axes.scatter(
+            own[:, 0], own[:, 1], s=9, color=SERIES[i % len(SERIES)], marker=MARKERS[i // len(SERIES)], linewidths=0,
         )  # fmt: skip
+        legend.append((dots, shortened(name_of[group])))
     axes.set(xticks=[], yticks=[], aspect="equal")
     axes.spines[:].set_visible(False)
     if len(shown):
         fit_one_row = sum(len(shortened(name_of[group])) + 4 for group in shown) < 80
         figure.legend(
-            loc="outside upper left", ncols=len(shown) + 1 if fit_one_row else 4, markerscale=2, handletextpad=0.2,
-            columnspacing=1.0,
+            *zip(*legend, strict=True), loc="outside upper left", ncols=len(shown) + 1 if fit_one_row else 4,
+            markerscale=2, handletextpad=0.2, columnspacing=1.0,
         )  # fmt: skip
     caption = f"{len(points):,} images by their {stored.source}: near in the plane means near in feature space, mostly."
     if len(shown):

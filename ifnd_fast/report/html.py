@@ -15,7 +15,7 @@ from ifnd_fast.runtime.checkpoint import write_atomically
 
 def write_page(path: Path, page: str) -> Path:
     """Raises CommandError: it can't be written."""
-    write_atomically(path, lambda file: file.write(page.encode(errors="replace")))  # a path that isn't text
+    write_atomically(path, lambda file: file.write(page.encode(errors="backslashreplace")))  # a path that isn't text
     return path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names of classes may have dollar signs
 }
 FILE_KINDS = (".png", ".svg", ".pdf")
 Texts = tuple[str, str, str]
@@ -101,7 +103,8 @@ def tell(what: str, x: list[float], y: list[float], form: str, at: str = "epoch"
 
 def draw_picture(name: str, paint: Paint, *data: Any) -> Picture | None:
     """The figure as a part of a page; None where the data has nothing to show. `name` tells it from the others."""
-    with _styled(name):
+    with _styled(name), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser's fonts draw the text
         figure, texts = _painted(paint, *data)
         if texts is None:
             return None

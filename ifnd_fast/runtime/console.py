@@ -14,6 +14,7 @@ from typing import Any, TextIO, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from ifnd_fast.runtime import distributed
 
@@ -195,9 +196,9 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table; the first column is left-aligned, the others right."""
     if distributed.rank() != 0:
         return
-    grid = Table(title=title, title_justify="left", title_style="bold")
+    grid = Table(title=Text(title), title_justify="left", title_style="bold")  # as Text: a name may look like markup
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number == 0 else "right")
+        grid.add_column(Text(column), justify="left" if number == 0 else "right")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))
     console.print(grid)

@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import nn
 
+from ifnd_fast import identity
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.config import Config, DataConfig
 from ifnd_fast.contrast.encoder import build
@@ -196,7 +197,7 @@ def clustering_in(state: Mapping[str, Any]) -> Clustering | None:
 
 
 def images_of(run: Run) -> tuple[Images | None, str]:
-    """The images that the run's checkpoint is of, if they can be read and are as many; or None and the reason."""
+    """The images that the run's checkpoint is of, if they are there and the same; or None and the reason."""
     if "accepted" not in run.state:
         return None, "there is no readable checkpoint with accepted labels."
     then = len(run.state["accepted"])
@@ -212,6 +213,9 @@ def images_of(run: Run) -> tuple[Images | None, str]:
         return None, f"the images can't be read now: {error}"
     if len(images) != then:
         return None, f"the data set has {len(images):,} images now, {then:,} when the run was made."
+    known = run.state.get("config", {}).get("identity", {})
+    if known and (text := identity.changes(run.folder, known, {"train": images.listing()})):
+        return None, f"the images are not those that the run was made of: {text}."
     return images, ""
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ifnd_fast import identity
 from ifnd_fast.config import Config, differences, from_dict, to_dict, to_yaml
 from ifnd_fast.data.batch_views import BatchViews
 from ifnd_fast.data.images import Images
@@ -19,6 +21,8 @@ from ifnd_fast.data.processes import running
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import to_input
+from ifnd_fast.found import listings, tell_found
+from ifnd_fast.identity import Listing
 from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.checkpoint import random_state, set_random_state
@@ -51,10 +55,13 @@ class Trainer:
         self.device = pick_device(config.run.device)
         self.amp = pick_amp(config.run.amp, self.device)
         self.contrast_dtype = pick_contrast_dtype(self.amp, self.device)
-        self.images, tests = self._open_images()
+        with distributed.agreed(True):  # one may have no such folder
+            self.images, self.tests = self._open_images()
+        self._identify_images()
+        tell_found(config.data, self.images, self.tests)
         self.unreadable = Unreadable(self.images, config.data.strict)
         self.labeller = Labeller(config, self.images, self.device, self.contrast_dtype)
-        self.measuring = Measuring(config, self.images, tests, self.device, self.autocast)
+        self.measuring = Measuring(config, self.images, self.tests, self.device, self.autocast)
         self.draw = BatchViews(config.data) if config.data.augment == "device" else None
         self.batches = EpochBatches(
             len(self.images), config.optim.batch_size, config.run.seed, distributed.rank(), distributed.world_size()
@@ -88,14 +95,36 @@ class Trainer:
             raise UsageError(f"--batch-size {batch} must divide by the {distributed.world_size()} ranks")
         return images, tests
 
+    def listings(self) -> dict[str, Listing]:
+        """Which images the run is of, for `identity`."""
+        return listings(self.images, self.tests)
+
+    def _identify_images(self) -> None:
+        """Raises UsageError: the ranks, or the run to go on with and this process, have different images."""
+        data = f"--data {self.config.data.data}"
+        found = identity.agree(self.listings(), data)
+        if self.config.run.resume:
+            with distributed.agreed(True):
+                identity.check(self.out, self.config.identity, self.listings(), data)
+        self.config.identity = found
+
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     # ---- the loop ----
 
-    def open(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def open(self) -> Iterator[None]:
         """The run's folder, begun or gone on with, while the run trains; see `Session.open` for what it raises."""
-        return self.session.open(self, lambda: run_folder.create(self.out, to_yaml(self.config)))
+        with self.session.open(self, self._write_settings):
+            if self.config.run.resume and distributed.rank() == 0:
+                self._write_settings()  # the data may lie elsewhere now
+            yield
+
+    def _write_settings(self) -> None:
+        settings = replace(self.config, run=replace(self.config.run, resume=False))
+        run_folder.create(self.out, to_yaml(settings))
+        identity.keep(self.out, self.listings())
 
     def fit(self) -> dict[str, float]:
         """Train to the end from wherever the run is; the result's figures."""

@@ -19,6 +19,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ifnd_fast.data.images import IN_A_ROW
 from ifnd_fast.data.picture import UnreadablePictureError, open_picture, reason_of
+from ifnd_fast.identity import Listing, content_of
+from ifnd_fast.lists import sizes_of
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
@@ -83,12 +85,15 @@ class CocoImages:
 
     def __init__(self, folder: Path, annotations: Path, max_size: int = 1333):
         self.folder, self.path, self.max_size = folder, annotations, max_size
-        self.coco = _index(_read(annotations))
+        content = _read(annotations)
+        self.digest = content_of(np.frombuffer(json.dumps(content, sort_keys=True).encode(), dtype=np.uint8))
+        self.coco = _index(content)
         self.image_ids: list[int] = sorted(self.coco.imgs)
         self.category_ids: list[int] = sorted(self.coco.cats)
         self.labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
-        missing = [path for path in map(self.file, range(len(self))) if not path.is_file()]
-        if missing:
+        files = [self.file(index) for index in range(len(self))]
+        self.sizes = sizes_of(files)
+        if missing := [file for file, size in zip(files, self.sizes.tolist(), strict=True) if size < 0]:
             raise UsageError(f"{len(missing)} of the {len(self)} images of {annotations} are missing: {missing[0]} ...")
 
     def __len__(self) -> int:
@@ -96,6 +101,11 @@ class CocoImages:
 
     def name(self, index: int) -> str:
         return str(self.file(index))
+
+    def listing(self) -> Listing:
+        """Which images and annotations these are."""
+        names = [self.coco.imgs[image_id]["file_name"] for image_id in self.image_ids]
+        return Listing(names, self.sizes, self.digest)
 
     def file(self, index: int) -> Path:
         return self.folder / self.coco.imgs[self.image_ids[index]]["file_name"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops._utils import split_normalization_params
 
+from ifnd_fast import identity
 from ifnd_fast.data.images import refuse_none
 from ifnd_fast.data.loading import EpochBatches
 from ifnd_fast.data.processes import make_loader, running
@@ -48,11 +49,14 @@ class FineTuning:
         self.device = device
         start = options.checkpoint
         self.out = options.out or (start if start.is_dir() else start.parent) / "detection"
-        train = coco.find("train", options.data, options.train_images, options.train_annotations)
-        val = coco.find("val", options.data, options.val_images, options.val_annotations)
-        self.train, self.val = (coco.CocoImages(*where, options.max_size) for where in (train, val))
+        with distributed.agreed(True):  # one may have no such folder
+            train = coco.find("train", options.data, options.train_images, options.train_annotations)
+            val = coco.find("val", options.data, options.val_images, options.val_annotations)
+            self.train, self.val = (coco.CocoImages(*where, options.max_size) for where in (train, val))
+            self._check_categories()
         self.unreadable = Unreadable(self.train, options.strict), Unreadable(self.val, options.strict)
-        self._check_categories()
+        self.parts = {"train": self.train.listing(), "val": self.val.listing()}
+        self.identity = identity.agree(self.parts, self.data)
         self.examples = coco.TrainingExamples(self.train, options.seed)
         self.batches = self._batches()
         self.amp = pick_amp(options.amp, device)
@@ -77,6 +81,11 @@ class FineTuning:
         self.step, self.seconds = 0, 0.0
         self.sums: dict[str, float] = {}  # of each loss, and the steps, since the last line
         self.session = Session(self.out, options.resume)
+
+    @property
+    def data(self) -> str:
+        """What to call the data in messages."""
+        return f"--data {self.train.folder} and {self.val.folder}"
 
     def _check_categories(self) -> None:
         """Raises UsageError: the two annotation files don't name the same things by the same numbers."""
@@ -247,7 +256,8 @@ class FineTuning:
     def save(self) -> None:
         """Write a checkpoint, from rank 0."""
         state = {
-            "settings": decisive(self.options), "step": self.step, "seconds": self.seconds, "sums": self.sums,
+            "settings": decisive(self.options), "identity": self.identity,
+            "step": self.step, "seconds": self.seconds, "sums": self.sums,
             "unreadable": self.unreadable[0].state(), "categories": self.train.category_ids,
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -267,6 +277,7 @@ class FineTuning:
             ]  # fmt: skip
             if state["categories"] != self.train.category_ids:
                 differences.append(f"categories of {self.train.path}: the run has others")
+            identity.check(self.out, state.get("identity"), self.parts, self.data)
             refuse_differences(f"--resume: {self.out}", differences)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
