@@ -24,6 +24,7 @@ from ifnd_fast.data.processes import running
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import random_view, to_input
 from ifnd_fast.evaluate.subject import Subject
+from ifnd_fast.paths import refuse_file
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime.console import progress, say
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
@@ -62,6 +63,8 @@ class TrainingOptions:
 
     def check(self) -> None:
         """Raises UsageError: an option is out of range."""
+        if self.out is not None:
+            refuse_file("--out", self.out)
         for name, least in (("epochs", 1), ("batch_size", 2)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(self, name)}")

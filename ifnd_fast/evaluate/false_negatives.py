@@ -15,8 +15,9 @@ from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.images import Images
 from ifnd_fast.evaluate.cluster_images import ClusterOptions, cluster_images, labelled_training_images
-from ifnd_fast.evaluate.subject import Options, Subject, tell
+from ifnd_fast.evaluate.subject import Options, Subject, check_json_file, tell
 from ifnd_fast.metrics.false_negatives import DetectionByRate, detection_of
+from ifnd_fast.paths import refuse_folder
 from ifnd_fast.report.detection_by_rate import draw_detection_by_rate
 from ifnd_fast.report.plots import check_file_kind, save_picture
 from ifnd_fast.runtime.checkpoint import list_checkpoints, load_latest
@@ -41,6 +42,8 @@ def false_negatives(
     """
     if plot is not None:
         check_file_kind("--plot", plot)
+        refuse_folder("--plot", plot)
+    check_json_file(options.json_file)
     found, data, source = _own_clustering(options) if clustering == ClusterOptions() else (None, None, "")
     if found is None or data is None:
         subject = Subject(options)

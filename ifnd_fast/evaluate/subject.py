@@ -12,11 +12,12 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from ifnd_fast.config import DataConfig
+from ifnd_fast.config import DataConfig, full_data, full_path
 from ifnd_fast.data import features
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.evaluate.backbone import load_backbone
+from ifnd_fast.paths import refuse_folder
 from ifnd_fast.runtime import run_folder
 from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
 from ifnd_fast.runtime.console import table
@@ -58,6 +59,7 @@ class Subject:
 
     def __init__(self, options: Options):
         self.options = options
+        check_json_file(options.json_file)
         self.unreadable: list[dict[str, str]] = []  # images met so far, {"image", "reason"} each
         self.config, network, self.n_features = load_backbone(options.checkpoint, options.arch)
         self.data, self.network = self.config.data, network
@@ -69,6 +71,7 @@ class Subject:
             if getattr(options, name) is not None:
                 setattr(self.data, name, getattr(options, name))
         if options.data is not None:
+            self.data.data = full_data(options.data)
             self.data.hold_out = 0.0  # what the run held out was of its own images
         self.device = pick_device(options.device)
         self.amp = pick_amp(options.amp or self.config.run.amp, self.device)
@@ -114,6 +117,12 @@ class Subject:
         tell(self.options, self.data, title, columns, rows, {**figures, "unreadable": self.unreadable})
 
 
+def check_json_file(path: Path | None) -> None:
+    """Raises UsageError: it can't be written; before long work that would be lost."""
+    if path is not None:
+        refuse_folder("--json-file", path)
+
+
 def tell(
     options: Options, data: DataConfig, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]
 ) -> None:
@@ -124,5 +133,5 @@ def tell(
     """
     table(title, columns, rows)
     if options.json_file is not None:
-        figures = {"checkpoint": str(options.checkpoint), "data": data.data, **figures}
+        figures = {"checkpoint": str(full_path(options.checkpoint)), "data": data.data, **figures}
         run_folder.write_json(options.json_file, figures)

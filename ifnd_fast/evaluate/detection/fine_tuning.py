@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops._utils import split_normalization_params
 
 from ifnd_fast import identity
+from ifnd_fast.config import full_path
 from ifnd_fast.data.images import refuse_none
 from ifnd_fast.data.loading import EpochBatches
 from ifnd_fast.data.processes import make_loader, running
@@ -245,7 +246,8 @@ class FineTuning:
             return {}
         weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
         checkpoints.write_atomically(self.out / "model.pt", lambda file: torch.save(weights, file))
-        settings = {"checkpoint": str(self.options.checkpoint), "data": str(self.val.path), **decisive(self.options)}
+        paths = {"checkpoint": self.options.checkpoint, "data": self.val.path}
+        settings = {**{name: str(full_path(path)) for name, path in paths.items()}, **decisive(self.options)}
         unreadable = [one for part in self.unreadable for one in part.listed()]
         result = {**settings, **figures, "seconds": self.seconds, "unreadable": unreadable}
         run_folder.write_json(self.out / "result.json", result)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from ifnd_fast.paths import refuse_file, refuse_folder
 from ifnd_fast.runtime.errors import UsageError
 
 ITERATIONS = {"1x": 90_000, "2x": 180_000}
@@ -99,6 +100,11 @@ def resolve(options: DetectionOptions, device: torch.device) -> DetectionOptions
     Raises:
         UsageError: a value out of range, named with the range.
     """
+    if options.out is not None:
+        refuse_file("--out", options.out)
+    for option, path in (("--json-file", options.json_file), ("--export-detectron2", options.export_detectron2)):
+        if path is not None:
+            refuse_folder(option, path)
     for name in ("batch_size", "iterations", "max_size", "log_every", "checkpoint_every"):
         value = getattr(options, name)
         if value is not None and value < 1:
