@@ -15,8 +15,11 @@ from ifnd_fast import identity
 from ifnd_fast.cli import parse_train
 from ifnd_fast.data.images import ArrayImages, Subset
 from ifnd_fast.data.sources import open_images
+from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions
+from ifnd_fast.evaluate.labelled import open_labelled
+from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.identity import Listing, difference
-from ifnd_fast.runtime import checkpoint
+from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.training.saved_run import images_of, read_run
 from ifnd_fast.training.trainer import Trainer
@@ -257,9 +260,8 @@ def test_hold_out_is_part_of_it(data, tmp_path):
         resumed(tmp_path / "run")
 
 
-def test_false_negatives_of_other_images_are_refused(data, tmp_path, monkeypatch):
+def test_false_negatives_of_other_images_are_refused(data, tmp_path):
     from ifnd_fast.evaluate.false_negatives import _check_same
-    from ifnd_fast.evaluate.subject import Options
 
     stopped(tmp_path / "run", data)
     images = open_images(str(data))
@@ -268,7 +270,53 @@ def test_false_negatives_of_other_images_are_refused(data, tmp_path, monkeypatch
     rename(data)
     with pytest.raises(UsageError, match=r"1 missing \(digit-1/003.png\), 1 new .* give --levels"):
         _check_same(tmp_path / "run", options, open_images(str(data)), len(images))
-    assert Options(tmp_path).data is None
+
+
+def test_the_classifiers_of_evaluations_know_their_images(untrained_run, data, tmp_path, capsys):
+    def training(folder: Path, **options) -> ClassifierTraining:
+        subject = Subject(Options(untrained_run, data=str(folder), device="cpu"))
+        train, _ = open_labelled(subject.data)
+        wanted = TrainingOptions(epochs=2, batch_size=48, **options)
+        return ClassifierTraining(subject, train, 5, wanted, 1.0, None, tmp_path / "out")
+
+    def begin(folder: Path, **options) -> ClassifierTraining:
+        it = training(folder, **options)
+        with run_folder.locked(it.out):
+            it._take()
+        return it
+
+    first = training(data)
+    first.fit()
+    data.rename(tmp_path / "moved")
+    assert begin(tmp_path / "moved", resume=True).step == first.step
+    replace(tmp_path / "moved")
+    with pytest.raises(UsageError, match=r"train images: 1 of another size \(digit-1/003.png\)"):
+        begin(tmp_path / "moved", resume=True)
+    state = checkpoint.load_latest(tmp_path / "out")
+    del state["identity"]
+    checkpoint.save(tmp_path / "out", state)
+    assert begin(tmp_path / "moved", resume=True).step == first.step
+    assert "can't be checked" in capsys.readouterr().err
+
+
+def test_the_detectors_know_their_images_and_annotations(coco_folder, tmp_path):
+    from ifnd_fast.evaluate.detection import coco
+
+    def parts(root: Path) -> dict[str, Listing]:
+        return {part: coco.CocoImages(*coco.find(part, root, None, None)).listing() for part in ("train", "val")}
+
+    known = identity.keep(tmp_path, parts(coco_folder))
+    shutil.copytree(coco_folder, tmp_path / "moved")
+    assert identity.changes(tmp_path, known, parts(tmp_path / "moved")) == ""
+    image = next((tmp_path / "moved" / "train2017").glob("*.png"))
+    image.write_bytes(image.read_bytes() + b"\0")
+    with pytest.raises(UsageError, match=rf"train images: 1 of another size \({image.name}\)"):
+        identity.check(tmp_path, known, parts(tmp_path / "moved"), "--data X")
+    shutil.copy(coco_folder / "train2017" / image.name, image)
+    annotations = tmp_path / "moved" / "annotations" / "instances_val2017.json"
+    annotations.write_text(annotations.read_text().replace('"zero"', '"ZERO"'))
+    with pytest.raises(UsageError, match="val images: of other content"):
+        identity.check(tmp_path, known, parts(tmp_path / "moved"), "--data X")
 
 
 # ---- ranks ----

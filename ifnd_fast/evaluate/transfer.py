@@ -11,6 +11,7 @@ from ifnd_fast.data.images import ListImages
 from ifnd_fast.evaluate.labelled import matched, open_labelled
 from ifnd_fast.evaluate.linear import LinearOptions, measure
 from ifnd_fast.evaluate.subject import Options, Subject
+from ifnd_fast.found import tell_found
 from ifnd_fast.runtime.errors import UsageError
 
 
@@ -44,5 +45,6 @@ def transfer(
         root = lists.image_root or lists.train_list.parent
         train, test = ListImages(lists.train_list, root), ListImages(lists.val_list, root)
         subject.data.data = lists.train_list.stem
+        tell_found(subject.data, train, test)
         test = matched(f"--train-list {lists.train_list}, --val-list {lists.val_list}", train, test)
     measure(subject, train, test, training, "transfer")

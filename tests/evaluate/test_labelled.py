@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +93,62 @@ def test_lists_of_paths_and_classes(class_folders, tmp_path):
     assert images.labels.tolist() == [1, 5] and images.image(1).size == (16, 16) and images.class_names is None
 
 
+@pytest.fixture
+def pictures(class_folders, tmp_path):
+    """A folder with a few images of awkward names."""
+    picture = next(class_folders.rglob("*.png")).read_bytes()
+    for name in ("a.png", "b c.png", "sub/d  e.png", "#f.png", "é.png", os.fsdecode(b"\xe9.png"), "1 2"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture)
+    return tmp_path
+
+
+LISTS = [
+    (b"\xef\xbb\xbfa.png 1\n", ["a.png"], [1]),
+    ("a.png 1\né.png 2\n".encode("utf-16"), ["a.png", "é.png"], [1, 2]),
+    (b"a.png 1\r\nb c.png 2\r\n", ["a.png", "b c.png"], [1, 2]),
+    (b"a.png 1\rb c.png 2", ["a.png", "b c.png"], [1, 2]),
+    (b"\n  \na.png\t1\n\n\t\nb c.png \t 2  \n", ["a.png", "b c.png"], [1, 2]),
+    (b"sub/d  e.png 0\n1 2 3\n", ["sub/d  e.png", "1 2"], [0, 3]),
+    (b"# made by hand\n#comment 7\n#f.png 4\n# \na.png 1\n", ["#f.png", "a.png"], [4, 1]),
+    (b"\xe9.png 1\n\xc3\xa9.png 2\n", [os.fsdecode(b"\xe9.png"), "é.png"], [1, 2]),
+    (b"a.png 007\na.png 7\na.png +7\n", ["a.png"], [7]),
+    (b"a.png 1000000\n", ["a.png"], [1_000_000]),
+]
+
+
+@pytest.mark.parametrize("text, names, labels", LISTS)
+def test_lists_as_editors_and_spreadsheets_write_them(text, names, labels, pictures):
+    (pictures / "list.txt").write_bytes(text)
+    images = ListImages(pictures / "list.txt", pictures)
+    assert [file.relative_to(pictures) for file in images.files] == [Path(name) for name in names]
+    assert images.labels.tolist() == labels and images.labels.dtype == np.int64 and images.image(0).size == (16, 16)
+    assert images.listing().names == names and (images.listing().sizes > 0).all()
+
+
+def test_lists_with_whole_paths(pictures, tmp_path_factory):
+    file = tmp_path_factory.mktemp("list") / "list.txt"
+    file.write_text(f"{pictures}/b c.png 3\n")
+    assert ListImages(file, file.parent).image(0).size == (16, 16)
+
+
+def test_what_a_list_repeats_or_lacks_is_said(pictures, capsys):
+    (pictures / "list.txt").write_text("a.png 1\na.png 1\ngone.png 3\nb c.png 2\n1 2 0\nlost.png 3")
+    images = ListImages(pictures / "list.txt", pictures)
+    assert images.labels.tolist() == [1, 2, 0]
+    said = capsys.readouterr().err
+    assert f"list.txt, line 3: {pictures}/gone.png is missing, and 1 others of the 5 images" in said
+    assert "1 lines name an image that was named before" in said
+
+
+def test_a_list_of_names_as_another_system_writes_it(class_folders, tmp_path):
+    train, _ = opened(class_folders)
+    (tmp_path / "ids.txt").write_bytes(b"\xef\xbb\xbf# ten\r\nn00000002_7.png\r\n\r\n n00000000_3.png \r\n")
+    assert [train.files[row].name for row in read_ids(tmp_path / "ids.txt", train)] == [
+        "n00000000_3.png", "n00000002_7.png",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -98,6 +156,22 @@ def test_lists_of_paths_and_classes(class_folders, tmp_path):
         ("a.png -1\n", "line 1"),
         ("", "names no images"),
         ("a.png 0\n", "a.png is missing: --image-root"),
+        ("\n\na.png 0\nb.png 1\nc.png 2\n", r"line 3: .*a.png is missing: --image-root.*\(3 of 3 images are"),
+        ("a.png 9223372036854775808\n", "line 1: the class must be .* to 1,000,000, got 9223372036854775808"),
+        ("a.png " + 5000 * "9", r"from 0 to 1,000,000, got 99999999999999999999\.\.\."),
+        ("a.png 1000001\n", "from 0 to 1,000,000, got 1000001"),
+        ("# c\na.png -1\n", "line 2: the class must be a number from 0 to 1,000,000, got -1"),
+        ("a.png -99999999999999999999\n", "line 1: the class must be a number from 0"),
+        ("a.png cat\n", "line 1: wanted .*'a.png cat'"),
+        ("a.png 1.0\n", "line 1: wanted"),
+        ("a.png 1e3\n", "line 1: wanted"),
+        ("a.png ٣\n", "line 1: wanted"),
+        ("a.png,1\n", "line 1: wanted .*between them there must be a space or a tab"),
+        ("7\n", "line 1: wanted .*'7'"),
+        ("a.png 0\nb.png 1\na.png 2\n", "line 3: a.png is of class 2, but of class 0 in line 1"),
+        ("# only\n#comments 3\n", "names no images"),
+        ("a\0.png 1\n", "zero bytes"),
+        ("x" * 5000 + ".png 1\n", "is missing: --image-root"),
     ],
 )
 def test_bad_lists_are_refused(text, words, tmp_path):

@@ -85,9 +85,8 @@ class CocoImages:
 
     def __init__(self, folder: Path, annotations: Path, max_size: int = 1333):
         self.folder, self.path, self.max_size = folder, annotations, max_size
-        content = _read(annotations)
-        self.digest = content_of(np.frombuffer(json.dumps(content, sort_keys=True).encode(), dtype=np.uint8))
-        self.coco = _index(content)
+        self.coco = _index(_read(annotations))
+        self.digest = content_of(np.fromfile(annotations, dtype=np.uint8))
         self.image_ids: list[int] = sorted(self.coco.imgs)
         self.category_ids: list[int] = sorted(self.coco.cats)
         self.labels = {category: label for label, category in enumerate(self.category_ids, start=1)}

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,26 @@ def test_a_killed_run_ends_with_the_same_numbers(whole, run, coco_folder, tmp_pa
         if name == "result.json":
             contents = [{key: value for key, value in one.items() if key != "seconds"} for one in contents]
         assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_data_may_move_but_not_change(moved, run, coco_folder, tmp_path):
+    it = begun(run, coco_folder, tmp_path / "out")
+    with ExitStack() as held:
+        it.take(held)
+        it.step = 3
+        it.save()
+    shutil.copytree(coco_folder, tmp_path / "other")
+    if not moved:
+        (tmp_path / "other" / "val2017" / "000000000001.png").write_bytes(b"other")
+    with ExitStack() as held:
+        resumed = tuning(run, tmp_path / "other", tmp_path / "out", resume=True)
+        if moved:
+            resumed.take(held)
+            assert resumed.step == 3
+        else:
+            with pytest.raises(UsageError, match=r"val images: 1 of another size \(000000000001.png\)"):
+                resumed.take(held)
 
 
 def begun(*args, **options) -> FineTuning:
