@@ -260,6 +260,23 @@ def test_hold_out_is_part_of_it(data, tmp_path):
         resumed(tmp_path / "run")
 
 
+@pytest.mark.parametrize("hold_out", [0.0, 0.25])
+def test_an_evaluation_of_a_runs_own_data_says_what_changed(hold_out, data, tmp_path, capsys):
+    trainer = new(tmp_path / "run", data, "--hold-out", hold_out)
+    identity.keep(tmp_path / "run", trainer.listings())
+    options, known = trainer.config.data, (tmp_path / "run", trainer.identity)
+    capsys.readouterr()
+    open_labelled(options, known)
+    assert "warning" not in capsys.readouterr().err
+    add(data)
+    if hold_out:  # the numbers of the images are drawn from, so that others are held out now
+        with pytest.raises(UsageError, match="held out is mixed"):
+            open_labelled(options, known)
+    else:
+        open_labelled(options, known)
+        assert "was trained on: train images: 1 new (digit-1/003a.png)" in capsys.readouterr().err
+
+
 def test_false_negatives_of_other_images_are_refused(data, tmp_path):
     from ifnd_fast.evaluate.false_negatives import _check_same
 

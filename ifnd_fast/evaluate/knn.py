@@ -22,7 +22,7 @@ def knn(common: tyro.conf.OmitArgPrefixes[Options], k: int = 20, temperature: fl
     if not temperature > 0:
         raise UsageError(f"--temperature must be above 0, got {temperature}")
     subject = Subject(common)
-    probe = KnnProbe(*open_labelled(subject.data))
+    probe = KnnProbe(*open_labelled(subject.data, subject.known))
     accuracy = probe.accuracy(lambda images: subject.features(images)[0], k=k, temperature=temperature)
     subject.tell(
         f"kNN on {subject.data.data}",

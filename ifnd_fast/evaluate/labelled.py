@@ -7,27 +7,38 @@ from pathlib import Path
 
 import numpy as np
 
+from ifnd_fast import identity
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.images import Images, Subset
 from ifnd_fast.data.sources import number_as, open_for_run, rank_in_class
 from ifnd_fast.folders import shown
-from ifnd_fast.found import tell_found
+from ifnd_fast.found import listings, tell_found
+from ifnd_fast.identity import Identity
 from ifnd_fast.lists import read_lines
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import UsageError
 
 
-def open_labelled(data: DataConfig) -> tuple[Images, Images]:
+def open_labelled(data: DataConfig, known: tuple[Path, Identity] | None = None) -> tuple[Images, Images]:
     """Training and test images with labels; without a test part, every tenth image is one.
 
+    Args:
+        data: which.
+        known: of a run whose own data these are, its folder and their identity then; a warning says what differs.
+
     Raises:
-        UsageError: no such data, or no labels, or one class, or a class of the test part that training lacks.
+        UsageError: no such data, or no labels, or one class, or a class of the test part that training lacks; or the
+            held-out images are no longer those that the run held out.
         CommandError: a download failed.
     """
     name = f"--data {data.data}"
     train, test = open_for_run(data)
     assert train is not None
     tell_found(data, train, test)
+    if known is not None and known[1] and (text := identity.changes(*known, listings(train, test))):
+        if data.hold_out:
+            raise UsageError(f"{name}: what the run held out is mixed with what it trained on by now: {text}")
+        warn(f"{name} is not what the run in {shown(str(known[0]))} was trained on: {text}")
     if train.labels is None or (test is not None and test.labels is None):
         which = "training images" if train.labels is None else "test images"
         raise UsageError(

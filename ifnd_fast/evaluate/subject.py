@@ -53,6 +53,9 @@ class Options:
 class Subject:
     """The network that is measured, on its device, and the run's data options with what was asked for instead.
 
+    Attributes:
+        known: where the run's own data are measured on, its folder and their identity then.
+
     Raises:
         CommandError, UsageError: the checkpoint can't be used, or an option is out of range.
     """
@@ -73,6 +76,8 @@ class Subject:
         if options.data is not None:
             self.data.data = full_data(options.data)
             self.data.hold_out = 0.0  # what the run held out was of its own images
+        folder = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
+        self.known = None if options.data is not None else (folder, self.config.identity)
         self.device = pick_device(options.device)
         self.amp = pick_amp(options.amp or self.config.run.amp, self.device)
         leave_cores_to_workers(self.device, self.data.workers)
