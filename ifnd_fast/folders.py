@@ -29,14 +29,15 @@ HIDDEN = "hidden or of the system"
 OTHER = "not images by their extension"
 LOOSE = "images beside the class folders, so of no class"
 OUTSIDE = "images beside the folders of the parts"
-UNUSED = "folders beside those of the parts in use"
+UNUSED = "test parts beside the one in use"
+ASIDE = "folders of images beside those of the parts"
 EMPTY = "folders without images"
 RUN = "folders of a training"
 AGAIN = "linked folders that lead back, or were followed before"
 BROKEN = "broken links"
 SPECIAL = "not regular files"
 UNREADABLE = "folders that can't be read"
-SERIOUS = (LOOSE, OUTSIDE, BROKEN, SPECIAL, UNREADABLE)
+SERIOUS = (LOOSE, OUTSIDE, ASIDE, BROKEN, SPECIAL, UNREADABLE)
 """Reasons that are worth a warning: they may be mistakes."""
 EXAMPLES = 3
 
@@ -147,8 +148,10 @@ def find_parts(root: Path, extensions: Collection[str]) -> Parts:
     trains = [name for name in named if filled[name]] or named[:1]
     if len(trains) > 1:
         raise UsageError(f"--data {root}: which of {', '.join(map(shown, trains))} is the training part? Name it")
-    for name in sorted([*tests[1:], *others], key=os.fsencode):
+    for name in tests[1:]:
         left_out.note(UNUSED, name)
+    for name in others:
+        left_out.note(ASIDE, name)
     for name in folders:
         if not filled[name] and name not in trains:
             left_out.note(EMPTY, name)

@@ -103,8 +103,8 @@ def test_of_several_test_parts_one_measures_and_the_others_are_told(make, capsys
     data = make("train/a/1.png", "train/b/1.png", "test/a/1.png", "Validation/a/2.png", "val/", "extra/1.png", "x.png")
     assert listed(data, "test") == {"a": ["a/2.png"]}
     out, err = told(data, capsys)
-    assert f"2 {folders.UNUSED} (extra, test)" in out and f"1 {folders.EMPTY} (val)" in out
-    assert f"1 {folders.OUTSIDE} (x.png)" in err
+    assert f"1 {folders.UNUSED} (test)" in out and f"1 {folders.EMPTY} (val)" in out
+    assert f"1 {folders.OUTSIDE} (x.png)" in err and f"1 {folders.ASIDE} (extra)" in err
 
 
 def test_two_training_parts_are_refused(make):
