@@ -16,10 +16,10 @@ import tyro
 
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config
-from ifnd_fast.paths import expand_home, refuse_file, refuse_folder
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.console import errors, guard_output, say, stage, table, warn
 from ifnd_fast.runtime.errors import CommandError, LoadingError, PeerError, Stopped, UsageError
+from ifnd_fast.runtime.paths import expand_home, refuse_file, refuse_folder
 from ifnd_fast.runtime.stop import StopSignals
 
 if TYPE_CHECKING:

@@ -48,3 +48,14 @@ def _hash(rows: Tensor, factors: Tensor) -> Tensor:
     words = (rows + 0.0).view(torch.int32) * factors  # -0 is 0
     words ^= words >> 32  # round numbers differ in their upper bits alone
     return words.sum(1)
+
+
+class TooFewDistinct(ValueError):
+    """There are only `distinct` different rows, fewer than clusters."""
+
+    def __init__(self, distinct: int, n_clusters: int) -> None:
+        super().__init__(
+            f"x has only {distinct} distinct rows, fewer than n_clusters={n_clusters}: "
+            f"lower n_clusters to at most {distinct}"
+        )
+        self.distinct = distinct

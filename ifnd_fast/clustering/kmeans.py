@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from ifnd_fast.clustering.faiss_engine import _import_faiss, faiss_lloyd
+from ifnd_fast.clustering.frame import Frame, frame_of
 from ifnd_fast.clustering.lloyd import Callback, Clustering, assign, fill, lloyd
-from ifnd_fast.clustering.rows import as_matrix, check_rows, unit_rows
+from ifnd_fast.clustering.rows import as_matrix, check_rows, single, unit_rows
 from ifnd_fast.clustering.seeding import initial_centroids
 from ifnd_fast.clustering.shards import Shards
-from ifnd_fast.frame import Frame, frame_of
 from ifnd_fast.ops import backends, checks
 from ifnd_fast.ops.cluster_sums import squared_distances
 from ifnd_fast.runtime import distributed
 
 ENGINES = ("auto", "fused", "faiss")
-SMALLEST_MEAN = 1e-12  # of unit rows that is not a sum of rounding
 
 
 class KMeans:
@@ -34,7 +33,7 @@ class KMeans:
     Minimises the inertia  sum_i |x_i - c_{y(i)}|^2  over centroids c and labels y by Lloyd's algorithm.
     Every cluster of the result has at least one point, as long as float32 can tell the points apart. Data that lie far
     from the origin, or whose size float32 can't square, are clustered in coordinates of their own, in a float32 copy:
-    relative to their mean and by a power of 2 as large (`ifnd_fast.frame`). What is returned is in x's coordinates.
+    relative to their mean and by a power of 2 as large (`clustering.frame`). What is returned is in x's coordinates.
 
     Args:
         n_clusters: C, the number of centroids.
@@ -253,19 +252,3 @@ def pick_engine(x: Tensor, tol: float = 0.0) -> str:
     except ImportError:
         return "fused"
     return "faiss" if x.device.type == "cpu" or faiss.get_num_gpus() > 0 else "fused"
-
-
-class TooFewDistinct(ValueError):
-    """There are only `distinct` different rows, fewer than clusters."""
-
-    def __init__(self, distinct: int, n_clusters: int) -> None:
-        super().__init__(
-            f"x has only {distinct} distinct rows, fewer than n_clusters={n_clusters}: "
-            f"lower n_clusters to at most {distinct}"
-        )
-        self.distinct = distinct
-
-
-def single(x: Tensor) -> Tensor:
-    """x itself, or float64 as float32, which k-means computes in."""
-    return x.float() if x.dtype == torch.float64 else x

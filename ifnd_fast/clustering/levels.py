@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ifnd_fast.clustering.kmeans import KMeans, TooFewDistinct, single
+from ifnd_fast.clustering.distinct import TooFewDistinct
+from ifnd_fast.clustering.kmeans import KMeans
 from ifnd_fast.clustering.lloyd import centroids_of
-from ifnd_fast.clustering.rows import as_matrix, check_rows
+from ifnd_fast.clustering.rows import as_matrix, check_rows, single
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops import assign_clusters, checks
 from ifnd_fast.ops.chunks import operator_chunks

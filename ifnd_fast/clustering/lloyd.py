@@ -8,8 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ifnd_fast.clustering.distinct import distinct_rows, first_occurrences
-from ifnd_fast.clustering.kmeans import SMALLEST_MEAN, TooFewDistinct
+from ifnd_fast.clustering.distinct import TooFewDistinct, distinct_rows, first_occurrences
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops import assign_clusters, backends, cpu
 from ifnd_fast.ops.assign_clusters import is_far
@@ -231,3 +230,6 @@ def fill(x: Tensor, run: Clustering, shards: Shards) -> Clustering:
                 raise TooFewDistinct(distinct, len(centroids))
             break  # rows that differ, but not to the operator
     return Clustering(centroids, labels, n_iter)
+
+
+SMALLEST_MEAN = 1e-12  # of unit rows that is not a sum of rounding

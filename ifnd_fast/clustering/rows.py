@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ifnd_fast.clustering.kmeans import single
 from ifnd_fast.ops import checks
 from ifnd_fast.ops.address import plain
 from ifnd_fast.ops.chunks import chunk_buffer, chunks
@@ -57,3 +56,8 @@ def unit_rows(name: str, x: Tensor, norms: Tensor) -> Tensor:
     for part in chunks(x):
         unit[part] = (x[part] / norms[part, None]).to(unit.dtype)
     return unit
+
+
+def single(x: Tensor) -> Tensor:
+    """x itself, or float64 as float32, which k-means computes in."""
+    return x.float() if x.dtype == torch.float64 else x

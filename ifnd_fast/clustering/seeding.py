@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ifnd_fast.clustering.distinct import distinct, distinct_rows
-from ifnd_fast.clustering.kmeans import TooFewDistinct
+from ifnd_fast.clustering.distinct import TooFewDistinct, distinct, distinct_rows
 from ifnd_fast.clustering.lloyd import assign
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops.chunks import chunk_buffer

@@ -170,7 +170,7 @@ class RunConfig:
 class Config:
     preset: Annotated[str, tyro.conf.Suppress] = "demo"
     identity: Annotated[dict[str, str], tyro.conf.Suppress] = field(default_factory=dict)
-    """of the data, by part (see `ifnd_fast.identity`); empty before they are looked at and in earlier versions' runs"""
+    """of the data, by part (see `data.identity`); empty before they are looked at and in earlier versions' runs"""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

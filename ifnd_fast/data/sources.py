@@ -9,9 +9,10 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ifnd_fast.config import BUILT_IN, DataConfig
+from ifnd_fast.data.folders import find_parts
 from ifnd_fast.data.images import ArrayImages, FolderImages, Images, Subset
-from ifnd_fast.folders import find_parts, shown
 from ifnd_fast.runtime.errors import CommandError, UsageError
+from ifnd_fast.runtime.paths import shown
 
 
 def open_images(data: str, split: str = "train", data_root: Path = Path("data")) -> Images | None:

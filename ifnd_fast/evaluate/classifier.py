@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ifnd_fast import identity
 from ifnd_fast.config import DataConfig
+from ifnd_fast.data import identity
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.loading import EpochBatches, ViewDataset, view_loader
 from ifnd_fast.data.processes import running
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import random_view, to_input
 from ifnd_fast.evaluate.subject import Subject
-from ifnd_fast.paths import refuse_file
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime.console import progress, say
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
+from ifnd_fast.runtime.paths import refuse_file
 from ifnd_fast.runtime.session import Session, refuse_differences
 
 SECONDS_BETWEEN_CHECKPOINTS = 600.0  # within an epoch; one is also written at its end
@@ -173,8 +173,7 @@ class ClassifierTraining:
             Stopped: a signal came; a checkpoint is written.
             CommandError, NonFiniteError: a checkpoint can't be read or written; the loss is not finite.
         """
-        with self.session.open(self):
-            identity.keep(self.out, self.parts)
+        with self.session.open(self, lambda: identity.keep(self.out, self.parts)):
             dataset = ViewDataset(self.images, random_view(self.data), self.options.seed)
             loader = view_loader(dataset, self.data, self.batches)
             while self.epoch < self.options.epochs:

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.clustering.levels import cluster_levels, scale_levels
 from ifnd_fast.config import Config, DataConfig
+from ifnd_fast.data.found import tell_found
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.evaluate.subject import Subject
-from ifnd_fast.found import tell_found
 from ifnd_fast.ops import checks
 from ifnd_fast.runtime.checkpoint import list_checkpoints
 from ifnd_fast.runtime.console import progress, warn

@@ -10,19 +10,19 @@ from pathlib import Path
 import tyro
 
 from ifnd_fast import config as configs
-from ifnd_fast import identity
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.config import DataConfig
+from ifnd_fast.data import identity
 from ifnd_fast.data.images import Images
 from ifnd_fast.evaluate.cluster_images import ClusterOptions, cluster_images, labelled_training_images
 from ifnd_fast.evaluate.subject import Options, Subject, check_json_file, tell
 from ifnd_fast.metrics.false_negatives import DetectionByRate, detection_of
-from ifnd_fast.paths import refuse_folder
 from ifnd_fast.report.detection_by_rate import draw_detection_by_rate
 from ifnd_fast.report.plots import check_file_kind, save_picture
 from ifnd_fast.runtime.checkpoint import list_checkpoints, load_latest
 from ifnd_fast.runtime.console import say
 from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.paths import refuse_folder
 from ifnd_fast.training.saved_run import clustering_in
 
 

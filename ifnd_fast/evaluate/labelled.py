@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ifnd_fast import identity
 from ifnd_fast.config import DataConfig
+from ifnd_fast.data import identity
+from ifnd_fast.data.found import listings, tell_found
+from ifnd_fast.data.identity import Identity
 from ifnd_fast.data.images import Images, Subset
+from ifnd_fast.data.lists import read_lines
 from ifnd_fast.data.sources import number_as, open_for_run, rank_in_class
-from ifnd_fast.folders import shown
-from ifnd_fast.found import listings, tell_found
-from ifnd_fast.identity import Identity
-from ifnd_fast.lists import read_lines
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.paths import shown
 
 
 def open_labelled(data: DataConfig, known: tuple[Path, Identity] | None = None) -> tuple[Images, Images]:

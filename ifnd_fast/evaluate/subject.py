@@ -17,11 +17,11 @@ from ifnd_fast.data import features
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.evaluate.backbone import load_backbone
-from ifnd_fast.paths import refuse_folder
 from ifnd_fast.runtime import run_folder
 from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
 from ifnd_fast.runtime.console import table
 from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.paths import refuse_folder
 
 
 @dataclass

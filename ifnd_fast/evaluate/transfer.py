@@ -7,11 +7,11 @@ from pathlib import Path
 
 import tyro
 
+from ifnd_fast.data.found import tell_found
 from ifnd_fast.data.images import ListImages
 from ifnd_fast.evaluate.labelled import matched, open_labelled
 from ifnd_fast.evaluate.linear import LinearOptions, measure
 from ifnd_fast.evaluate.subject import Options, Subject
-from ifnd_fast.found import tell_found
 from ifnd_fast.runtime.errors import UsageError
 
 

@@ -49,12 +49,12 @@ class Session:
         self.stopping = False
 
     @contextmanager
-    def open(self, training: Resumable, create: Callable[[], object] | None = None) -> Iterator[None]:
+    def open(self, training: Resumable, record: Callable[[], object]) -> Iterator[None]:
         """Make OUT, or go on from what is in it; locked against other trainings until the context ends. What ends
         the training from outside becomes a message that says how to go on.
 
         Args:
-            create: writes into a new OUT what identifies the training, on rank 0.
+            record: writes into OUT what identifies the training, on rank 0, once that fits what is there.
 
         Raises:
             UsageError: OUT holds a training already, another process trains in it, or it was started otherwise.
@@ -67,11 +67,11 @@ class Session:
                     if not self.resume:
                         run_folder.refuse_a_run(self.out)
                     held.enter_context(run_folder.locked(self.out))
-                    if not self.resume and create is not None:
-                        create()
-            if self.resume:
-                with distributed.agreed(True):
+            with distributed.agreed(True):
+                if self.resume:
                     self.go_on(training)
+                if distributed.rank() == 0:
+                    record()
             yield
 
     def go_on(self, training: Resumable) -> None:

@@ -14,10 +14,10 @@ import torch
 import yaml
 from torch import nn
 
-from ifnd_fast import identity
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.config import Config, DataConfig
 from ifnd_fast.contrast.encoder import build
+from ifnd_fast.data import identity
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.runtime import checkpoint, run_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ifnd_fast import identity
 from ifnd_fast.config import Config, differences, from_dict, to_dict, to_yaml
+from ifnd_fast.data import identity
 from ifnd_fast.data.batch_views import BatchViews
+from ifnd_fast.data.found import listings, tell_found
+from ifnd_fast.data.identity import Listing
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.loading import EpochBatches, pair_loader
 from ifnd_fast.data.processes import running
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import to_input
-from ifnd_fast.found import listings, tell_found
-from ifnd_fast.identity import Listing
 from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.checkpoint import random_state, set_random_state
@@ -113,15 +113,12 @@ class Trainer:
 
     # ---- the loop ----
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
+    def open(self) -> AbstractContextManager[None]:
         """The run's folder, begun or gone on with, while the run trains; see `Session.open` for what it raises."""
-        with self.session.open(self, self._write_settings):
-            if self.config.run.resume and distributed.rank() == 0:
-                self._write_settings()  # the data may lie elsewhere now
-            yield
+        return self.session.open(self, self._record)
 
-    def _write_settings(self) -> None:
+    def _record(self) -> None:
+        """Write the config and which images it is of; after a resume too: they may lie elsewhere now."""
         settings = replace(self.config, run=replace(self.config.run, resume=False))
         run_folder.create(self.out, to_yaml(settings))
         identity.keep(self.out, self.listings())

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from ifnd_fast.data.identity import Listing, content_of
 from ifnd_fast.data.images import IN_A_ROW
+from ifnd_fast.data.lists import sizes_of
 from ifnd_fast.data.picture import UnreadablePictureError, open_picture, reason_of
-from ifnd_fast.identity import Listing, content_of
-from ifnd_fast.lists import sizes_of
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import CommandError, UsageError
 

@@ -34,7 +34,7 @@ def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
         if options.data is None and options.train_annotations is None:
             return
     tuning = FineTuning(backbone, options, device)
-    with tuning.session.open(tuning):
+    with tuning.open():
         figures = tuning.fit()
     if distributed.rank() == 0:
         _tell(figures, options.json_file)

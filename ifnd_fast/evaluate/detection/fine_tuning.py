@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops._utils import split_normalization_params
 
-from ifnd_fast import identity
 from ifnd_fast.config import full_path
+from ifnd_fast.data import identity
 from ifnd_fast.data.images import refuse_none
 from ifnd_fast.data.loading import EpochBatches
 from ifnd_fast.data.processes import make_loader, running
@@ -103,6 +103,10 @@ class FineTuning:
         if batch % ranks:
             raise UsageError(f"--batch-size {batch} must divide by the {ranks} ranks")
         return EpochBatches(n, batch, self.options.seed, distributed.rank(), ranks)
+
+    def open(self) -> AbstractContextManager[None]:
+        """OUT, begun or gone on with, while it trains; see `Session.open` for what it raises."""
+        return self.session.open(self, lambda: identity.keep(self.out, self.parts))
 
     # ---- the loop ----
 

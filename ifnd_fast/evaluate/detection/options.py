@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from ifnd_fast.paths import refuse_file, refuse_folder
 from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.paths import refuse_file, refuse_folder
 
 ITERATIONS = {"1x": 90_000, "2x": 180_000}
 REFERENCE_BATCH, REFERENCE_LR, REFERENCE_WARMUP = 16, 0.02, 1000

@@ -184,7 +184,7 @@ def test_a_killed_run_ends_with_the_same_numbers(whole, run, coco_folder, tmp_pa
     assert killed.returncode == -signal.SIGKILL and [line["step"] for line in lines_of(out)] == [2, 4]
     assert [path.name for path in checkpoint.list_checkpoints(out)] == ["step-000000003.pt"]
     it = tuning(run, coco_folder, out)
-    with pytest.raises(UsageError, match="already holds a run: add --resume"), it.session.open(it):
+    with pytest.raises(UsageError, match="already holds a run: add --resume"), it.open():
         pass
     resumed = task(run, "--data", coco_folder, "--out", out, *FLAGS, "--resume")
     assert resumed.returncode == 0 and "after step 3" in resumed.stdout, resumed.stderr
@@ -201,21 +201,20 @@ def test_a_killed_run_ends_with_the_same_numbers(whole, run, coco_folder, tmp_pa
 @pytest.mark.parametrize("moved", [False, True])
 def test_data_may_move_but_not_change(moved, run, coco_folder, tmp_path):
     it = begun(run, coco_folder, tmp_path / "out")
-    with ExitStack() as held:
-        it.take(held)
+    with it.open():
         it.step = 3
         it.save()
     shutil.copytree(coco_folder, tmp_path / "other")
     if not moved:
         (tmp_path / "other" / "val2017" / "000000000001.png").write_bytes(b"other")
-    with ExitStack() as held:
-        resumed = tuning(run, tmp_path / "other", tmp_path / "out", resume=True)
-        if moved:
-            resumed.take(held)
+    resumed = tuning(run, tmp_path / "other", tmp_path / "out", resume=True)
+    if moved:
+        with resumed.open():
             assert resumed.step == 3
-        else:
-            with pytest.raises(UsageError, match=r"val images: 1 of another size \(000000000001.png\)"):
-                resumed.take(held)
+    else:
+        changed = r"val images: 1 of another size \(000000000001.png\)"
+        with pytest.raises(UsageError, match=changed), resumed.open():
+            pass
 
 
 def begun(*args, **options) -> FineTuning:
@@ -242,7 +241,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(run, coco_folder, tmp_pa
 
 def test_what_a_resumed_run_may_not_change(whole, run, coco_folder):
     it = tuning(run, coco_folder, whole[0], lr=0.02, resume=True)
-    with pytest.raises(UsageError, match="--lr: the run has 0.002, asked for 0.02"), it.session.open(it):
+    with pytest.raises(UsageError, match="--lr: the run has 0.002, asked for 0.02"), it.open():
         pass
     it = tuning(run, coco_folder, whole[0], resume=True, log_every=1)
     it.session.go_on(it)

@@ -11,8 +11,8 @@ import pytest
 
 from ifnd_fast import config as configs
 from ifnd_fast.cli import evaluate, parse_train
-from ifnd_fast.paths import expand_home, refuse_file, refuse_folder
 from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.paths import expand_home, refuse_file, refuse_folder
 from tests.conftest import TINY, command
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ifnd_fast.folders import shown
 from ifnd_fast.runtime import checkpoint, distributed
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import PeerError, UsageError
+from ifnd_fast.runtime.paths import shown
 
 EXAMPLES = 3
 

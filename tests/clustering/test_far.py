@@ -11,9 +11,9 @@ from torch import Tensor
 
 import ifnd_fast
 from ifnd_fast import KMeans
+from ifnd_fast.clustering.frame import frame_of
 from ifnd_fast.clustering.lloyd import lloyd
 from ifnd_fast.clustering.shards import Shards
-from ifnd_fast.frame import frame_of
 from ifnd_fast.ops.assign_clusters import is_far
 
 K = 20
@@ -139,7 +139,7 @@ def test_where_data_can_stay_nothing_is_copied_or_changed():
 @pytest.mark.parametrize("rows", [1, 7, 100])
 def test_chunks_of_a_frame(rows, monkeypatch):
     whole = KMeans(K, max_iter=8).fit(BLOBS + 1e8)
-    monkeypatch.setattr("ifnd_fast.frame.CHUNK_ELEMENTS", 12 * rows)
+    monkeypatch.setattr("ifnd_fast.clustering.frame.CHUNK_ELEMENTS", 12 * rows)
     monkeypatch.setattr("ifnd_fast.ops.assign_clusters.SHIFTED_ELEMENTS", 12 * rows)
     parts = KMeans(K, max_iter=8).fit(BLOBS + 1e8)
     assert torch.equal(parts.labels_, whole.labels_)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from ifnd_fast.config import DataConfig
+from ifnd_fast.data.folders import UNREADABLE
+from ifnd_fast.data.identity import Listing
 from ifnd_fast.data.images import FolderImages, Images, Subset
-from ifnd_fast.folders import UNREADABLE, shown
-from ifnd_fast.identity import Listing
 from ifnd_fast.runtime.console import say, warn
 from ifnd_fast.runtime.errors import CommandError
+from ifnd_fast.runtime.paths import shown
 
 
 def listings(train: Images, test: Images | None) -> dict[str, Listing]:

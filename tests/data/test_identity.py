@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from ifnd_fast import config as configs
-from ifnd_fast import identity
 from ifnd_fast.cli import parse_train
+from ifnd_fast.data import identity
+from ifnd_fast.data.identity import Listing, difference
 from ifnd_fast.data.images import ArrayImages, Subset
 from ifnd_fast.data.sources import open_images
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions
 from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
-from ifnd_fast.identity import Listing, difference
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.training.saved_run import images_of, read_run

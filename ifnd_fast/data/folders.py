@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.paths import shown
 
 TRAIN = ("train", "training")
 TEST = ("val", "valid", "validation", "test", "testing")
@@ -40,23 +40,6 @@ UNREADABLE = "folders that can't be read"
 SERIOUS = (LOOSE, OUTSIDE, ASIDE, BROKEN, SPECIAL, UNREADABLE)
 """Reasons that are worth a warning: they may be mistakes."""
 EXAMPLES = 3
-
-
-def shown(name: str) -> str:
-    """A name as it can be printed, encoded and told apart from every other: bytes that are not UTF-8 as \\xe9, control
-    characters and line breaks as \\n or \\u2028, a backslash doubled."""
-    if name.isprintable() and "\\" not in name:
-        return name
-    return "".join(map(_shown, name))
-
-
-def _shown(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte, as os.fsdecode keeps it
-        return f"\\x{code - 0xDC00:02x}"
-    if character == "\\" or code < 0x20:
-        return character.encode("unicode_escape").decode()
-    return f"\\u{code:04x}" if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") else character
 
 
 class LeftOut:

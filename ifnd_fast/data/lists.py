@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ifnd_fast.folders import shown
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.paths import shown
 
 LARGEST_CLASS = 1_000_000
 """A classifier has an output for each number up to the largest."""

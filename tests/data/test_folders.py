@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torchvision
 
-from ifnd_fast import folders
 from ifnd_fast.config import DataConfig
+from ifnd_fast.data import folders
+from ifnd_fast.data.found import tell_found
 from ifnd_fast.data.sources import open_for_run, open_images
 from ifnd_fast.evaluate.labelled import open_labelled
-from ifnd_fast.found import tell_found
 from ifnd_fast.runtime.errors import CommandError, UsageError
+from ifnd_fast.runtime.paths import shown
 from tests.conftest import TINY, command
 
 
@@ -302,7 +303,7 @@ NAMES = [
 
 
 def test_names_can_be_shown_and_told_apart():
-    shown = [folders.shown(os.fsdecode(name)) for name in NAMES]
+    shown = [shown(os.fsdecode(name)) for name in NAMES]
     assert len(set(shown)) == len(NAMES)
     for name in shown:
         assert name.encode().decode() == name and len(name.splitlines()) == 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from ifnd_fast.folders import shown
 from ifnd_fast.runtime.errors import UsageError
 
 
@@ -49,3 +49,20 @@ def refuse_folder(option: str, file: Path) -> None:
     if file.is_dir():
         raise UsageError(f"{option} {shown(str(file))} is a folder: give the name of a file")
     refuse_file(option, file.parent)
+
+
+def shown(name: str) -> str:
+    """A name as it can be printed, encoded and told apart from every other: bytes that are not UTF-8 as \\xe9, control
+    characters and line breaks as \\n or \\u2028, a backslash doubled."""
+    if name.isprintable() and "\\" not in name:
+        return name
+    return "".join(map(_shown, name))
+
+
+def _shown(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte, as os.fsdecode keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    if character == "\\" or code < 0x20:
+        return character.encode("unicode_escape").decode()
+    return f"\\u{code:04x}" if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") else character
