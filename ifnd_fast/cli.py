@@ -151,16 +151,20 @@ def _description(preset: str) -> str:
     presets = "\n".join(f"  {name}: {text}" for name, (text, _) in PRESETS.items())
     return (
         "Pre-train an image encoder by contrastive learning with incremental false negative detection.\n\n"
-        f"Presets, whose values the options below override:\n{presets}\n\nDefaults shown: {preset}."
+        f"Presets, whose values the options below override:\n{presets}\n\nDefaults shown: {preset}.\n\n"
+        "Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 end a run after its step, with a checkpoint to --resume from. "
+        "Where output is no terminal, a line tells of the progress each minute, or each IFND_FAST_LINE_SECONDS."
     )
 
 
 def _train(settings: Config) -> None:
     import ifnd_fast.report.page  # noqa: F401  what it needs is missed now, not after the training
     from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_device
+    from ifnd_fast.training.precheck import check_packages
     from ifnd_fast.training.trainer import Trainer  # after --help: this takes seconds to import
 
     started = time.perf_counter()
+    check_packages(settings)
     distributed.ranks_in_environment()  # says what is wrong there
     device = pick_device(settings.run.device)
     leave_cores_to_workers(device, settings.data.workers)
@@ -196,5 +200,5 @@ def _print_result(result: dict[str, float], seconds: float, out: Path) -> None:
     if rows:
         table("kNN top-1 (weighted, k = 20)", ["features", "accuracy"], rows)
     else:
-        warn("no labels: accuracy was not measured")
+        warn("accuracy was not measured: no labels, or no readable images to measure with")
     say(f"{seconds:.0f} seconds; backbone: {out / 'backbone.pt'}; report: {out / 'report.html'}")

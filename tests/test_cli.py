@@ -125,6 +125,57 @@ def test_a_missing_run_is_named(name, tmp_path):
     assert done.returncode == 1 and str(tmp_path) in done.stderr and "Traceback" not in done.stderr
 
 
+OUTPUTS = """
+import os, sys
+from ifnd_fast import cli
+from ifnd_fast.evaluate import tasks  # takes seconds, once
+
+for name in ("train", "evaluate", "report"):
+    for kind in ("reader gone", "closed", "full"):
+        told, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.dup2(tell, 2)
+            if kind == "closed":
+                os.close(1)
+                sys.stdout = None
+            elif kind == "full":
+                os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+            else:
+                reader, writer = os.pipe()
+                os.dup2(writer, 1)
+                os.close(reader)
+            sys.argv = [name, "--help"]
+            getattr(cli, name)()
+            sys.exit(0)
+        os.close(tell)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(name, kind, code, open(told).read().strip(), sep=", ")
+"""
+
+
+def test_help_for_a_reader_that_is_gone_a_closed_output_and_a_full_disk():
+    done = subprocess.run([sys.executable, "-c", OUTPUTS], capture_output=True, text=True, timeout=120)
+    full = "error: standard output could not be written: [Errno 28] No space left on device"
+    assert done.stdout.splitlines() == [
+        line
+        for name in ("train", "evaluate", "report")
+        for line in (f"{name}, reader gone, 141, ", f"{name}, closed, 0, ", f"{name}, full, 1, {full}")
+    ], (done.stdout, done.stderr)  # fmt: skip
+
+
+def test_figures_that_can_not_be_printed_are_written_all_the_same(run, tmp_path):
+    out, _ = run
+    code = "from ifnd_fast.cli import evaluate; evaluate()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "knn", out, "--json-file", tmp_path / "knn.json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.strip().endswith("No space left on device"), done.stderr
+    assert "Traceback" not in done.stderr and 0 <= json.loads((tmp_path / "knn.json").read_text())["knn_top1"] <= 100
+
+
 def test_info_says_which_backend_and_why_not():
     done = subprocess.run([sys.executable, "-m", "ifnd_fast.info"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from ifnd_fast.runtime import checkpoint
+from ifnd_fast.runtime.errors import Stopped
+from ifnd_fast.runtime.stop import StopSignals, explained
 from tests.conftest import TINY, command
 from tests.training.test_distributed import torchrun
 from tests.training.test_trainer import new
@@ -63,7 +65,7 @@ def whole(digit_folder, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGUSR1, 1)])
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
     number, workers, whole, digit_folder, tmp_path
 ):
@@ -82,6 +84,57 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
     done = command("train", "--resume", "--out", out)
     assert done.returncode == 0, done.stderr
     same_run(whole, out)
+
+
+def at(trainer, where: str, number: int) -> None:
+    """Send this process the signal once, within a step, a pass for features or a clustering."""
+    owner, name = {
+        "step": (trainer, "_train_step"), "features": (trainer.labeller, "_features"),
+        "clustering": (trainer.labeller, "_fit"), "kNN": (trainer.measuring.probe, "measure"),
+    }[where]  # fmt: skip
+    call, sent = getattr(owner, name), []
+
+    def signalled(*args, **kwargs):
+        if trainer.epoch == 2 and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return call(*args, **kwargs)
+
+    setattr(owner, name, signalled)
+
+
+@pytest.mark.parametrize(
+    "number, where",
+    [(signal.SIGUSR1, "step"), (signal.SIGUSR2, "features"), (signal.SIGHUP, "clustering"), (signal.SIGUSR1, "kNN"),
+     (signal.SIGTERM, "clustering"), (signal.SIGHUP, "step")],
+)  # fmt: skip
+def test_every_signal_ends_whatever_goes_on(number, where, digit_folder, tmp_path):
+    out = tmp_path / "run"
+    trainer = new(out, digit_folder, "--epochs", 4, "--checkpoint-every", 1000, "--knn-every", 1)
+    at(trainer, where, number)
+    with pytest.raises(Stopped, match=f"stopped by {number.name}; the last checkpoint is .*--resume") as stopped:
+        with trainer.session.stop, explained(out, trainer.session.stop):
+            trainer.fit()
+    assert stopped.value.exit_code == 128 + number
+    assert checkpoint.load_latest(out)["step"] == trainer.step == 7  # of 12: a step into the third epoch
+
+
+def test_under_nohup_a_hangup_is_nothing(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.number is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_before_training_is_told(digit_folder, tmp_path):
+    early = "import os, signal, ifnd_fast.training.trainer as t\n"
+    early += "t.open_for_run = lambda _: os.kill(os.getpid(), signal.SIGUSR2)"
+    process = start("--data", digit_folder, "--out", tmp_path / "run", *TINY, prelude=early)
+    _, told = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGUSR2 and told == "error: stopped by SIGUSR2\n", told
 
 
 def test_a_second_ctrl_c_ends_it_at_once(digit_folder, tmp_path):
@@ -238,6 +291,18 @@ def test_ranks_stop_together_and_go_on_to_the_same_bits(digit_folder, tmp_path):
     done = torchrun(2, script, "--resume", "--out", out)
     assert done.returncode == 0, done.stderr[-3000:]
     same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("number, rank", [(signal.SIGUSR1, 0), (signal.SIGHUP, 1)])
+def test_other_signals_end_all_ranks(number, rank, digit_folder, tmp_path):
+    out = tmp_path / "run"
+    launcher = start_ranks(tmp_path / "train.py", "--data", digit_folder, "--out", out, *LONG, "--epochs", 500)
+    wait_for(out / "metrics.jsonl", launcher, '"epoch": 1')
+    os.kill(ranks_of(launcher)[rank], number)
+    _, told = launcher.communicate(timeout=120)
+    told_here = "SIGTERM" if rank else number.name  # rank 0 tells of itself, or that another was stopped
+    assert launcher.returncode != 0 and f"error: stopped by {told_here}; the last checkpoint is" in told, told
+    assert checkpoint.load_latest(out)["step"] > 0
 
 
 def test_the_rank_that_dies_is_named(digit_folder, tmp_path):

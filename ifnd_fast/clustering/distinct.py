@@ -59,3 +59,24 @@ class TooFewDistinct(ValueError):
             f"lower n_clusters to at most {distinct}"
         )
         self.distinct = distinct
+
+
+STEPS = 2.0**12
+"""of 1, to which features are rounded first: copies of an image differ by the rounding of batches of other sizes"""
+ROWS = 1 << 14  # at a time
+
+
+@torch.no_grad()
+def count_distinct(rows: Tensor, shards: Shards | None = None) -> int:
+    """The number of different rows (N, D) of unit length, over all ranks, told apart by a hash of 64 bits.
+
+    Args:
+        shards: how all rows are dealt out; by default these are all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (rows.shape[1],), generator=generator).to(rows.device) | 1
+    hashes = [rows.new_empty(0, dtype=torch.int64)]
+    for part in rows.split(ROWS):
+        hashes.append(((part.float() * STEPS).round().long() * factors).sum(1))
+    own = torch.cat(hashes).unique()
+    return len(own if shards is None else shards.gather(own).unique())

@@ -14,13 +14,14 @@ from ifnd_fast.config.options import (
     with_full_paths,
 )
 from ifnd_fast.config.presets import PRESETS
-from ifnd_fast.config.ranges import validate
+from ifnd_fast.config.ranges import RANGES, check_levels, check_range, validate
 from ifnd_fast.config.saved import MAY_CHANGE, differences, from_dict, load, to_dict, to_yaml
 
 __all__ = [
     "BUILT_IN",
     "MAY_CHANGE",
     "PRESETS",
+    "RANGES",
     "ClusterConfig",
     "Config",
     "ContrastConfig",
@@ -28,6 +29,8 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
+    "check_levels",
+    "check_range",
     "differences",
     "from_dict",
     "full_data",

@@ -53,7 +53,8 @@ class DataConfig:
     workers: int = 2
     """processes per rank that load and augment images; 0: in the training process"""
     strict: bool = False
-    """stop at an unreadable image or too few images for a level's clusters, instead of a warning"""
+    """stop at an unreadable image, or too few images for --levels, where otherwise a warning says what is left out or
+    scaled down"""
 
 
 @dataclass
@@ -94,7 +95,7 @@ class ContrastConfig:
     queue_size: int = 2048
     """keys in the queue"""
     temperature: float = 0.2
-    """of the contrastive softmax, and of the clusters' confidence"""
+    """of the contrastive softmax, and of the clusters' confidence, 1e-6 to 1e6"""
     momentum: float = 0.99
     """of the key encoder's moving average, per step"""
     bn_groups: int = 4
@@ -112,7 +113,8 @@ class ContrastConfig:
 @dataclass
 class ClusterConfig:
     levels: tuple[int, ...] = (10, 20, 40)
-    """clusters at each level, coarse to fine"""
+    """clusters at each level, coarse to fine; scaled down where the finest would have more than one for every 4 images
+    that are readable and different"""
     recluster_every: float = 0.1
     """epochs between clusterings; below 1: this share of the training"""
     acceptance_end: float = 1.0

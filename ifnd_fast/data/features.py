@@ -69,7 +69,7 @@ def extract_share(
     found: dict[int, str] = {}
     try:
         with running(loader) as loaded:
-            for views, indices, ok, reasons in track(loaded, description, len(loader)):
+            for views, indices, ok, reasons in track(loaded, description, len(loader), batch_size):
                 with autocast():
                     batches.append(encoder(to_input(views, config, device)).float())
                 readable[indices.to(device) - own.start] = ok.to(device)
@@ -82,8 +82,3 @@ def extract_share(
         for index in sorted(everyones):
             unreadable.add(index, everyones[index])
     return torch.cat(batches), readable
-
-
-def raw_pixels(images: Images, config: DataConfig) -> Tensor:
-    """The pixels of every centre view as its features, (N, 3 S S): what an encoder should beat."""
-    return extract(nn.Flatten(), images, config, torch.device("cpu"), torch.no_grad, "pixels")[0]

@@ -44,8 +44,8 @@ class Unreadable:
         """What a result says of them: {"image", "reason"} each, in order."""
         return [{"image": self.images.name(index), "reason": self.reasons[index]} for index in sorted(self.reasons)]
 
-    def state(self) -> dict[int, str]:
-        """For a checkpoint: those of all ranks, which all have to call it; what only others met is named now.
+    def share(self) -> None:
+        """Every rank learns of those of all, which all have to call it; what only others met is named now.
 
         Raises:
             CommandError: --strict.
@@ -53,6 +53,17 @@ class Unreadable:
         for part in distributed.all_gather_objects(self.reasons):
             for index, reason in part.items():
                 self.add(index, reason)
+
+    def readable(self, device: torch.device) -> Tensor:
+        """Which of the N images are readable, as far as any rank has met them, (N,) bool; all ranks have to call it."""
+        self.share()
+        readable = torch.ones(len(self.images), dtype=torch.bool, device=device)
+        readable[torch.tensor(sorted(self.reasons), dtype=torch.int64, device=device)] = False
+        return readable
+
+    def state(self) -> dict[int, str]:
+        """For a checkpoint: see `share`."""
+        self.share()
         return dict(sorted(self.reasons.items()))
 
     def load_state(self, state: Mapping[int, str] | Sequence[int]) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ifnd_fast.config import DataConfig
+from ifnd_fast.config import DataConfig, check_range
 from ifnd_fast.data import identity
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.loading import EpochBatches, ViewDataset, view_loader
@@ -68,9 +68,10 @@ class TrainingOptions:
         for name, least in (("epochs", 1), ("batch_size", 2)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(self, name)}")
-        for name in ("sgd_momentum", "weight_decay", "drop_factor"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}")
+        for name in ("sgd_momentum", "weight_decay", "seed"):
+            check_range(name, getattr(self, name))
+        if not 0 <= self.drop_factor < math.inf:
+            raise UsageError(f"--drop-factor must be 0 or more, got {self.drop_factor}")
         if not all(0 <= drop <= 1 for drop in self.drops):
             raise UsageError(f"--drops must be shares of the epochs, from 0 to 1, got {self.drops}")
         if self.crop_min is not None and not 0 < self.crop_min <= 1:
@@ -191,12 +192,15 @@ class ClassifierTraining:
         self.model.train()
         loss_sum = torch.tensor(self.loss_sum, dtype=torch.float64, device=self.subject.device)
         title = f"epoch {self.epoch + 1}/{self.options.epochs}"
-        with running(loader) as batches, progress(title, n_steps, self.step_in_epoch) as advance:
+        done, images = self.step_in_epoch, self.batches.batch_size
+        further = n_steps * (self.options.epochs - self.epoch - 1)
+        with running(loader) as batches, progress(title, n_steps, done, images=images, further=further) as advance:
             for views, indices, wanted, reasons in batches:
                 self.unreadable.note(indices, wanted, reasons)
-                loss_sum += self._train_step(views, self.labels[indices])
+                loss = self._train_step(views, self.labels[indices])
+                loss_sum += loss
                 self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
-                advance()
+                advance(1, f"loss {loss.item():.3f}" if loss.device.type == "cpu" else "")
                 self.session.stopping = self.session.asked()
                 due = self.session.stopping or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
                 if due and self.step_in_epoch < n_steps:
@@ -232,11 +236,18 @@ class ClassifierTraining:
             )
         return loss_sum
 
+    @property
+    def train_rows(self) -> np.ndarray:
+        """Numbers of the images that could be read: others stood in for the rest."""
+        return np.setdiff1d(np.arange(len(self.images)), list(self.unreadable.reasons))
+
     def test(self, images: Images) -> dict[str, float]:
-        """Top-1 and top-5 on centre views, percent; unreadable images are warned of and left out."""
+        """Top-1 and top-5 on centre views, percent, and of how many images: unreadable ones are warned of and left out.
+        """
         assert images.labels is not None
         logits, rows = self.subject.readable_features(images, "test images", self.model)
-        return top_accuracies(torch.from_numpy(logits), torch.from_numpy(images.labels[rows]))
+        accuracies = top_accuracies(torch.from_numpy(logits), torch.from_numpy(images.labels[rows]))
+        return {**accuracies, "test_images": len(rows)}
 
     # ---- checkpoints ----
 

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ifnd_fast.clustering.distinct import count_distinct
 from ifnd_fast.clustering.image_clusters import Clustering
-from ifnd_fast.clustering.levels import cluster_levels, scale_levels
-from ifnd_fast.config import Config, DataConfig
+from ifnd_fast.clustering.levels import cluster_levels
+from ifnd_fast.config import Config, DataConfig, check_levels, check_range
 from ifnd_fast.data.found import tell_found
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.evaluate.subject import Subject
-from ifnd_fast.ops import checks
 from ifnd_fast.runtime.checkpoint import list_checkpoints
 from ifnd_fast.runtime.console import progress, warn
 from ifnd_fast.runtime.errors import CommandError, UsageError
 from ifnd_fast.training.saved_run import load_encoder
+from ifnd_fast.training.schedule import IMAGES_PER_CLUSTER, fit_levels
 
 
 @dataclass
@@ -29,7 +30,8 @@ class ClusterOptions:
     """How the training images are clustered."""
 
     levels: tuple[int, ...] | None = None
-    """clusters at each level; default: the run's (of bare weights the imagenet preset's), scaled down to the images"""
+    """clusters at each level; default: the run's (of bare weights the imagenet preset's), scaled down to at most one
+    cluster for every 4 images that are readable and distinct"""
     features: Literal["encoder", "backbone"] | None = None
     """features of the run's momentum encoder, which training clusters, or of the backbone; default: the encoder's of
     a run's folder, else the backbone's"""
@@ -62,16 +64,13 @@ def cluster_images(subject: Subject, config: Config, images: Images, options: Cl
         UsageError: an option is out of range, or there are fewer images than clusters were asked for.
         CommandError: the run has no checkpoint to take the encoder from, or the features can't be clustered.
     """
-    if options.levels is not None and not (options.levels and all(level >= 1 for level in options.levels)):
-        raise UsageError(f"--levels must be one or more numbers of 1 or more, got {options.levels}")
+    if options.levels is not None:
+        check_levels(options.levels)
     if options.kmeans_iterations < 1:
         raise UsageError(f"--kmeans-iterations must be 1 or more, got {options.kmeans_iterations}")
     temperature = options.confidence_temperature
     temperature = config.contrast.temperature if temperature is None else temperature
-    try:
-        checks.temperature(temperature)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--confidence-{error}") from error
+    check_range("temperature", temperature, "confidence-temperature")
     out = subject.options.checkpoint
     kind = options.features or ("encoder" if out.is_dir() and list_checkpoints(out) else "backbone")
     if kind == "encoder":
@@ -81,17 +80,26 @@ def cluster_images(subject: Subject, config: Config, images: Images, options: Cl
     usable = usable & vectors.isfinite().all(dim=1) & vectors.any(dim=1)
     if not bool(usable.all()):
         warn(f"{int((~usable).sum()):,} images without features (unreadable, or all zero) are left out")
-    n = int(usable.sum())
-    levels = options.levels or config.cluster.levels
-    if options.levels is None and n and max(levels) > n:
-        levels = scale_levels(levels, n)
-        warn(f"only {n} images: the run's levels {config.cluster.levels} scaled down to {levels}")
-    if max(levels) > n:
-        raise UsageError(f"--levels {' '.join(map(str, levels))}: more clusters than the {n} images")
+    levels = _levels(options.levels, config.cluster.levels, count_distinct(vectors[usable]))
     labels = torch.full((len(images), len(levels)), -1, dtype=torch.int32, device="cpu")
     confidence = torch.zeros(labels.shape, dtype=torch.float32, device="cpu")
     labels[usable.cpu()], confidence[usable.cpu()] = _cluster(vectors[usable], levels, temperature, options)
     return Clustering(tuple(levels), labels, confidence), kind
+
+
+def _levels(wanted: tuple[int, ...] | None, of_run: tuple[int, ...], n: int) -> tuple[int, ...]:
+    """As asked for, or those of the run, scaled to n images with distinct features."""
+    if wanted is None:
+        levels = fit_levels(of_run, n)
+        if levels != of_run:
+            warn(
+                f"the run's levels {' '.join(map(str, of_run))} scaled to {' '.join(map(str, levels))}: at most one "
+                f"cluster for every {IMAGES_PER_CLUSTER} images with distinct features, of which there are {n:,}"
+            )
+        return levels
+    if max(wanted) > n:
+        raise UsageError(f"--levels {' '.join(map(str, wanted))}: more clusters than the {n} images (distinct ones)")
+    return wanted
 
 
 def _cluster(

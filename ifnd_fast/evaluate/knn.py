@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tyro
 
+from ifnd_fast.config import check_range
 from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.metrics.knn import KnnProbe
@@ -19,14 +20,16 @@ def knn(common: tyro.conf.OmitArgPrefixes[Options], k: int = 20, temperature: fl
     """
     if k < 1:
         raise UsageError(f"--k must be 1 or more, got {k}")
-    if not temperature > 0:
-        raise UsageError(f"--temperature must be above 0, got {temperature}")
+    check_range("temperature", temperature)
     subject = Subject(common)
     probe = KnnProbe(*open_labelled(subject.data, subject.known))
-    accuracy = probe.accuracy(lambda images: subject.features(images)[0], k=k, temperature=temperature)
+    found = probe.measure(subject.features, k=k, temperature=temperature)
     subject.tell(
         f"kNN on {subject.data.data}",
         ["k", "temperature", "top-1"],
-        [[str(k), f"{temperature:g}", f"{accuracy:.2f} %"]],
-        {"k": k, "temperature": temperature, "knn_top1": accuracy},
-    )
+        [[str(k), f"{temperature:g}", f"{found.top1:.2f} %"]],
+        {
+            "k": k, "temperature": temperature, "knn_top1": found.top1, "train_images": found.train_images,
+            "test_images": found.test_images,
+        },
+    )  # fmt: skip

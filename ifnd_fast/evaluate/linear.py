@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,11 @@ import numpy as np
 import torch
 import tyro
 
+from ifnd_fast.config import check_range
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import rank_in_class
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions, top_accuracies
-from ifnd_fast.evaluate.labelled import number_of_classes, open_labelled
+from ifnd_fast.evaluate.labelled import number_of_classes, open_labelled, warn_of_lacking
 from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.runtime import run_folder
 from ifnd_fast.runtime.console import say, track, warn
@@ -43,13 +43,11 @@ def linear(common: tyro.conf.OmitArgPrefixes[Options], training: tyro.conf.OmitA
 
 def measure(subject: Subject, train: Images, test: Images, training: LinearOptions, task: str) -> None:
     """Train the classifier, test it, and tell."""
-    if not (math.isfinite(training.lr) and training.lr > 0):
-        raise UsageError(f"--lr must be a finite number above 0, got {training.lr}")
+    check_range("lr", training.lr)
     if training.fast:
         figures = _by_regression(subject, train, test, training)
     else:
         figures = _by_sgd(subject, train, test, training, task)
-    figures = {"train_images": len(train), "test_images": len(test), **figures}
     how = "L-BFGS on centre views" if training.fast else f"SGD, {training.epochs} epochs"
     columns = [name for name in ("top1", "top5") if name in figures]
     subject.tell(
@@ -64,7 +62,10 @@ def _by_sgd(subject: Subject, train: Images, test: Images, training: LinearOptio
     out = training.folder(subject, task)
     run = ClassifierTraining(subject, train, number_of_classes(train), training, training.lr, None, out)
     run.fit()
-    figures = run.test(test)
+    assert train.labels is not None
+    rows = run.train_rows
+    warn_of_lacking(train.labels[rows], number_of_classes(train), "readable training image")
+    figures = {"train_images": len(rows), **run.test(test)}
     run_folder.write_json(out / "result.json", {**figures, "unreadable": subject.unreadable})
     say(f"classifier and result: {out}")
     return figures
@@ -79,6 +80,9 @@ def _by_regression(subject: Subject, train: Images, test: Images, training: Line
     x, rows = subject.readable_features(train, "training features")
     test_x, test_rows = subject.readable_features(test, "test features")
     y, test_y = train.labels[rows], test.labels[test_rows]
+    if len(np.unique(y)) < 2:
+        raise UsageError("all readable training images are of one class; a classifier needs two or more")
+    warn_of_lacking(y, number_of_classes(train), "readable training image")
 
     def fitted(penalty: float, rows: np.ndarray) -> Any:
         regression = LogisticRegression(C=1 / penalty, max_iter=1000)
@@ -100,4 +104,5 @@ def _by_regression(subject: Subject, train: Images, test: Images, training: Line
     logits = np.full((len(test_x), number_of_classes(train)), -np.inf)
     logits[:, model.classes_] = model.predict_log_proba(test_x)
     accuracies = top_accuracies(torch.from_numpy(logits), torch.from_numpy(test_y))
-    return {"penalty": PENALTIES[best], "held_out_top1": 100.0 * scores[best], **accuracies}
+    counts = {"train_images": len(rows), "test_images": len(test_rows)}
+    return {**counts, "penalty": PENALTIES[best], "held_out_top1": 100.0 * scores[best], **accuracies}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from ifnd_fast.config import check_range
 from ifnd_fast.data.images import Images, Subset
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions
 from ifnd_fast.evaluate.labelled import (
@@ -53,8 +53,8 @@ def semi(common: tyro.conf.OmitArgPrefixes[Options], training: tyro.conf.OmitArg
     """Accuracy of the whole network, fine-tuned on 1 % and 10 % of the labels."""
     training.check()
     for name, rate in (("lr", training.lr), ("head-lr", training.head_lr)):
-        if rate is not None and not (math.isfinite(rate) and rate > 0):
-            raise UsageError(f"--{name} must be a finite number above 0, got {rate}")
+        if rate is not None:
+            check_range("lr", rate, name)
     if not training.shares or not all(0 < share <= 1 for share in training.shares):
         raise UsageError(f"--shares must be from 0 (excluded) to 1, got {training.shares}")
     subject = Subject(common)
@@ -74,7 +74,10 @@ def semi(common: tyro.conf.OmitArgPrefixes[Options], training: tyro.conf.OmitArg
              *(f"{found[column]:.2f} %" for column in columns)]
             for name, found in figures.items()
         ],
-        {"task": "semi", "epochs": training.epochs, "test_images": len(test), "labels": figures},
+        {
+            "task": "semi", "epochs": training.epochs, "labels": figures,
+            "test_images": next(iter(figures.values()))["test_images"],
+        },
     )  # fmt: skip
 
 
@@ -96,6 +99,6 @@ def _fine_tune(
     run.fit()
     ids = "".join(f"{line}\n" for line in np.array(image_ids(train))[rows])
     checkpoints.write_atomically(out / "ids.txt", lambda file: file.write(ids.encode()))
-    figures = {"train_images": len(rows), "lr": lr, "head_lr": head_lr, **run.test(test)}
+    figures = {"train_images": len(run.train_rows), "lr": lr, "head_lr": head_lr, **run.test(test)}
     run_folder.write_json(out / "result.json", {**figures, "unreadable": subject.unreadable})
     return figures

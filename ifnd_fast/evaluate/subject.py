@@ -17,7 +17,7 @@ from ifnd_fast.data import features
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.evaluate.backbone import load_backbone
-from ifnd_fast.runtime import run_folder
+from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
 from ifnd_fast.runtime.console import table
 from ifnd_fast.runtime.errors import UsageError
@@ -46,6 +46,9 @@ class Options:
     """"auto" (CUDA when there, else CPU), "cpu", "cuda", "cuda:1", ..."""
     amp: Literal["auto", "fp16", "bf16", "off"] | None = None
     """mixed precision, as in training; default: the run's own"""
+    strict: bool = False
+    """stop at an unreadable image, as a run with --strict does; otherwise it is left out of every figure, with a
+    warning"""
     json_file: Path | None = None
     """write the figures to this file too"""
 
@@ -62,6 +65,7 @@ class Subject:
 
     def __init__(self, options: Options):
         self.options = options
+        distributed.refuse_ranks("this evaluation")
         check_json_file(options.json_file)
         self.unreadable: list[dict[str, str]] = []  # images met so far, {"image", "reason"} each
         self.config, network, self.n_features = load_backbone(options.checkpoint, options.arch)
@@ -73,6 +77,7 @@ class Subject:
         for name in ("data", "data_root", "image_size", "workers"):
             if getattr(options, name) is not None:
                 setattr(self.data, name, getattr(options, name))
+        self.data.strict = self.data.strict or options.strict
         if options.data is not None:
             self.data.data = full_data(options.data)
             self.data.hold_out = 0.0  # what the run held out was of its own images

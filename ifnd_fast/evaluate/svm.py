@@ -13,6 +13,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 
+from ifnd_fast.config import check_range
 from ifnd_fast.data.images import Images
 from ifnd_fast.evaluate.labelled import number_of_classes, open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
@@ -94,6 +95,7 @@ def _check(options: SvmOptions) -> None:
                                ("shots", min(options.shots, default=1), 1)):  # fmt: skip
         if value < least:
             raise UsageError(f"--{name} must be {least} or more, got {value}")
+    check_range("seed", options.seed)
 
 
 # ---- data ----

@@ -20,6 +20,8 @@ def detection_statistics(
     queue_labels: Tensor,
     queue_indices: Tensor,
     true_labels: Tensor | np.ndarray | None = None,
+    *,
+    counted: Tensor | None = None,
 ) -> dict[str, list[float | None]]:
     """Statistics of false negative detection, with all N images as queries against one queue of K keys.
 
@@ -33,6 +35,7 @@ def detection_statistics(
         queue_indices: (K,) int64 dataset indices of the keys, below N; -1 where unknown.
         true_labels: (N,) integers; below 0 where unknown. Pairs without both true labels count neither for
             precision nor for recall.
+        counted: (N,) bool, images that are queries and keys; default: all. The others (unreadable ones) are no data.
 
     Returns:
         Lists with one entry for each level:
@@ -45,10 +48,19 @@ def detection_statistics(
         TypeError, ValueError: an argument of the wrong dtype, shape, device or range.
     """
     truth = _check(labels, queue_labels, queue_indices, true_labels)
+    n_queries = len(labels)
+    if counted is not None:
+        if counted.shape != (len(labels),) or counted.dtype != torch.bool or not counted.any():
+            raise ValueError(f"counted must be ({len(labels)},) bool, True somewhere, got {tuple(counted.shape)}")
+        n_queries = int(counted.sum())
+        counted_keys = (queue_indices < 0) | counted[queue_indices.clamp_min(0)]
+        labels = torch.where(counted[:, None], labels, -1)
+        queue_labels = torch.where(counted_keys[:, None], queue_labels, -1)
+        truth = None if truth is None else torch.where(counted, truth, -1)
     statistics: dict[str, list[float | None]] = {"false_negatives_per_query": []}
     for y, key_y in zip(labels.unbind(1), queue_labels.unbind(1), strict=True):
         pairs = _count_pairs(y, key_y, queue_indices)
-        statistics["false_negatives_per_query"].append(pairs / len(labels))
+        statistics["false_negatives_per_query"].append(pairs / n_queries)
     if truth is None:
         return statistics
 

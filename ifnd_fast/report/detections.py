@@ -39,7 +39,9 @@ def detection_sheets(
         f"label at epoch {epoch}: up to 10, at even steps {order}. Anchors are drawn at random (always the "
         f"same ones), spread over the {groups}; images with detections at more levels come first."
     )
-    return contact_sheets(images, labels, confidence, candidates, levels), explanation
+    unreadable = np.zeros(len(labels), dtype=bool)
+    unreadable[list(state.get("unreadable", []))] = True
+    return contact_sheets(images, labels, confidence, candidates, levels, unreadable=unreadable), explanation
 
 
 def contact_sheets(
@@ -51,6 +53,7 @@ def contact_sheets(
     *,
     anchors: int = 12,
     columns: int = 10,
+    unreadable: np.ndarray | None = None,
 ) -> list[Sheet]:
     """One sheet per level, all with the same anchors.
 
@@ -62,23 +65,31 @@ def contact_sheets(
         levels: Names of the L levels.
         anchors: Rows of a sheet.
         columns: Most detected images shown beside an anchor.
+        unreadable: (N,) bool, images that count for nothing; default: none.
     """
-    chosen = choose_anchors(labels, candidates, images.labels, anchors)
+    unreadable = np.zeros(len(labels), dtype=bool) if unreadable is None else unreadable
+    chosen = choose_anchors(labels, candidates, images.labels, anchors, unreadable=unreadable)
+    n_readable = max(1, int((~unreadable).sum()))
     sheets = []
     for level, title in enumerate(levels):
         kappa = None if confidence is None else confidence[:, level]
         own = labels[:, level]
         rows = [_row(images, anchor, own, kappa, candidates, columns) for anchor in chosen.tolist()]
         accepted = int((own >= 0).sum())
-        note = f"{accepted:,} of {len(labels):,} labels accepted ({accepted / len(labels):.0%})"
+        note = f"{accepted:,} of {n_readable:,} labels accepted ({accepted / n_readable:.0%})"
         sheets.append(Sheet(title, note, rows))
     return sheets
 
 
 def choose_anchors(
-    labels: np.ndarray, candidates: np.ndarray, truth: np.ndarray | None, count: int = 12, seed: int = 0
+    labels: np.ndarray,
+    candidates: np.ndarray,
+    truth: np.ndarray | None,
+    count: int = 12,
+    seed: int = 0,
+    unreadable: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Indices of `count` anchors (fewer if there are fewer images), the same ones at every call.
+    """Indices of `count` anchors (fewer if there are fewer images that are readable), the same ones at every call.
 
     Each group (true class, or cluster of the first level where classes are unknown) gives one image in turn,
     first those with detections at more levels; images without any come last. Apart from that the order is
@@ -96,7 +107,8 @@ def choose_anchors(
     sizes = np.unique(group[order], return_counts=True)[1]
     turn = np.empty(len(labels), dtype=np.int64)
     turn[order] = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    chosen = np.lexsort((chance, turn, detections == 0))[:count]
+    chosen = np.lexsort((chance, turn, detections == 0))
+    chosen = (chosen if unreadable is None else chosen[~unreadable[chosen]])[:count]
     return chosen[np.lexsort((chosen, group[chosen]))]
 
 

@@ -27,6 +27,8 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: ifnd_fast computes on the CPU and on CUDA GPUs only; {_possible()}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", distributed.local_rank())
+    if device.type == "cpu":
+        return torch.device("cpu")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -137,13 +137,13 @@ class Lines:
         parts = [f"{self.description}: {done:,}/{self.total:,}" if self.total > 1 else self.description, self.note]
         if self.speed is None:
             parts.append(f"{_clock(now - self.started)} so far")
+        elif done == before:
+            parts.append(f"no step done for {_clock(now - then)}")
         else:
             parts.append(f"{self.speed * self.images:,.0f} images/s" if self.images else "")
             parts.append(f"{_clock((self.total - done) / self.speed)} left")
             if self.further:
                 parts.append(f"{_clock((self.total - done + self.further) / self.speed)} of the training")
-        if self.speed is not None and done == before:
-            parts.append(f"no step done for {_clock(now - then)}")
         return ", ".join(part for part in parts if part)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,15 @@ def refuse_a_run(out: Path) -> None:
         )
 
 
+def go_back(out: Path, count: str, last: int) -> None:
+    """Forget the figures after that "epoch" or "step": a killed run wrote them after its last checkpoint, and they come
+    again."""
+    truncate_metrics(out, count, last)
+    if count == "epoch" and (out / "tensorboard").is_dir():
+        with suppress(UsageError):  # without the package nothing shows them either
+            summary_writer(out, purge_step=last + 1).close()
+
+
 def truncate_metrics(out: Path, count: str, last: int) -> None:
     """Keep the lines up to that "epoch" or "step": what a killed run wrote after its last checkpoint goes."""
     path = out / "metrics.jsonl"
@@ -72,6 +81,14 @@ def append_metrics(out: Path, metrics: dict[str, Any]) -> None:
             file.write(json.dumps(metrics) + "\n")
     except OSError as error:
         raise CommandError(f"could not write {path}: {error}") from error
+
+
+def summary_writer(out: Path, purge_step: int | None = None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(f"--tensorboard: pip install 'ifnd-fast[tensorboard]' first ({error})") from error
+    return SummaryWriter(str(out / "tensorboard"), purge_step=purge_step)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ifnd_fast.clustering.acceptance import acceptance_rate
-from ifnd_fast.clustering.levels import scale_levels
+from ifnd_fast.clustering.distinct import count_distinct
 from ifnd_fast.clustering.pseudo_labels import PseudoLabels
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.clustering.whitening import whiten
@@ -28,6 +27,7 @@ from ifnd_fast.runtime.background import Background
 from ifnd_fast.runtime.console import progress, warn
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.runtime.spans import span
+from ifnd_fast.training.schedule import IMAGES_PER_CLUSTER, clusters_before, fit_levels, rate_of
 
 
 class Labeller:
@@ -40,7 +40,8 @@ class Labeller:
         dtype: of the features.
 
     Attributes:
-        levels: clusters at each of L levels; the oracle has one level, of the true classes.
+        levels: clusters at each of L levels, scaled down to the images there are; a clustering scales them further
+            where fewer are readable and distinct. The oracle has one level, of the true classes.
         accepted: (N, L) int32, -1 where no label is trusted.
         clustered: (N, L) int32, of the last clustering, trusted or not; -1 for images without features.
         quality: of the last clustering, for the metrics: see `quality`; `cluster_inertia`, for each level the mean
@@ -49,7 +50,8 @@ class Labeller:
         acceptance_rate: share of the labels that is trusted, 0..1.
 
     Raises:
-        UsageError: the oracle has no true labels; with --strict, fewer images than clusters.
+        UsageError: the oracle has no true labels; too few images for so many levels, or with --strict for so many
+            clusters.
     """
 
     def __init__(self, config: Config, images: Images, device: torch.device, dtype: torch.dtype = torch.float32):
@@ -83,17 +85,26 @@ class Labeller:
         self.seconds = {"feature_seconds": 0.0, "cluster_seconds": 0.0}  # that training waited in this epoch
 
     def _levels(self) -> tuple[int, ...]:
-        levels, n = self.config.cluster.levels, len(self.images)
         if self.strategy == "oracle":
             if self.images.labels is None:
                 raise UsageError("--false-negatives oracle needs images in one folder per class")
             return (int(self.images.labels.max()) + 1,)
-        if self.clusters and max(levels) > n:
-            if self.config.data.strict:
-                raise UsageError(f"--levels {levels}: more clusters than the {n} images (--strict)")
-            warn(f"only {n} images: --levels {levels} scaled down to {scale_levels(levels, n)}")
-            return scale_levels(levels, n)
-        return levels
+        levels = self.config.cluster.levels
+        return self._fitting(levels, levels, len(self.images), "images") if self.clusters else levels
+
+    def _fitting(self, wanted: tuple[int, ...], now: tuple[int, ...], n: int, what: str) -> tuple[int, ...]:
+        """The wanted levels as n images allow them, which is told where they differ from those now.
+
+        Raises:
+            UsageError: the images are too few, or with --strict for the levels as they are.
+        """
+        fitting = fit_levels(wanted, n)
+        rule = f"at most one cluster for every {IMAGES_PER_CLUSTER} {what}, of which there are {n:,}"
+        if fitting != wanted and self.config.data.strict:
+            raise UsageError(f"--levels {' '.join(map(str, wanted))}: {rule} (--strict)")
+        if fitting != now:
+            warn(f"--levels {' '.join(map(str, now))} scaled to {' '.join(map(str, fitting))}: {rule}")
+        return fitting
 
     def observe(self, keys: Tensor, indices: Tensor) -> None:
         """Keep those of a step's keys (B, dim) that are of this rank's images for the next clustering, where
@@ -127,19 +138,12 @@ class Labeller:
         renewed = self.waiting
         if self.waiting:
             self._take_up(epoch)
-        if self.clusters and self._due(epoch):
+        if clusters_before(self.config, epoch):
             self._cluster(epoch, encoder, autocast, unreadable)
             if not self.config.cluster.cluster_async:
                 self._take_up(epoch)
                 renewed = True
         return renewed
-
-    def _due(self, epoch: int) -> bool:
-        too_late = self.config.cluster.cluster_async and epoch + 1 == self.config.optim.epochs
-        return epoch % self.config.recluster_epochs == 0 and self._rate(epoch) > 0 and not too_late
-
-    def _rate(self, epoch: int) -> float:
-        return acceptance_rate(epoch / self.config.optim.epochs, self.config.cluster.acceptance_end)
 
     def _cluster(
         self,
@@ -152,11 +156,17 @@ class Labeller:
         started = time.perf_counter()
         with span("features"):
             vectors, own_usable = self._features(encoder, autocast, unreadable)
+        vectors = vectors[own_usable]
         if not self._everywhere(bool(torch.isfinite(vectors).all())):
             raise NonFiniteError(f"the features are not finite after epoch {epoch}")
-        vectors = self._prepared(vectors[own_usable])
         self.usable = Shards(len(own_usable), self.device).gather(own_usable)
-        fit = partial(self._fit, vectors, self.clustered[self.usable], epoch)
+        if not self.usable.any():
+            raise CommandError(f"clustering failed after epoch {epoch}: no image has features")
+        vectors = self._prepared(vectors)
+        before = self.clustered[self.usable]
+        if self._scale(vectors, epoch):
+            before = torch.full_like(before, -1)  # labels of other clusters
+        fit = partial(self._fit, vectors, before, epoch)
         self.seconds["feature_seconds"] += time.perf_counter() - started
         self.waiting = True
         if self.config.cluster.cluster_async:
@@ -165,6 +175,20 @@ class Labeller:
             started = time.perf_counter()
             fit()
             self.seconds["cluster_seconds"] += time.perf_counter() - started
+
+    def _scale(self, vectors: Tensor, epoch: int) -> bool:
+        """Scale the levels to these features of this rank's images; whether there are other levels than before."""
+        n = count_distinct(vectors, Shards(len(vectors), self.device))
+        before, what = self.pseudo_labels.levels, "images that are readable and have distinct features"
+        try:
+            self.pseudo_labels.levels = self._fitting(self.levels, before, n, what)
+        except UsageError as error:
+            usable = f"{int(self.usable.sum()):,} of {len(self.images):,} images are readable"
+            raise CommandError(
+                f"clustering failed after epoch {epoch}: {usable}, {n:,} with distinct features; {error}. "
+                "Where the images are no copies of each other, the encoder has collapsed: a lower --lr may help"
+            ) from error
+        return self.pseudo_labels.levels != before
 
     def _wait(self) -> None:
         if self.background is not None:
@@ -179,11 +203,11 @@ class Labeller:
         started = time.perf_counter()
         self.waiting = False
         self.accepted, before = torch.full_like(self.accepted, -1), self.clustered
-        self.accepted[self.usable] = self.pseudo_labels.accept(self._rate(epoch))
+        self.accepted[self.usable] = self.pseudo_labels.accept(rate_of(self.config, epoch))
         self.clustered = torch.full_like(self.accepted, -1)
         self.clustered[self.usable] = cast(Tensor, self.pseudo_labels.labels)
-        self.quality = self.found | quality(self.clustered, before, self.levels)
-        self.acceptance_rate = self._rate(epoch)
+        self.quality = self.found | quality(self.clustered, before, self.pseudo_labels.levels)
+        self.acceptance_rate = rate_of(self.config, epoch)
         self.seconds["cluster_seconds"] += time.perf_counter() - started
 
     def _features(
@@ -202,7 +226,12 @@ class Labeller:
         """Unit rows to cluster, of this rank's features (n, D)."""
         if self.config.cluster.whiten:
             vectors = whiten(vectors, self.config.cluster.whiten, Shards(len(vectors), self.device))
-        return F.normalize(vectors.float(), dim=1).to(self.dtype)
+        vectors = F.normalize(vectors.float(), dim=1).to(self.dtype)
+        shards = Shards(len(vectors), self.device)
+        if min(shards.sizes) == 0:  # a rank none of whose images can be read: the others' are dealt out anew
+            share = distributed.share(shards.total)
+            vectors = shards.gather(vectors)[share.start : share.stop]
+        return vectors
 
     def _everywhere(self, holds: bool) -> bool:
         return Shards(len(self.own), self.device).every(holds, self.device)
@@ -253,6 +282,7 @@ class Labeller:
         if state["accepted"].shape != self.accepted.shape:
             shape, wanted = tuple(state["accepted"].shape), tuple(self.accepted.shape)
             raise ValueError(f"it has labels of shape {shape} (images, levels), wanted {wanted}")
+        self.pseudo_labels.levels = tuple(state["pseudo_labels"]["levels"].tolist())  # as the images allowed
         self.pseudo_labels.load_state_dict(state["pseudo_labels"])
         self.accepted = state["accepted"].to(self.device)
         self.acceptance_rate, self.seconds = state["acceptance_rate"], dict(state["label_seconds"])

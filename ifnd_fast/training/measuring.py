@@ -3,70 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ifnd_fast.config import Config
 from ifnd_fast.contrast.encoder import Encoder
 from ifnd_fast.data import features
 from ifnd_fast.data.images import Images
+from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.metrics.knn import KnnProbe
 from ifnd_fast.runtime import distributed
-from ifnd_fast.runtime.console import say
-from ifnd_fast.runtime.errors import UsageError
-from ifnd_fast.runtime.run_folder import append_metrics
+from ifnd_fast.runtime.console import say, warn
+from ifnd_fast.runtime.errors import CommandError
+from ifnd_fast.runtime.run_folder import append_metrics, summary_writer
 
 
 class Measuring:
-    """The encoder's accuracy on the way, where the images are labelled; labels only measure, they never train.
+    """kNN accuracies of the encoder on the way, where the images are labelled; labels only measure, they never train.
 
     Args:
         config: of the run.
         images: that it trains on.
-        tests: to measure with; None: a part of the images.
+        tests: that it measures with; None: every tenth of those.
+        unreadable: gets the training images that are.
         device: to compute on.
-        autocast: the run's precision.
+        autocast: to compute with.
 
     Attributes:
-        result: accuracies, percent, for result.json.
+        result: accuracies by name, percent, for result.json.
     """
 
-    def __init__(self, config: Config, images: Images, tests: Images | None, device: torch.device,
-                 autocast: Callable[[], AbstractContextManager]):  # fmt: skip
+    def __init__(
+        self,
+        config: Config,
+        images: Images,
+        tests: Images | None,
+        unreadable: Unreadable,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+    ):
         self.config, self.images, self.device, self.autocast = config, images, device, autocast
-        labelled = images.labels is not None and (tests is None or tests.labels is not None)
-        self.probe = KnnProbe(images, tests) if labelled else None
+        self.unreadable = unreadable
+        self.unreadable_tests = unreadable if tests is None else Unreadable(tests, config.data.strict)
+        measurable = images.labels is not None and (tests is None or tests.labels is not None)
+        self.probe = KnnProbe(images, tests) if measurable else None
         self.result: dict[str, float] = {}
 
     def before_training(self, encoder: Encoder) -> None:
-        """What the trained encoder is compared with: raw pixels and the encoder as it is now."""
-        if self.probe is None or "knn_top1_untrained" in self.result:
+        """Of the untrained backbone, and of the pixels of images as small and few as their kNN is quick for."""
+        if "knn_top1_untrained" in self.result:
             return
-        data = self.config.data
-        if data.image_size <= 64 and len(self.images) <= 100_000:  # else their kNN takes too long
-            self.result["knn_top1_raw_pixels"] = self.probe.accuracy(lambda images: features.raw_pixels(images, data))
-        self.result["knn_top1_untrained"] = self._knn_top1(self.probe, encoder)
+        if self.config.data.image_size <= 64 and len(self.images) <= 100_000:
+            self.result |= self._knn("knn_top1_raw_pixels", nn.Flatten(), torch.device("cpu"), nullcontext)
+        self.result |= self._knn("knn_top1_untrained", encoder.backbone, self.device, self.autocast)
 
     def after_epoch(self, epoch: int, encoder: Encoder) -> dict[str, float]:
         """The metrics that are due after so many epochs."""
         every, last = self.config.run.knn_every, epoch == self.config.optim.epochs
-        if self.probe is None or not (last or (every and epoch % every == 0)):
+        if not (last or (every and epoch % every == 0)):
             return {}
-        accuracy = self._knn_top1(self.probe, encoder)
-        if last:
-            self.result["knn_top1"] = accuracy
-        return {"knn_top1": accuracy}
+        found = self._knn("knn_top1", encoder.backbone, self.device, self.autocast)
+        self.result |= found if last else {}
+        return found
 
-    def _knn_top1(self, probe: KnnProbe, encoder: Encoder) -> float:
-        """kNN accuracy of the backbone's features, percent."""
-        return probe.accuracy(
-            lambda images: features.extract(
-                encoder.backbone, images, self.config.data, self.device, self.autocast, "kNN features"
-            )[0]
-        )
+    def _knn(
+        self, name: str, network: nn.Module, device: torch.device, autocast: Callable[[], AbstractContextManager]
+    ) -> dict[str, float]:
+        """{name: accuracy}; empty, with a warning, where no image that it takes can be read."""
+        if self.probe is None:
+            return {}
+
+        def features_of(images: Images) -> tuple[Tensor, Tensor]:
+            unreadable = self.unreadable if images is self.images else self.unreadable_tests
+            return features.extract(
+                network, images, self.config.data, device, autocast, "kNN features", unreadable=unreadable
+            )
+
+        try:
+            return {name: self.probe.measure(features_of).top1}
+        except CommandError as error:
+            if type(error) is not CommandError or self.config.data.strict:  # a signal, say
+                raise
+            warn(f"{name} was not measured: {error}")
+            return {}
 
 
 def report_epoch(settings: Config, metrics: dict[str, Any]) -> None:
@@ -74,7 +97,6 @@ def report_epoch(settings: Config, metrics: dict[str, Any]) -> None:
 
     Raises:
         CommandError: the disk is full or not writable.
-        UsageError: tensorboard is not installed.
     """
     counts = " ".join(f"{count:.1f}" for count in metrics["false_negatives_per_query"])
     knn = f"  kNN {metrics['knn_top1']:.2f} %" if "knn_top1" in metrics else ""
@@ -88,15 +110,11 @@ def report_epoch(settings: Config, metrics: dict[str, Any]) -> None:
         return
     append_metrics(settings.run.out, metrics)
     if settings.run.tensorboard:
-        _write_scalars(settings.run.out / "tensorboard", metrics)
+        _write_scalars(settings.run.out, metrics)
 
 
-def _write_scalars(folder: Path, metrics: dict[str, Any]) -> None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError("--tensorboard: pip install 'ifnd-fast[tensorboard]' first") from error
-    with SummaryWriter(str(folder)) as writer:
+def _write_scalars(out: Path, metrics: dict[str, Any]) -> None:
+    with summary_writer(out) as writer:
         for name, value in metrics.items():
             if isinstance(value, list):
                 for level, item in enumerate(value):

@@ -27,10 +27,11 @@ from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.checkpoint import random_state, set_random_state
 from ifnd_fast.runtime.compute import pick_amp, pick_contrast_dtype, pick_device
-from ifnd_fast.runtime.console import progress
-from ifnd_fast.runtime.errors import CommandError, UsageError
+from ifnd_fast.runtime.console import progress, stage
+from ifnd_fast.runtime.errors import CommandError
 from ifnd_fast.runtime.session import Session, refuse_differences
 from ifnd_fast.runtime.spans import span
+from ifnd_fast.training import precheck
 from ifnd_fast.training.labeller import Labeller
 from ifnd_fast.training.measuring import Measuring, report_epoch
 from ifnd_fast.training.objective import build_objective
@@ -61,7 +62,7 @@ class Trainer:
         tell_found(config.data, self.images, self.tests)
         self.unreadable = Unreadable(self.images, config.data.strict)
         self.labeller = Labeller(config, self.images, self.device, self.contrast_dtype)
-        self.measuring = Measuring(config, self.images, self.tests, self.device, self.autocast)
+        self.measuring = Measuring(config, self.images, self.tests, self.unreadable, self.device, self.autocast)
         self.draw = BatchViews(config.data) if config.data.augment == "device" else None
         self.batches = EpochBatches(
             len(self.images), config.optim.batch_size, config.run.seed, distributed.rank(), distributed.world_size()
@@ -86,14 +87,9 @@ class Trainer:
         self.watch = Watch(self.session, self.device)
 
     def _open_images(self) -> tuple[Images, Images | None]:
-        batch = self.config.optim.batch_size
-        images, tests = open_for_run(self.config.data)
-        if images is None or batch > len(images):
-            n = 0 if images is None else len(images)
-            raise UsageError(f"--batch-size {batch} is larger than the data set ({n} images): lower it")
-        if batch % distributed.world_size():
-            raise UsageError(f"--batch-size {batch} must divide by the {distributed.world_size()} ranks")
-        return images, tests
+        with stage("finding images"):
+            images, tests = open_for_run(self.config.data)
+        return precheck.checked(images, self.config), tests
 
     def listings(self) -> dict[str, Listing]:
         """Which images the run is of, for `identity`."""
@@ -125,6 +121,7 @@ class Trainer:
 
     def fit(self) -> dict[str, float]:
         """Train to the end from wherever the run is; the result's figures."""
+        precheck.tell_plan(self.config, len(self.images), self.epoch)
         self.measuring.before_training(self.encoder)
         for _ in self.epochs():
             pass
@@ -156,11 +153,13 @@ class Trainer:
 
     def _train_epoch(self, batches: Iterator[list[Any]], model: nn.Module) -> Tensor:
         """The epoch's remaining steps; the indices of the last one's images."""
-        n_steps = len(self.batches)
+        n_steps, epochs = len(self.batches), self.config.optim.epochs
         self.model.train()
         loss_sum = torch.tensor(self.totals["loss"], dtype=torch.float64, device=self.device)
         started = time.perf_counter()
-        with progress(f"epoch {self.epoch + 1}/{self.config.optim.epochs}", n_steps, self.step_in_epoch) as advance:
+        batch, further = self.config.optim.batch_size, n_steps * (epochs - self.epoch - 1)
+        title, done = f"epoch {self.epoch + 1}/{epochs}", self.step_in_epoch
+        with progress(title, n_steps, done, images=batch, further=further) as advance:
             while self.step_in_epoch < n_steps:
                 with span("load"):
                     *loaded, indices, wanted, reasons = next(batches)
@@ -249,13 +248,14 @@ class Trainer:
         """The epoch's line of metrics.jsonl; in-batch detection is counted against the last step's images."""
         accepted, n_steps = self.labeller.accepted, len(self.batches)
         negatives = self.objective.negatives(last_indices, accepted)
+        counted = self.unreadable.readable(self.device)
         return {
             "epoch": self.epoch,
             "step": self.step,
             "loss": self.totals["loss"] / n_steps,
             "lr": self.optimizer.param_groups[0]["lr"],
             "acceptance_rate": self.labeller.acceptance_rate,
-            **detection_statistics(accepted, *negatives, self.images.labels),
+            **detection_statistics(accepted, *negatives, self.images.labels, counted=counted),
             "images_per_second": n_steps * self.config.optim.batch_size / self.totals["seconds"],
             "seconds": self.totals["seconds"],
             **self.labeller.seconds,

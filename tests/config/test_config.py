@@ -56,6 +56,12 @@ def test_a_written_config_reads_back_equal(preset, tmp_path):
         ("contrast", "temperature", 0.0), ("contrast", "momentum", 1.5), ("contrast", "queue_size", 0),
         ("cluster", "levels", ()), ("cluster", "levels", (0,)), ("cluster", "acceptance_end", 0.0),
         ("cluster", "whiten", 1.5), ("data", "hold_out", 1.0),
+        ("cluster", "levels", (1, 10)), ("cluster", "levels", (10, 20, 10)), ("cluster", "levels", tuple(range(2, 20))),
+        ("contrast", "temperature", 1e-7), ("contrast", "temperature", 1e7), ("contrast", "temperature", float("nan")),
+        ("contrast", "momentum", 1.0), ("contrast", "momentum", -0.1), ("contrast", "momentum", float("nan")),
+        ("optim", "sgd_momentum", 1.0), ("optim", "batch_size", 0), ("optim", "lr", 0.0), ("optim", "lr", float("inf")),
+        ("optim", "epochs", -3), ("run", "seed", -1), ("run", "rank_timeout", 1e9), ("data", "hold_out", float("nan")),
+        ("data", "pixel_mean", (0.5, float("nan"), 0.5)), ("cluster", "warm_iterations", -1),
         ("data", "workers", -1), ("data", "crop_min", 0.0), ("data", "pixel_std", (1.0, 0.0, 1.0)),
     ],
 )  # fmt: skip

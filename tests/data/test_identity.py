@@ -106,7 +106,8 @@ def stopped(out: Path, data: Path, *options: object) -> None:
 
 def resumed(out: Path, *args: object) -> Trainer:
     trainer = Trainer(parse_train(["--resume", "--out", str(out), *map(str, args)]))
-    trainer.resume()
+    with trainer.open():
+        pass
     return trainer
 
 

@@ -80,8 +80,8 @@ def test_the_rates_drop_where_asked(new):
     assert rates == 10 * [[8.0, 0.5]] + 5 * [[2.0, 0.125]] + 5 * [[0.5, 0.03125]]
 
 
-@pytest.mark.parametrize("backbone_lr", [None, 0.05])
-def test_stopped_within_an_epoch_it_goes_on_to_the_same_weights(backbone_lr, new, tmp_path):
+@pytest.mark.parametrize("backbone_lr, number", [(None, signal.SIGTERM), (0.05, signal.SIGUSR2), (None, signal.SIGHUP)])
+def test_stopped_within_an_epoch_it_goes_on_to_the_same_weights(backbone_lr, number, new, tmp_path):
     whole = new("whole", backbone_lr=backbone_lr)
     whole.fit()
     stopped = new("stopped", backbone_lr=backbone_lr)
@@ -89,12 +89,13 @@ def test_stopped_within_an_epoch_it_goes_on_to_the_same_weights(backbone_lr, new
 
     def step_and_signal(*args):
         if stopped.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(*args)
 
     stopped._train_step = step_and_signal
-    with pytest.raises(Stopped, match="step-000000008.pt; to go on, add --resume"):
+    with pytest.raises(Stopped, match=f"{number.name}; .*step-000000008.pt; to go on, add --resume") as error:
         stopped.fit()
+    assert error.value.exit_code == 128 + number
     resumed = new("stopped", backbone_lr=backbone_lr, resume=True)
     torch.manual_seed(1234)
     resumed.fit()

@@ -34,3 +34,29 @@ def test_devices_and_precisions_by_name():
     for name in ("cuda:99", "toaster"):
         with pytest.raises(UsageError, match=name):
             pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "hpu:0", "cpu:3", "cuda:-1", "toaster", ""])
+def test_a_device_that_nothing_computes_on_is_refused_with_those_there_are(name):
+    with pytest.raises(UsageError, match=f"--device {name}: .*possible here: auto, cpu"):
+        pick_device(name)
+
+
+def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu") == pick_device("cpu:0")
+    if not torch.cuda.device_count():
+        for name in ("cuda", "cuda:9"):
+            with pytest.raises(UsageError, match=f"--device {name}: .*can use no CUDA GPU here"):
+                pick_device(name)
+
+
+def test_cuda_without_a_number_is_the_ranks_own(monkeypatch):
+    """Not GPU 0 for all ranks of a machine."""
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("ifnd_fast.runtime.compute.torch.empty", lambda _, device: asked.append(device))
+    assert pick_device("cuda") == pick_device("auto") == torch.device("cuda:2") and pick_device("cuda:1").index == 1
+    assert asked == [torch.device("cuda:2"), torch.device("cuda:2"), torch.device("cuda:1")]

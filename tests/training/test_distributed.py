@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime.errors import UsageError
 from tests.conftest import TINY
 
 COLLECTIVES = """
@@ -57,6 +60,66 @@ def torchrun(ranks: int, *args: object) -> subprocess.CompletedProcess[str]:
          *map(str, args)],
         capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+ALONE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS",
+         "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # fmt: skip
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"RANK": "0"}, "RANK=0 in the environment, but no WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start one torchrun"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, but no RANK, MASTER_ADDR, MASTER_PORT: .*torchrun"),
+        ({**WHOLE, "MASTER_ADDR": ""}, "RANK=1 WORLD_SIZE=2 in the environment, but no MASTER_ADDR: "),
+        ({**WHOLE, "RANK": "2"}, "RANK=2 must be from 0 to below WORLD_SIZE=2"),
+        ({**WHOLE, "RANK": "one"}, "must be numbers: .*'one'"),
+        ({**WHOLE, "LOCAL_RANK": "x"}, "must be numbers: .*'x'"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, r"srun started 2 processes \(SLURM_PROCID=0\).*srun --ntasks-per"),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "8"}, "srun started 8 processes"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 processes"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpirun started 2 processes"),
+    ],
+)
+def test_processes_that_would_not_find_each_other_are_told(environment, words, monkeypatch):
+    for name in ALONE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=words):
+        distributed.start(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "environment, ranks",
+    [
+        ({}, 0), (WHOLE, 2), ({**WHOLE, "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, 2),  # torchrun within srun
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, 0),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, 0),  # srun --ntasks=1 in a larger job
+    ],
+)  # fmt: skip
+def test_how_many_ranks_were_started(environment, ranks, monkeypatch):
+    for name in ALONE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.ranks_in_environment() == ranks
+    if ranks > 1:
+        with pytest.raises(UsageError, match="knn computes in one process, but 2 were started"):
+            distributed.refuse_ranks("knn")
+    else:
+        distributed.refuse_ranks("knn")
+
+
+def test_tasks_of_srun_do_not_train_alone(digit_folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "from ifnd_fast.cli import train; train()", "--data", str(digit_folder), "--out",
+         str(tmp_path / "run")],
+        capture_output=True, text=True, env={**os.environ, "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: srun started 4 processes"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 
 LOSSES = """
@@ -123,3 +186,18 @@ def test_two_ranks_train_one_run(negatives, features, more, digit_folder, tmp_pa
         indices = state["negatives"]["indices"]
         assert len(set(indices.tolist())) == 64
         assert torch.equal(state["negatives"]["labels"], state["accepted"][indices])
+
+
+def test_a_rank_none_of_whose_images_can_be_read(flat_folder, tmp_path):
+    """The first rank's share of the features: clustering goes on with those of the others."""
+    data, script = tmp_path / "data", tmp_path / "train.py"
+    shutil.copytree(flat_folder, data)
+    for file in sorted(data.iterdir())[:60]:
+        file.write_bytes(b"broken")
+    script.write_text("from ifnd_fast.cli import train\ntrain()\n")
+    done = torchrun(2, script, "--data", data, "--out", tmp_path / "run", *TINY, "--epochs", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = torch.load(sorted((tmp_path / "run").glob("checkpoints/*.pt"))[-1], weights_only=True)
+    assert (state["accepted"][:60] == -1).all() and (state["accepted"][60:] >= 0).all()
+    assert sorted(state["unreadable"]) == list(range(60))  # also those that the second rank met
+    assert done.stderr.count("unreadable image skipped") == 60

@@ -100,6 +100,26 @@ def test_tensorboard_gets_the_same_figures(digit_folder, tmp_path):
     assert "false_negatives_per_query/level_1" in events.Tags()["scalars"]
 
 
+def test_tensorboard_after_a_resume_has_each_epoch_once(digit_folder, tmp_path):
+    """Killed in its third epoch, before the checkpoint that would have held the second."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    new(out, digit_folder, "--tensorboard", "--keep-checkpoints", 9).fit()
+    for path in checkpoint.list_checkpoints(out)[1:]:
+        path.unlink()
+    first = metrics(out)
+    resumed = Trainer(parse_train(["--resume", "--out", str(out)]))
+    resumed.resume()
+    resumed.config.optim.lr = 0.01  # or the figures would be the same ones again
+    resumed.fit()
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(line["epoch"], pytest.approx(line["loss"])) for line in metrics(out)]
+    assert [step for step, _ in losses] == [1, 2, 3] and metrics(out)[2]["loss"] != first[2]["loss"]
+
+
 @pytest.mark.parametrize("options", [[], ["--features", "bank"]])
 def test_async_clustering_is_an_epoch_late(options, digit_folder, tmp_path):
     """Labels clustered before an epoch are in use after it, as many as that epoch accepts, and not earlier."""
@@ -243,8 +263,8 @@ def test_a_queue_longer_than_the_data_masks_the_images_own_keys(digit_folder, tm
 
 def test_more_clusters_than_images_are_scaled_down_or_refused(digit_folder, tmp_path, capsys):
     trainer = new(tmp_path / "run", digit_folder, "--levels", 100, 240)
-    assert trainer.labeller.levels == (50, 120)
-    assert "(50, 120)" in capsys.readouterr().err
+    assert trainer.labeller.levels == (12, 30)
+    assert "--levels 100 240 scaled to 12 30: at most one cluster for every 4 images" in capsys.readouterr().err
     with pytest.raises(UsageError, match="--strict"):
         new(tmp_path / "other", digit_folder, "--levels", 240, "--strict")
 

@@ -28,7 +28,7 @@ from ifnd_fast.evaluate.detection.options import DetectionOptions, decisive, lea
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import pick_amp
-from ifnd_fast.runtime.console import progress, say, track
+from ifnd_fast.runtime.console import progress, say, stage, track
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.runtime.session import Session, refuse_differences
 
@@ -80,6 +80,7 @@ class FineTuning:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
         self.step, self.seconds = 0, 0.0
+        self.told_at, self.recent = 0, 0.0  # when the last line was told, and seconds of the iterations since
         self.sums: dict[str, float] = {}  # of each loss, and the steps, since the last line
         self.session = Session(self.out, options.resume)
 
@@ -132,11 +133,13 @@ class FineTuning:
         self.batches.start(epoch, step, end=1 + self.options.iterations // len(self.batches))
         loader = make_loader(self.examples, self.options.workers, batch_sampler=self.batches, collate_fn=list)
         self.model.train()
-        with running(loader) as batches, progress("iterations", self.options.iterations, self.step) as advance:
+        images, total = self.options.batch_size, self.options.iterations
+        with running(loader) as batches, progress("iterations", total, self.step, images=images) as advance:
             started = time.perf_counter()
             while self.step < self.options.iterations:
                 losses, self.session.stopping = self._train_step(model, next(batches))
-                self.seconds += time.perf_counter() - started
+                took = time.perf_counter() - started
+                self.seconds, self.recent = self.seconds + took, self.recent + took
                 started = time.perf_counter()
                 advance(1, f"loss {losses['loss']:.3f}")
                 self._after_step(losses)
@@ -204,7 +207,8 @@ class FineTuning:
         steps = self.sums.pop("steps")
         means = {name: value / steps for name, value in self.sums.items()}
         self.sums = {}
-        rate = self.seconds / self.step
+        rate, self.recent = self.recent / max(1, self.step - self.told_at), 0.0
+        self.told_at = self.step
         left = datetime.timedelta(seconds=round(rate * (self.options.iterations - self.step)))
         lr, speed = self.optimizer.param_groups[0]["lr"], self.options.batch_size / rate
         parts = ", ".join(f"{name[5:]} {value:.3f}" for name, value in means.items() if name.startswith("loss_"))
@@ -226,7 +230,7 @@ class FineTuning:
         loader = make_loader(coco.MeasuredImages(self.val), self.options.workers, batch_size=None, sampler=share)
         results, unreadable = [], {}
         with distributed.agreed(True), running(loader) as loaded:
-            for index, image in track(loaded, "measuring", len(share)):
+            for index, image in track(loaded, "measuring", len(share), images=1):
                 if isinstance(image, str):
                     unreadable[index] = image
                     continue
@@ -242,7 +246,8 @@ class FineTuning:
             return {}
         run_folder.write_json(self.out / "detections.json", everyones, indent=None)
         counted = [image_id for index, image_id in enumerate(self.val.image_ids) if index not in reasons]
-        return average_precision(self.val.coco, everyones, counted)
+        with stage("average precision"):
+            return average_precision(self.val.coco, everyones, counted)
 
     def _finish(self, figures: dict[str, float | None]) -> dict[str, Any]:
         """Write the model and the result; the figures, with what they are of."""
@@ -288,7 +293,8 @@ class FineTuning:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            self.step, self.seconds, self.sums = state["step"], state["seconds"], dict(state["sums"])
+            self.step = self.told_at = state["step"]
+            self.seconds, self.sums = state["seconds"], dict(state["sums"])
             self.unreadable[0].load_state(state.get("unreadable", {}))
         except (KeyError, ValueError, RuntimeError) as error:
             raise CommandError(f"the checkpoint in {self.out} does not fit this run: {error}") from error

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from ifnd_fast.config import check_range
 from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.runtime.paths import refuse_file, refuse_folder
 
@@ -109,7 +110,9 @@ def resolve(options: DetectionOptions, device: torch.device) -> DetectionOptions
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    for name in ("lr", "sgd_momentum", "weight_decay", "warmup", "workers"):
+    for name in ("sgd_momentum", "weight_decay", "seed", "rank_timeout"):
+        check_range(name, getattr(options, name))
+    for name in ("lr", "warmup", "workers"):
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UsageError(f"--{name.replace('_', '-')} must be a finite number of 0 or more, got {value}")

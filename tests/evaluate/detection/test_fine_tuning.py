@@ -224,17 +224,18 @@ def begun(*args, **options) -> FineTuning:
     return it
 
 
-def test_a_signal_ends_the_step_and_writes_a_checkpoint(run, coco_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_ends_the_step_and_writes_a_checkpoint(number, run, coco_folder, tmp_path, monkeypatch):
     it = begun(run, coco_folder, tmp_path / "out", checkpoint_every=100)
     step = it._train_step
 
     def signalled(*args):
         if it.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(*args)
 
     monkeypatch.setattr(it, "_train_step", signalled)
-    with pytest.raises(Stopped, match="SIGTERM"), it.session.stop:
+    with pytest.raises(Stopped, match=number.name), it.session.stop:
         it.fit()
     assert checkpoint.load_latest(it.out)["step"] == 2
 
@@ -368,6 +369,9 @@ def test_batch_norm_is_trained_on_gpus_with_enough_images():
         ({"lr": float("nan")}, "--lr must be a finite number of 0 or more, got nan"),
         ({"workers": -1}, "--workers must be a finite number of 0 or more, got -1"),
         ({"min_size": ()}, "--min-size must be one or more sides"),
+        ({"sgd_momentum": 1.0}, "--sgd-momentum must be from 0 to below 1, got 1.0"),
+        ({"seed": -1}, "--seed must be from 0 to .*, got -1"),
+        ({"rank_timeout": 0.0}, "--rank-timeout must be from 0 .excluded. to"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):
