@@ -247,7 +247,7 @@ def test_runs_of_earlier_versions_go_on_where_they_were(moved, data, tmp_path, c
         os.chdir(before)
     assert "can't be checked" in capsys.readouterr().err
     trainer.fit()
-    assert checkpoint.load_latest(out)["config"]["identity"] == trainer.identity
+    assert checkpoint.load_latest(out)["config"]["identity"] == trainer.config.identity
 
 
 def test_hold_out_is_part_of_it(data, tmp_path):

@@ -148,8 +148,9 @@ def test_an_in_batch_run_has_one_encoder(tmp_path):
     "options, words",
     [
         ({"levels": (500,)}, "--levels 500: more clusters than the 120 images"),
-        ({"levels": (0,)}, "--levels must be one or more numbers of 1 or more"),
-        ({"confidence_temperature": 0.0}, "--confidence-temperature must be a number from 1e-6 to 1e6"),
+        ({"levels": (0,)}, "--levels must be 2 or more, got 0"),
+        ({"confidence_temperature": 0.0}, r"--confidence-temperature must be from 1e-06 to 1e\+06, got 0.0"),
+        ({"levels": (5, 5)}, "--levels must differ from each other, got 5 5"),
         ({"kmeans_iterations": 0}, "--kmeans-iterations must be 1 or more, got 0"),
     ],
 )
