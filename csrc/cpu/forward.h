@@ -31,7 +31,7 @@ IFND_INLINE bool has_level_sums(const InfoNce& p) {
 // What a thread accumulates for a group of queries. Per panel of LANES queries: grad (D, LANES); per query and
 // level: level_grad (padded D), and so on.
 struct ForwardState {
-  float *grad, *max, *sum;
+  float *grad, *max, *sum, *rest;  // rest: what rounding has left out of the sum
   float *level_grad, *level_max;
   double* level_sum;
   int32_t* count;
@@ -41,6 +41,7 @@ struct ForwardState {
     grad = carver.take<float>(p.query_grad ? lanes * p.D : 0);
     max = carver.take<float>(lanes);
     sum = carver.take<float>(lanes);
+    rest = carver.take<float>(lanes);
     level_grad = carver.take<float>(p.query_grad ? lanes * levels * size_t(padded(p.D)) : 0);
     level_max = carver.take<float>(lanes * levels);
     level_sum = carver.take<double>(lanes * levels);
@@ -49,7 +50,7 @@ struct ForwardState {
 
   void start(const InfoNceForward& p, int64_t rows) const {
     const int64_t lanes = round_up<LANES>(rows), levels = has_level_sums(p) ? p.L : 0;
-    for (int64_t i = 0; i < lanes; ++i) max[i] = -INFINITY, sum[i] = 0.0f;
+    for (int64_t i = 0; i < lanes; ++i) max[i] = -INFINITY, sum[i] = rest[i] = 0.0f;
     for (int64_t i = 0; i < lanes * levels; ++i) level_max[i] = -INFINITY, level_sum[i] = 0.0;
     memset(count, 0, sizeof(int32_t) * size_t(lanes * p.L));
     if (p.query_grad) {
@@ -166,13 +167,20 @@ static void marked_keys(const InfoNceForward& p, const ForwardWork<Word>& work, 
     if (!attract || marked.levels[j] == 0) work.scores[ptrdiff_t(marked.key[j]) * LANES + query % LANES] = -INFINITY;
 }
 
-// e^{s - reference} of every key, as weights; returns their sum.
+// e^{s - reference} of every key, as weights; returns their sum, added up in blocks: nearly equal terms are rounded
+// alike, and would pile up an error of one sign.
+constexpr int kSumBlock = 16;
+
 IFND_INLINE vfloat exponentials(const float* scores, int keys, vfloat reference, float* weights) {
   vfloat sum = {};
-  for (int k = 0; k < keys; ++k) {
-    const vfloat e = exp(load(scores + ptrdiff_t(k) * LANES) - reference);
-    store(weights + ptrdiff_t(k) * LANES, e);
-    sum += e;
+  for (int first = 0; first < keys; first += kSumBlock) {
+    vfloat part = {};
+    for (int k = first; k < min_of(keys, first + kSumBlock); ++k) {
+      const vfloat e = exp(load(scores + ptrdiff_t(k) * LANES) - reference);
+      store(weights + ptrdiff_t(k) * LANES, e);
+      part += e;
+    }
+    sum += part;
   }
   return sum;
 }
@@ -180,11 +188,15 @@ IFND_INLINE vfloat exponentials(const float* scores, int keys, vfloat reference,
 #ifdef __AVX512BF16__
 IFND_INLINE vfloat exponentials(const float* scores, int keys, vfloat reference, Pair* weights) {
   vfloat sum = {};
-  for (int k = 0; k < keys; k += 2, scores += 2 * LANES, weights += LANES) {
-    const vfloat first = exp(load(scores) - reference);
-    const vfloat second = k + 1 < keys ? exp(load(scores + LANES) - reference) : vfloat{};
-    store(weights, to_pairs(first, second));
-    sum += first + second;
+  for (int begin = 0; begin < keys; begin += kSumBlock) {
+    vfloat part = {};
+    for (int k = begin; k < min_of(keys, begin + kSumBlock); k += 2, scores += 2 * LANES, weights += LANES) {
+      const vfloat first = exp(load(scores) - reference);
+      const vfloat second = k + 1 < keys ? exp(load(scores + LANES) - reference) : vfloat{};
+      store(weights, to_pairs(first, second));
+      part += first + second;
+    }
+    sum += part;
   }
   return sum;
 }
@@ -202,7 +214,9 @@ static void common_keys(const ForwardWork<Word>& work, int64_t first, int64_t la
     const vfloat reference = max(highest, splat(kLowest)), scale = exp(before - reference);
     const vfloat added = exponentials(scores, keys, reference, work.weights + v);
     store(state.max + first + v, highest);
-    store(state.sum + first + v, load(state.sum + first + v) * scale + added);
+    const vfloat kept = load(state.sum + first + v) * scale, sum = kept + added, joined = sum - kept;
+    store(state.sum + first + v, sum);
+    store(state.rest + first + v, load(state.rest + first + v) * scale + ((kept - (sum - joined)) + (added - joined)));
     if (!with_grad || !true_lanes(highest > before)) continue;
     float* grad = state.grad + first * D + v;
     for (int d = 0; d < D; ++d) store(grad + ptrdiff_t(d) * LANES, load(grad + ptrdiff_t(d) * LANES) * scale);
@@ -286,7 +300,7 @@ struct Totals {
   Totals(const Chunks& chunks, int64_t at, int L, int levels) {
     for (int c = 0; c < chunks.count; ++c) {
       const ForwardState state = chunks[c];
-      common.join(state.max[at], state.sum[at]);
+      common.join(state.max[at], double(state.sum[at]) + state.rest[at]);
       for (int l = 0; l < L; ++l) count[l] += state.count[at * L + l];
       for (int l = 0; l < levels; ++l) level[l].join(state.level_max[at * L + l], state.level_sum[at * L + l]);
     }

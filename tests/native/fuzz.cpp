@@ -133,7 +133,8 @@ InfoNceInput info_nce_input(Random& random, int D, Kind kind) {
   p.query = in.query.bytes.data(), p.negatives = in.negatives.bytes.data();
   p.query_labels = data_or_null(random, in.query_labels), p.negative_labels = data_or_null(random, in.negative_labels);
   p.query_ids = data_or_null(random, in.query_ids), p.negative_ids = data_or_null(random, in.negative_ids);
-  for (int64_t i = 0; i < p.B; ++i) in.loss_grad.push_back(random.chance(5) ? 0.0f : float(random.normal()));
+  const double upstream[] = {1.0, 1.0, 1.0, 1e-30, 1e-6, 1e6, 1e25}, largest = random.one_of(upstream);
+  for (int64_t i = 0; i < p.B; ++i) in.loss_grad.push_back(random.chance(5) ? 0.0f : float(largest * random.normal()));
   return in;
 }
 

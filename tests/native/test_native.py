@@ -78,16 +78,17 @@ class Case:
         # The low halves of these ids all agree with some query's; only some whole ids do.
         self.negative_ids = (integers(0, K + 1, K) + 2**32 * integers(1, 3, K)) if ids else None
         self.loss_grad = torch.rand(B, generator=generator) + 0.5
-        self.L, self.tau, self.strategy = L, tau, strategy
+        self.L, self.tau, self.strategy, self.combination = L, tau, strategy, 0
 
     def native(self, threads: int = 2, with_grad: bool = True) -> dict[str, Tensor]:
         (B, D), K = self.query.shape, len(self.negatives)
         keys = [self.query_labels, self.negative_labels, self.query_ids, self.negative_ids]
-        sizes = (B, K, D, self.L, DTYPES[self.query.dtype], self.tau, self.strategy, 0)
+        sizes = (B, K, D, self.L, DTYPES[self.query.dtype], self.tau, self.strategy, self.combination)
+        losses = self.L if self.combination == 0 else 1
         # NaN: what a kernel forgets to write shows.
         loss, weight, query_grad = (torch.full(s, torch.nan) for s in ((B,), (B,), (B, D)))
-        normalizer, negatives_grad = torch.full((B, self.L), torch.nan), torch.full((K, D), torch.nan)
-        counts = torch.full((B, self.L), -7, dtype=torch.int32)
+        normalizer, negatives_grad = torch.full((B, losses), torch.nan), torch.full((K, D), torch.nan)
+        counts = torch.full((B, losses), -7, dtype=torch.int32)
         _cpu.info_nce_forward(
             *map(address, (self.query, self.positive, self.negatives, *keys)),
             *sizes,
@@ -125,7 +126,7 @@ class Case:
         s = query @ negatives.T / self.tau
         same = torch.zeros_like(s, dtype=torch.bool)
         if self.query_ids is not None:
-            same = self.query_ids[:, None] == self.negative_ids
+            same = (self.query_ids[:, None] == self.negative_ids) & (self.negative_ids >= 0)
         losses, normalizers, counts, pulls = [], [], [], torch.zeros_like(s)
         for level in range(self.L):
             false = torch.zeros_like(same)
@@ -307,6 +308,55 @@ def test_values_that_are_not_finite_show_in_the_loss(culprit, bad):
     assert not finite.any() if culprit == "negatives" else finite.sum() == 19
 
 
+@pytest.mark.parametrize("strategy", [ELIMINATE, ATTRACT, KEEP])
+@pytest.mark.parametrize("unknown", [-1, -2, -(2**31), -(2**32), -(2**32) + 5, -(2**63)])
+def test_values_of_unknown_ids(unknown, strategy):
+    """They match nothing, not even each other; 2^32 - 1 and 2^32 - 2 have the low halves of -1 and -2."""
+    case = Case(20, 200, 24, 2, strategy=strategy, ids=False)
+    without = case.native()
+    case.query_ids, case.negative_ids = torch.full((20,), unknown), torch.full((200,), unknown)
+    case.negative_ids[::5], case.negative_ids[1::5] = 2**32 - 1, 2**32 - 2
+    found = case.native()
+    assert all(torch.equal(found[name], without[name]) for name in found)
+    case.query_ids[::2] = case.negative_ids[::3] = 5
+    case.check()
+    assert not torch.equal(case.native()["loss"], without["loss"])
+
+
+@pytest.mark.parametrize("strategy", [ELIMINATE, ATTRACT])
+@pytest.mark.parametrize("combination", [0, 1, 2])
+def test_values_of_labels_below_0(combination, strategy):
+    below = torch.tensor([-1, -2, -3, -(2**31), -(2**31) + 1], dtype=torch.int32)
+    case = Case(20, 200, 24, 2, strategy=strategy)
+    case.combination = combination
+    case.query_labels[:] = -1
+    expected = case.native()
+    for labels in (case.query_labels, case.negative_labels):
+        labels[labels < 0] = below.repeat(len(labels))[: int((labels < 0).sum())]
+    assert (case.query_labels == case.negative_labels[:20]).any()
+    found = case.native()
+    assert not found["counts"].any() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("strategy", [ELIMINATE, ATTRACT, KEEP])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tau", [1e-6, 1e-3, 1e6])
+@pytest.mark.parametrize("scale", [1e-7, 6e-5, 1.0, 1e4])
+def test_values_at_the_ends_of_the_ranges(scale, tau, dtype, strategy):
+    """Rows down to float16's subnormal numbers, and logits up to 1e14."""
+    case = Case(9, 150, 16, 3, dtype=dtype, strategy=strategy, scale=scale, tau=tau)
+    case.check()
+    assert all(value.isfinite().all() for value in case.native().values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_of_many_nearly_equal_logits(dtype):
+    """Added up one by one, e^s a little below 1 are all rounded the same way: 20,000 of them off by 4e-5."""
+    case = Case(3, 20_000, 16, dtype=dtype, scale=6e-5, tau=1e-3, labels=False, ids=False)
+    right = case.definition(torch.float64)["loss"]
+    torch.testing.assert_close(case.native()["loss"].double(), right, rtol=0, atol=1.5e-6)
+
+
 def native_assign(x, c, metric=0, tau=0.2, threads=2, with_confidence=True):
     labels, confidence = torch.full((len(x),), -7, dtype=torch.int32), torch.full((len(x),), torch.nan)
     _cpu.assign_clusters(
@@ -462,6 +512,89 @@ def test_values_of_labels_decided_by_float32_rounding(metric):
     labels, _ = native_assign(x, c, metric)
     bare, _ = native_assign(x, c, metric, with_confidence=False)
     assert torch.equal(bare, labels) and len(labels.unique()) > 2
+
+
+def stated(x: Tensor, c: Tensor, metric: int) -> tuple[Tensor, Tensor]:
+    """Labels by the rule where similarities may not be numbers, and the rows whose confidence is NaN."""
+    s = similarity(x, c, metric, torch.float64)
+    numbers = torch.where(s.isnan(), -torch.inf, s)
+    best = numbers.max(1, keepdim=True).values
+    labels = torch.where((s == best).any(1), (s == best).int().argmax(1), -1)  # the lowest index
+    return labels.int(), s.isnan().any(1) | best[:, 0].isinf()
+
+
+NOT_NUMBERS = {
+    "row": lambda x, c: x[::7].fill_(torch.nan),
+    "one of a row": lambda x, c: x[3::9, -1].fill_(torch.nan),
+    "infinite rows": lambda x, c: (x[::5, 0].fill_(torch.inf), x[1::5, 0].fill_(-torch.inf), x[2::9].mul_(torch.inf)),
+    "centroid": lambda x, c: c[5].fill_(torch.nan),
+    "one of some centroids": lambda x, c: c[2::11, 1].fill_(torch.nan),
+    "the last centroid": lambda x, c: c[-1, 0].fill_(torch.nan),
+    "every centroid but one": lambda x, c: (c[:40].fill_(torch.nan), c[41:].fill_(torch.nan)),
+    "infinite centroids": lambda x, c: (c[4::13, 0].fill_(torch.inf), c[5::17, 0].fill_(-torch.inf)),
+    "everything": lambda x, c: (x.fill_(torch.nan), c[::2].fill_(torch.nan)),
+}
+
+
+@pytest.mark.parametrize("metric", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [3, 40, 384])
+@pytest.mark.parametrize("which", NOT_NUMBERS)
+def test_values_of_assignment_of_what_is_no_number(which, D, dtype, metric):
+    """-1 where no similarity is a number, else the lowest index of the largest; screened or not."""
+    generator = torch.Generator().manual_seed(D)
+    x, c = (torch.randn(n, D, generator=generator).to(dtype) for n in (70, 150))
+    NOT_NUMBERS[which](x, c)
+    right, unsure = stated(x, c, metric)
+    labels, confidence = native_assign(x, c, metric)
+    alone, _ = native_assign(x, c, metric, with_confidence=False)
+    assert torch.equal(labels, right) and torch.equal(alone, right)
+    assert torch.equal(confidence.isnan(), unsure) and unsure.any()
+
+
+def test_values_of_assignment_by_infinities_alone():
+    x = torch.ones(40, 1)
+    for numbers in ([-torch.inf] * 3, [torch.nan, -torch.inf, torch.nan, -torch.inf], [0.0, torch.inf, torch.inf]):
+        c = torch.tensor(numbers)[:, None]
+        right, unsure = stated(x, c, 0)
+        labels, confidence = native_assign(x, c)
+        assert torch.equal(labels, right) and unsure.all() and confidence.isnan().all()
+
+
+@pytest.mark.parametrize("metric", [0, 1])
+@pytest.mark.parametrize("scale", [1e17, 1e18, 3e18, 1e19])
+def test_values_of_labels_whose_sums_overflow(scale, metric):
+    """Where products overflow float32, on the way or for good, screening gives what the sums give."""
+    generator = torch.Generator().manual_seed(0)
+    x, c = scale * torch.randn(300, 64, generator=generator), scale * torch.randn(150, 64, generator=generator)
+    labels, _ = native_assign(x, c, metric)
+    alone, _ = native_assign(x, c, metric, with_confidence=False)
+    assert torch.equal(alone, labels)
+
+
+def native_reassign(x, c, previous, labels, bounds):
+    (N, D), C = x.shape, len(c)
+    return _cpu.reassign(address(x), address(previous), address(c), N, C, D, address(labels), address(bounds), 2)
+
+
+@pytest.mark.parametrize("which", [None, *NOT_NUMBERS])
+@pytest.mark.parametrize("D", [40, 176, 384])
+def test_values_of_reassignment_of_what_is_no_number(D, which):
+    """Labels are those of assignment, also of rows whose labels were none of 0..C-1: those have none yet."""
+    generator = torch.Generator().manual_seed(D)
+    x, c = (torch.randn(n, D, generator=generator) for n in (70, 150))
+    if which is not None:
+        NOT_NUMBERS[which](x, c)
+    labels, bounds, previous = torch.full((70,), -7, dtype=torch.int32), torch.full((70,), torch.nan), None
+    for none in (-1, 150, -(2**31), 2**31 - 1):
+        if native_reassign(x, c, previous, labels, bounds) < 0:
+            assert _cpu.isa() not in ("avx512vnni", "avx512bf16")
+            assert previous is None and (labels == -7).all() and bounds.isnan().all()
+            return
+        assert torch.equal(labels, native_assign(x, c, 1, with_confidence=False)[0])
+        assert torch.equal(labels, stated(x, c, 1)[0])
+        previous, c = c, c + 0.01 * (torch.rand(150, 1, generator=generator) < 0.3)
+        labels[::4] = none
 
 
 # Widths at which half a tile of floats isn't whole blocks of centroids, and their neighbours; and usual ones.
