@@ -13,7 +13,10 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent.parent / "csrc"
 MEMORY = "address,undefined,float-cast-overflow"
 # No leak check: it needs ptrace, which containers often forbid, and OpenMP's pool would count.
-SETTINGS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+SETTINGS = {
+    "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1",
+    "OMP_WAIT_POLICY": "passive",  # threads that wait leave a busy machine to others
+}  # fmt: skip
 
 
 class NoSanitizer(Exception):
