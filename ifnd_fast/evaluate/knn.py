@@ -22,7 +22,7 @@ def knn(common: tyro.conf.OmitArgPrefixes[Options], k: int = 20, temperature: fl
         raise UsageError(f"--k must be 1 or more, got {k}")
     check_range("temperature", temperature)
     subject = Subject(common)
-    probe = KnnProbe(*open_labelled(subject.data, subject.known))
+    probe = KnnProbe(*open_labelled(subject.data))
     found = probe.measure(subject.features, k=k, temperature=temperature)
     subject.tell(
         f"kNN on {subject.data.data}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,19 @@ from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.runtime.paths import shown
 
 
-def open_labelled(data: DataConfig, known: tuple[Path, Identity] | None = None) -> tuple[Images, Images]:
-    """Training and test images with labels; without a test part, every tenth image is one.
+@dataclass
+class RunData(DataConfig):
+    """The data options of a run whose own data are measured on."""
 
-    Args:
-        data: which.
-        known: of a run whose own data these are, its folder and their identity then; a warning says what differs.
+    run: Path = Path()
+    """its folder"""
+    identity: Identity = field(default_factory=dict)
+    """of the data when it was trained"""
+
+
+def open_labelled(data: DataConfig) -> tuple[Images, Images]:
+    """Training and test images with labels; without a test part, every tenth image is one. A warning says how a run's
+    own data have changed since.
 
     Raises:
         UsageError: no such data, or no labels, or one class, or a class of the test part that training lacks; or the
@@ -35,10 +43,10 @@ def open_labelled(data: DataConfig, known: tuple[Path, Identity] | None = None) 
     train, test = open_for_run(data)
     assert train is not None
     tell_found(data, train, test)
-    if known is not None and known[1] and (text := identity.changes(*known, listings(train, test))):
+    if isinstance(data, RunData) and (text := identity.changes(data.run, data.identity, listings(train, test))):
         if data.hold_out:
             raise UsageError(f"{name}: what the run held out is mixed with what it trained on by now: {text}")
-        warn(f"{name} is not what the run in {shown(str(known[0]))} was trained on: {text}")
+        warn(f"{name} is not what the run in {shown(str(data.run))} was trained on: {text}")
     if train.labels is None or (test is not None and test.labels is None):
         which = "training images" if train.labels is None else "test images"
         raise UsageError(

@@ -37,7 +37,7 @@ def linear(common: tyro.conf.OmitArgPrefixes[Options], training: tyro.conf.OmitA
     """Accuracy of a linear classifier on a backbone's frozen features."""
     training.check()
     subject = Subject(common)
-    train, test = open_labelled(subject.data, subject.known)
+    train, test = open_labelled(subject.data)
     measure(subject, train, test, training, "linear")
 
 

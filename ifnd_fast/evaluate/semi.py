@@ -58,7 +58,7 @@ def semi(common: tyro.conf.OmitArgPrefixes[Options], training: tyro.conf.OmitArg
     if not training.shares or not all(0 < share <= 1 for share in training.shares):
         raise UsageError(f"--shares must be from 0 (excluded) to 1, got {training.shares}")
     subject = Subject(common)
-    train, test = open_labelled(subject.data, subject.known)
+    train, test = open_labelled(subject.data)
     assert train.labels is not None
     if training.ids is not None:
         lists = {training.ids.stem: read_ids(training.ids, train)}

@@ -17,6 +17,7 @@ from ifnd_fast.data import features
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.evaluate.backbone import load_backbone
+from ifnd_fast.evaluate.labelled import RunData
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
 from ifnd_fast.runtime.console import table
@@ -56,9 +57,6 @@ class Options:
 class Subject:
     """The network that is measured, on its device, and the run's data options with what was asked for instead.
 
-    Attributes:
-        known: where the run's own data are measured on, its folder and their identity then.
-
     Raises:
         CommandError, UsageError: the checkpoint can't be used, or an option is out of range.
     """
@@ -81,8 +79,9 @@ class Subject:
         if options.data is not None:
             self.data.data = full_data(options.data)
             self.data.hold_out = 0.0  # what the run held out was of its own images
-        folder = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
-        self.known = None if options.data is not None else (folder, self.config.identity)
+        if options.data is None and self.config.identity:
+            folder = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
+            self.data = RunData(**vars(self.data), run=folder, identity=self.config.identity)
         self.device = pick_device(options.device)
         self.amp = pick_amp(options.amp or self.config.run.amp, self.device)
         leave_cores_to_workers(self.device, self.data.workers)

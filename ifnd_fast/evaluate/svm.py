@@ -103,7 +103,7 @@ def _check(options: SvmOptions) -> None:
 
 def _open(subject: Subject) -> tuple[Images, Images]:
     year = find_voc(subject.data.data)
-    return open_labelled(subject.data, subject.known) if year is None else open_voc(year)
+    return open_labelled(subject.data) if year is None else open_voc(year)
 
 
 def _features(subject: Subject, train: Images, test: Images) -> Problem:

@@ -40,7 +40,7 @@ def transfer(
         raise UsageError("give the data to transfer to: either --data, or --train-list and --val-list")
     subject = Subject(common)
     if lists.train_list is None or lists.val_list is None:
-        train, test = open_labelled(subject.data, subject.known)
+        train, test = open_labelled(subject.data)
     else:
         root = lists.image_root or lists.train_list.parent
         train, test = ListImages(lists.train_list, root), ListImages(lists.val_list, root)

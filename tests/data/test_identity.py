@@ -17,7 +17,7 @@ from ifnd_fast.data.identity import Listing, difference
 from ifnd_fast.data.images import ArrayImages, Subset
 from ifnd_fast.data.sources import open_images
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions
-from ifnd_fast.evaluate.labelled import open_labelled
+from ifnd_fast.evaluate.labelled import RunData, open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.errors import UsageError
@@ -265,16 +265,16 @@ def test_hold_out_is_part_of_it(data, tmp_path):
 def test_an_evaluation_of_a_runs_own_data_says_what_changed(hold_out, data, tmp_path, capsys):
     trainer = new(tmp_path / "run", data, "--hold-out", hold_out)
     identity.keep(tmp_path / "run", trainer.listings())
-    options, known = trainer.config.data, (tmp_path / "run", trainer.identity)
+    options = RunData(**vars(trainer.config.data), run=tmp_path / "run", identity=trainer.identity)
     capsys.readouterr()
-    open_labelled(options, known)
+    open_labelled(options)
     assert "warning" not in capsys.readouterr().err
     add(data)
     if hold_out:  # the numbers of the images are drawn from, so that others are held out now
         with pytest.raises(UsageError, match="held out is mixed"):
-            open_labelled(options, known)
+            open_labelled(options)
     else:
-        open_labelled(options, known)
+        open_labelled(options)
         assert "was trained on: train images: 1 new (digit-1/003a.png)" in capsys.readouterr().err
 
 
