@@ -208,12 +208,23 @@ def test_sums_of_a_large_cluster_keep_their_digits(sums_backend):  # float32 thr
     assert not distances.any()
 
 
-@pytest.mark.parametrize("label", [-1, 3])
-def test_sums_refuse_labels_out_of_range(label):
-    if kmeans.backends._cpu is None:
-        pytest.skip("extension not built")
+@pytest.mark.parametrize("label", [-1, 3, -(2**31), 2**31 - 1])
+def test_sums_refuse_labels_out_of_range(label, sums_backend):
     with pytest.raises(ValueError, match="labels must be 0 to C - 1"):
         cluster_sums(torch.ones(2, 1), torch.tensor([0, label], dtype=torch.int32), torch.ones(3, 1))
+
+
+def test_rows_without_a_nearest_centroid_index_nothing(sums_backend):
+    """`assign` gives them -1, which is the last one to an index."""
+    x = torch.randn(30, 4)
+    x[7] = float("nan")
+    with pytest.raises(ValueError, match="labels must be 0 to C - 1"):
+        lloyd(x, x[:5].clone(), 3)
+    labels = (torch.arange(30) % 3).int()
+    labels[7] = -1
+    centroids = centroids_of(x, labels, 3)
+    for j in range(3):
+        torch.testing.assert_close(centroids[j], x[labels == j].mean(0))
 
 
 def test_cluster_sums_do_not_depend_on_the_number_of_threads():

@@ -42,6 +42,14 @@ for start in (few[:1].repeat(25, 1), few[:25] * 0 + 1e3):
     assert torch.equal(shared.labels_, own(alone.labels_))
     assert len(shared.labels_.unique()) > 1
 
+for far in (x + 1e4, x.double() - 1e8, 1e-20 * x, 1e-20 * (x.double() + 1e6)):  # the same frame on every rank
+    alone = KMeans(60).fit(far)
+    shared = KMeans(60, distributed=True).fit(own(far))
+    assert torch.equal(shared.labels_, own(alone.labels_))
+    assert torch.equal(shared.predict(own(far)), shared.labels_)
+    torch.testing.assert_close(shared.cluster_centers_, alone.cluster_centers_, rtol=1e-6, atol=1e-30)
+    assert abs(shared.inertia_ / alone.inertia_ - 1) < 1e-5
+
 alone = PseudoLabels((5, 40)).fit(x)
 shared = PseudoLabels((5, 40), distributed=True).fit(own(x))
 assert torch.equal(shared.labels, alone.labels) and torch.equal(shared.accept(0.3), alone.accept(0.3))

@@ -133,3 +133,11 @@ def test_unfit_sizes(name):
         NegativeQueue(**{"size": 1, "dim": 1, "levels": 1, name: 0})
     with pytest.raises(TypeError, match="dtype must be"):
         NegativeQueue(1, 1, 1, dtype=torch.int32)
+
+
+def test_an_empty_slot_or_unknown_image_is_minus_one():
+    queue = NegativeQueue(4, 2, 1)
+    queue.enqueue(torch.ones(2, 2), indices=torch.tensor([5, -1]))
+    assert queue.indices.tolist() == [5, -1, -1, -1] and queue.negatives()[2].tolist() == [5, -1]
+    queue.relabel(torch.zeros(6, 1, dtype=torch.int32))
+    assert queue.labels.flatten().tolist() == [0, -1, -1, -1]
