@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 
 import pytest
@@ -140,7 +141,8 @@ def test_where_data_can_stay_nothing_is_copied_or_changed():
 def test_chunks_of_a_frame(rows, monkeypatch):
     whole = KMeans(K, max_iter=8).fit(BLOBS + 1e8)
     monkeypatch.setattr("ifnd_fast.clustering.frame.CHUNK_ELEMENTS", 12 * rows)
-    monkeypatch.setattr("ifnd_fast.ops.assign_clusters.SHIFTED_ELEMENTS", 12 * rows)
+    operator = importlib.import_module("ifnd_fast.ops.assign_clusters")  # the function of that name hides it
+    monkeypatch.setattr(operator, "SHIFTED_ELEMENTS", 12 * rows)
     parts = KMeans(K, max_iter=8).fit(BLOBS + 1e8)
     assert torch.equal(parts.labels_, whole.labels_)
     torch.testing.assert_close(parts.cluster_centers_, whole.cluster_centers_, rtol=1e-14, atol=1e-5)

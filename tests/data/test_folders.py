@@ -303,11 +303,11 @@ NAMES = [
 
 
 def test_names_can_be_shown_and_told_apart():
-    shown = [shown(os.fsdecode(name)) for name in NAMES]
-    assert len(set(shown)) == len(NAMES)
-    for name in shown:
+    names = [shown(os.fsdecode(name)) for name in NAMES]
+    assert len(set(names)) == len(NAMES)
+    for name in names:
         assert name.encode().decode() == name and len(name.splitlines()) == 1
-    assert shown[:2] == ["caf\\xe9", "日本 語"] and "new\\nline" in shown and "back\\\\slash" in shown
+    assert names[:2] == ["caf\\xe9", "日本 語"] and "new\\nline" in names and "back\\\\slash" in names
 
 
 @pytest.fixture(scope="module")

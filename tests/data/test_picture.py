@@ -358,7 +358,11 @@ def test_narrow_pictures_and_bombs_take_little_memory(tmp_path):
         Image.new("L", size, 99).save(tmp_path / name)
     png(tmp_path / "bomb.png", (60_000, 60_000), 8, 0, [b"\0" * 60_000])
     code = (
-        "import resource, sys; from ifnd_fast.data.images import *; from ifnd_fast.report.thumbnails import thumbnail\n"
+        "import resource, sys\n"
+        "from ifnd_fast.config import DataConfig\n"
+        "from ifnd_fast.data.loading import CentreDataset, PairDataset\n"
+        "from ifnd_fast.data.sources import open_images\n"
+        "from ifnd_fast.report.thumbnails import thumbnail\n"
         "images, peaks = open_images(sys.argv[1]), []\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\n"
         "before = peak()\n"
