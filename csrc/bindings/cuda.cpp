@@ -67,7 +67,7 @@ void loss_pass(const nb::kwargs& values) {
   p.rows = pass == Pass::NEGATIVES ? negatives : queries;
   p.columns = pass == Pass::NEGATIVES ? queries : negatives;
   p.unit = n.at<float>("unit"), p.column_unit = n.at<float>("column_unit");
-  p.D = n.number<int>("D"), p.L = n.number<int>("L");
+  p.D = n.number<int>("D"), p.L = n.number<int>("L"), p.grad_columns = n.number<int>("grad_columns");
   p.terms = n.number<int>("terms"), p.stored_terms = n.number<int>("stored_terms");
   p.split_columns = n.number<int>("split_columns"), p.tiles = n.number<int>("tiles");
   p.scale = n.number<float>("scale"), p.shift = n.number<float>("shift");
@@ -92,7 +92,7 @@ NormaliseArguments normalise_arguments(const Named& n) {
   p.loss = n.at<float>("loss"), p.log_normalizer = n.at<float>("log_normalizer");
   p.positive_weight = n.at<float>("positive_weight"), p.query_grad = n.at<float>("query_grad");
   p.B = n.number<int>("B"), p.D = n.number<int>("D"), p.n_losses = n.number<int>("n_losses"), p.splits = n.number<int>("splits");
-  p.kind = n.number<int>("kind"), p.grad_stride = n.number<int>("grad_stride");
+  p.kind = n.number<int>("kind");
   p.scale = n.number<float>("scale"), p.inverse_temperature = n.number<float>("inverse_temperature");
   p.attract = n.number<bool>("attract"), p.has_marked_pass = n.number<bool>("has_marked_pass");
   return p;

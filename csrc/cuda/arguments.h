@@ -37,18 +37,19 @@ struct InfoNceArguments {
   const float* unit;         // on the device, of a product; or null for 1
   const float* column_unit;  // of a column's features
   int D, L, terms, stored_terms, split_columns, tiles;  // a split is a multiple of a tile; `tiles` in all
+  int grad_columns;  // D, less what fills rows up to pieces of 16 bytes
   int n_losses;  // L, or 1 whose false negatives are those of any level, or of all
   float scale, shift;  // log2(e) / tau; weights are multiplied by 2^shift, else small ones lose digits in 16 bits
   bool attract, all_levels, with_grad;
   float *split_max, *split_sum;               // (splits, B): of products; of exponentials
-  float* split_grad;                          // (splits, B, D)
+  float* split_grad;                          // (splits, B, grad_columns)
   unsigned char* flags;                       // (groups of 32 queries, tiles), or null where none is visited again
   float *level_max, *level_sum;               // (splits, B, n_losses), or where false negatives attract products' sums
   int* level_count;                           // (splits, B, n_losses)
   const float *split_factor, *log_normalizer;  // (splits, B), (B, n_losses)
   const int* false_negative_counts;            // (B, n_losses)
   const float* loss_grad;                      // NEGATIVES: (B,)
-  float* negatives_grad;                       // NEGATIVES: (K, D)
+  float* negatives_grad;                       // NEGATIVES: (K, grad_columns)
 };
 
 struct NormaliseArguments {
@@ -57,9 +58,10 @@ struct NormaliseArguments {
   const int* level_count;
   float *loss, *log_normalizer, *positive_weight, *split_factor, *query_grad;
   int* false_negative_counts;
-  int B, D, n_losses, splits, kind, grad_stride;  // kind: 0 float32, 1 bfloat16, 2 float16; grad_stride: D of split_grad
+  int B, D, n_losses, splits, kind;  // kind: 0 float32, 1 bfloat16, 2 float16
   float scale, inverse_temperature;
-  bool attract, has_marked_pass;  // flagged tiles were visited again: there are level sums, and split_grad carries its factor
+  bool attract;
+  bool has_marked_pass;  // flagged tiles were visited again: there are level sums, and split_grad carries its factor
 };
 
 struct ClusterSumsArguments {

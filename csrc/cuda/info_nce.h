@@ -94,9 +94,9 @@ __device__ __forceinline__ void store_grad(const InfoNceArguments& p, const floa
 #pragma unroll
     for (int v = 0; v < Core::VALUES; ++v) {
       const int column = grad_at + 8 * block + Core::column(lane, v);
-      if (column >= p.D) continue;
+      if (column >= p.grad_columns) continue;
       float g = grad[block][Core::at(r, v)] * unit;
-      float& place = out[at * p.D + column];
+      float& place = out[at * p.grad_columns + column];
       if (PASS == Pass::MARKED_GRAD) g += place * factor;
       place = g;
     }

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(32 * ADD_WARPS) add_splits_kernel(NormaliseArg
 #pragma unroll 4
   for (int split = warp; split < p.splits; split += ADD_WARPS) {
     const long long of_row = (long long)split * p.B + row;
-    const float part = p.split_grad[of_row * p.grad_stride + column];
+    const float part = p.split_grad[of_row * p.D + column];
     grad += p.has_marked_pass ? part : part * p.split_factor[of_row];
   }
   parts[threadIdx.x] = grad;

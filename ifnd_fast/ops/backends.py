@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import re
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -11,6 +14,7 @@ import torch
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # as a rule, fastest first
 OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
 TRITON_OPERATORS = ("info_nce", "assign_clusters")
+TRITON_VERSION = (3, 4)  # older ones don't compile these kernels: tuples of tensors, for one
 TRITON_CAPABILITY = (8, 0)  # on older cards Triton multiplies without their tensor cores
 CUDA_CAPABILITY = (7, 0)  # the first with tensor cores
 BFLOAT16_CAPABILITY = (8, 0)
@@ -27,6 +31,18 @@ try:
     from ifnd_fast import _cuda
 except ImportError:  # there was no nvcc
     _cuda = None  # type: ignore[assignment]
+
+
+def installed_triton() -> str | None:
+    """Its version, None without it; read from its file, as the import takes a while."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r"^__version__ = .(\d[\w.+]*)", Path(spec.origin).read_text(), re.MULTILINE)
+    return found.group(1) if found else "0"
+
+
+_TRITON_VERSION = installed_triton()  # once: torch.compile can't trace it
 
 
 def cpu_has_bfloat16() -> bool:
@@ -58,8 +74,12 @@ def _dtype_refusal(dtype: torch.dtype) -> str | None:
 
 
 def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if _TRITON_VERSION is None:
         return "triton is not installed"
+    if tuple(int(number) for number in _TRITON_VERSION.split(".")[:2]) < TRITON_VERSION:
+        return "it needs triton {}.{} or newer, and {} is installed: pip install -U 'torch>=2.8'".format(
+            *TRITON_VERSION, _TRITON_VERSION
+        )
     if device.type == "cpu" and triton_interprets():
         return _dtype_refusal(dtype)
     if device.type != "cuda":
@@ -75,6 +95,11 @@ def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the extension ifnd_fast._cuda was not built: nvcc was missing at installation"
     if device.type != "cuda":
         return f"it computes on a GPU and the tensors are on {device}"
+    if not _cuda_sees_a_gpu():
+        return (
+            "the extension ifnd_fast._cuda sees no GPU: it was built by an nvcc newer than the driver. Update the "
+            "driver, or install again with an older CUDA toolkit"
+        )
     capability = torch.cuda.get_device_capability(device)
     card = "{} has {}.{}".format(device, *capability)
     if capability < CUDA_CAPABILITY:
@@ -82,6 +107,12 @@ def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if not _has_code_for(capability):
         return f"the extension was built for the architectures {_cuda.architectures}, and {card}"
     return _old_card_refusal(capability, dtype) or _dtype_refusal(dtype)
+
+
+@functools.cache
+def _cuda_sees_a_gpu() -> bool:
+    """By the CUDA runtime that the extension was linked with, not torch's."""
+    return _cuda.device_count() > 0
 
 
 def _old_card_refusal(capability: tuple[int, int], dtype: torch.dtype) -> str | None:

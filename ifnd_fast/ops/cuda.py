@@ -117,18 +117,18 @@ def info_nce_forward(
     query_grad = floats(B if with_grad else 0, D)
     sums = {
         "split_max": floats(splits, B), "split_sum": floats(splits, B), "split_factor": floats(splits, B),
-        "split_grad": floats(splits if with_grad else 0, B, dim),
+        "split_grad": floats(splits if with_grad else 0, B, D),
         "level_max": floats(level_splits, B, n_losses), "level_sum": floats(level_splits, B, n_losses),
         "level_count": query.new_empty((level_splits, B, n_losses), dtype=torch.int32),
         "flags": query.new_empty((-(-B // WARP_ROWS), tiles), dtype=torch.uint8) if has_marked_pass else None,
         "log_normalizer": log_normalizer, "false_negative_counts": false_negative_counts,
     }  # fmt: skip
     cut = {"split_columns": split_tiles * TILE_COLUMNS, "splits": splits, "tiles": tiles, "warps": warps}
-    passes = {**both, **sums, **cut, "column_unit": unit_of(operands[1]), "with_grad": with_grad}
+    passes = {**both, **sums, **cut, "column_unit": unit_of(operands[1]), "with_grad": with_grad, "grad_columns": D}
     joins = {
         **sums, "query": query.contiguous(), "positive": positive.contiguous(), "loss": loss,
         "positive_weight": positive_weight, "query_grad": query_grad, "B": B, "D": D, "n_losses": n_losses,
-        "splits": splits, "kind": _KINDS[query.dtype], "grad_stride": dim, "scale": both["scale"],
+        "splits": splits, "kind": _KINDS[query.dtype], "scale": both["scale"],
         "inverse_temperature": 1 / temperature, "attract": both["attract"], "has_marked_pass": has_marked_pass,
         "stream": both["stream"],
     }  # fmt: skip
@@ -155,19 +155,19 @@ def info_nce_negatives_grad(
     level_combination: str,
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
-    B, K = len(query), len(negatives)
+    (B, D), K = query.shape, len(negatives)
     operands = Operand.of(query), Operand.of(negatives)
     both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives, level_combination)
-    out = query.new_empty((K, both["D"]), dtype=torch.float32)
+    out = query.new_empty(negatives.shape, dtype=torch.float32)
     of_queries = {
         "log_normalizer": log_normalizer.contiguous(), "false_negative_counts": false_negative_counts.contiguous(),
         "loss_grad": loss_grad.contiguous(), "negatives_grad": out,
     }  # fmt: skip
     cut = {"split_columns": B, "splits": 1, "tiles": 0, "warps": _warps(K, both["L"])}
-    last = {"column_unit": unit_of(operands[0]), "with_grad": True, "step": "negatives"}
+    last = {"column_unit": unit_of(operands[0]), "with_grad": True, "grad_columns": D, "step": "negatives"}
     if K:
         _call(_cuda.info_nce, {**both, **of_queries, **cut, **last})
-    return out[:, : query.shape[1]]
+    return out
 
 
 def assign_clusters(

@@ -21,7 +21,7 @@ def test_emulated_gpu(tmp_path):
     built = subprocess.run(["c++", *flags, *sources], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     done = subprocess.run([program], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("ok: ") == 14, done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.count("ok: ") == 26, done.stdout + done.stderr
 
 
 CASES = """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +61,46 @@ def test_float64_goes_to_the_reference(operator):
     assert backends.choose("auto", operator, CPU, torch.float64) == "reference"
     result = call(operator, torch.float64, "auto")
     assert (result[1] if operator == "assign_clusters" else result).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "triton is not installed"),
+        ("3.3.1", r"needs triton 3.4 or newer, and 3.3.1 is installed: pip install -U 'torch>=2.8'"),
+        ("2.10.0", "needs triton 3.4"),
+        ("3.4.0", "tensors are on"),
+        ("3.10.0+git1234", "tensors are on"),
+    ],
+)
+def test_an_old_triton_is_refused(version, reason, monkeypatch):
+    monkeypatch.setattr(backends, "_TRITON_VERSION", version)
+    assert re.search(reason, str(backends.refusal("triton", "info_nce", torch.device("meta"), torch.float16)))
+
+
+def test_the_version_of_the_installed_triton():
+    triton = pytest.importorskip("triton")
+    assert backends.installed_triton() == triton.__version__
+
+
+def test_choosing_looks_for_no_module(monkeypatch):
+    """Which torch.compile could not trace (torch up to 2.11)."""
+
+    def find_spec(name):
+        raise AssertionError(f"looked for {name}")
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    for device in ("cpu", "meta"):
+        backends.choose("auto", "info_nce", torch.device(device), torch.float32)
+
+
+def test_an_extension_that_sees_no_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(backends, "_cuda", SimpleNamespace(device_count=lambda: 0, architectures="70-real"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    backends._cuda_sees_a_gpu.cache_clear()
+    reason = backends.refusal("cuda", "info_nce", torch.device("cuda"), torch.float16)
+    backends._cuda_sees_a_gpu.cache_clear()
+    assert reason is not None and "built by an nvcc newer than the driver" in reason
 
 
 def test_auto_takes_the_first_that_can():

@@ -101,6 +101,15 @@ bool right(const Product& p) {
   return true;
 }
 
+// Of the first row by the first column, these numbers and zeros.
+float first_sum(const Product& p, const std::vector<float>& row, const std::vector<float>& column) {
+  product = &p;
+  A.assign(p.groups * p.M * p.K, 0), B.assign(p.groups * p.N * p.K, 0), D.assign(p.groups * p.M * p.N, NAN);
+  for (size_t k = 0; k < row.size(); ++k) A[k * p.M] = row[k], B[k * p.N] = column[k];
+  launch("multiply", multiply, dim3(1), 32, 0, nullptr, 0);
+  return D[0];
+}
+
 int quad_lane(int group, int i) { return 4 * group + i % 4 + 16 * (i / 4); }
 int same_lane(int, int i) { return i; }
 
@@ -147,6 +156,14 @@ void all() {
                        {{32, 64, 1, 2, 4}, {16, 8}}, same_lane,
                        [](float* d, const u32* a, const u32* b) { mma_m16n8k16(Half(), d, a, b); }};
   check(right(ampere), "m16n8k16");
+
+  for (const Product& p : {volta, by_rows, turing, ampere}) {
+    const bool spare_bit = p.lanes == 32;  // from Turing on
+    check(first_sum(p, {1, 0x1p-12f, 0x1p-12f}, {1, 0x1p-12f, 0x1p-12f}) == (spare_bit ? 1 + 0x1p-23f : 1),
+          "halves of the last place add up where there is a bit to spare");
+    check(first_sum(p, {1, 0x1p-12f}, {1, 0x1.8p-11f}) == 1 + 0x1p-23f, "a sum is cut off, not rounded");
+    check(first_sum(p, {-1, -0x1p-12f}, {1, 0x1.8p-11f}) == -1 - 0x1p-23f, "towards 0");
+  }
 
   for (int i = 0; i < 16 * 8; ++i) rows_of_16[i] = u16(i);
   launch("transpose", transpose, dim3(1), 32, 0, nullptr, 0);

@@ -210,6 +210,34 @@ float number(const u32* words, int i) {
   return unpack(T(), u16(words[i / 2] >> 16 * (i % 2)));
 }
 
+int exponent(double x) {
+  std::uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return int(bits >> 52 & 0x7ff) - 1023;
+}
+
+// x without what is smaller than `unit`, a power of 2.
+double cut(double x, double unit) { return std::trunc(x / unit) * unit; }
+
+// c and exact products, TERMS at a time, as tensor cores add them up (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical
+// behavior of NVIDIA tensor cores"): aligned to the largest of them, cut off EXTRA bits past its 24, and the sum to 24.
+template <int TERMS, int EXTRA>
+float add_products(float c, const double* products, int count) {
+  for (int first = 0; first < count; first += TERMS) {
+    double largest = std::fabs(double(c)), exact = c;
+    for (int i = first; i < first + TERMS; ++i) largest = std::fmax(largest, std::fabs(products[i])), exact += products[i];
+    if (!std::isfinite(exact) || largest == 0) {
+      c = float(exact);
+      continue;
+    }
+    const double unit = std::ldexp(1.0, exponent(largest) - 23 - EXTRA);
+    double sum = cut(c, unit);
+    for (int i = first; i < first + TERMS; ++i) sum += cut(products[i], unit);
+    c = sum == 0 ? 0.f : float(cut(sum, std::ldexp(1.0, exponent(sum) - 23)));
+  }
+  return c;
+}
+
 // Four (8, 8) += (8, 4) (4, 8); B by columns or by rows.
 template <bool B_ROWS>
 void quad_products(const unsigned char* inputs, unsigned char* outputs) {
@@ -231,16 +259,16 @@ void quad_products(const unsigned char* inputs, unsigned char* outputs) {
       const float* d = emulation::lane_of<Operands>(inputs, lane)->d;
       for (int j = 0; j < 8; ++j) {
         const int row = (lane & 1) + (j & 2) + (lane < 16 ? 0 : 4), column = (j & 4) + (lane & 2) + (j & 1);
-        double sum = d[j];
-        for (int k = 0; k < 4; ++k) sum += double(A[row][k]) * B[k][column];
-        emulation::lane_of<float>(outputs, lane)[j] = float(sum);
+        double products[4];
+        for (int k = 0; k < 4; ++k) products[k] = double(A[row][k]) * B[k][column];
+        emulation::lane_of<float>(outputs, lane)[j] = add_products<4, 0>(d[j], products, 4);
       }
     }
   }
 }
 
-// (16, 8) += (16, K) (K, 8)
-template <class T, int K>
+// (16, 8) += (16, K) (K, 8), TERMS products at a time.
+template <class T, int K, int TERMS>
 void product(const unsigned char* inputs, unsigned char* outputs) {
   float A[16][K], B[K][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -253,9 +281,10 @@ void product(const unsigned char* inputs, unsigned char* outputs) {
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + (i < 2 ? 0 : 8), column = 2 * (lane % 4) + i % 2;
-      double sum = emulation::lane_of<Operands>(inputs, lane)->d[i];
-      for (int k = 0; k < K; ++k) sum += double(A[row][k]) * B[k][column];
-      emulation::lane_of<float>(outputs, lane)[i] = float(sum);
+      double products[K];
+      for (int k = 0; k < K; ++k) products[k] = double(A[row][k]) * B[k][column];
+      const float before = emulation::lane_of<Operands>(inputs, lane)->d[i];
+      emulation::lane_of<float>(outputs, lane)[i] = add_products<TERMS, 1>(before, products, K);
     }
 }
 
@@ -272,12 +301,12 @@ void mma_m8n8k4(float (&d)[8], const u32* a, const u32* b) { mma<8, 2, 2>("m8n8k
 void mma_m8n8k4_rows(float (&d)[8], const u32* a, const u32* b) {
   mma<8, 2, 2>("m8n8k4.row.row", d, a, b, quad_products<true>);
 }
-void mma_m16n8k8(float* d, const u32* a, u32 b) { mma<4, 2, 1>("m16n8k8", d, a, &b, product<Half, 8>); }
+void mma_m16n8k8(float* d, const u32* a, u32 b) { mma<4, 2, 1>("m16n8k8", d, a, &b, product<Half, 8, 4>); }
 void mma_m16n8k16(Half, float* d, const u32* a, const u32* b) {
-  mma<4, 4, 2>("m16n8k16.f16", d, a, b, product<Half, 16>);
+  mma<4, 4, 2>("m16n8k16.f16", d, a, b, product<Half, 16, 8>);
 }
 void mma_m16n8k16(Bfloat16, float* d, const u32* a, const u32* b) {
-  mma<4, 4, 2>("m16n8k16.bf16", d, a, b, product<Bfloat16, 16>);
+  mma<4, 4, 2>("m16n8k16.bf16", d, a, b, product<Bfloat16, 16, 8>);
 }
 
 void ldmatrix_x2_trans(u32 (&d)[2], const u16* row) {
