@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
 def expand_home(args: Sequence[str]) -> list[str]:
@@ -35,17 +35,17 @@ def _expanded(arg: str) -> str:
 
 
 def refuse_file(option: str, folder: Path) -> None:
-    """Raises UsageError: `folder`, to be written to, or one that it is in is a file; before any work that is lost."""
+    """Raises CommandError: `folder`, to be written to, or one that it is in is a file; before any work that is lost."""
     for path in (folder, *folder.parents):
         if path.is_dir():
             return
         if path.exists() or path.is_symlink():
             what = "is a file" if path.exists() else "is a broken link"
-            raise UsageError(f"{option} {shown(str(folder))}: {shown(str(path))} {what}, it must be a folder")
+            raise CommandError(f"{option} {shown(str(folder))}: {shown(str(path))} {what}, it must be a folder")
 
 
 def refuse_folder(option: str, file: Path) -> None:
-    """Raises UsageError: `file`, to be written, is a folder, or is in no folder; before any work that is lost."""
+    """Raises UsageError, CommandError: `file`, to be written, is a folder, or in none; before any work that is lost."""
     if file.is_dir():
         raise UsageError(f"{option} {shown(str(file))} is a folder: give the name of a file")
     refuse_file(option, file.parent)

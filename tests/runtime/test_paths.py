@@ -11,7 +11,7 @@ import pytest
 
 from ifnd_fast import config as configs
 from ifnd_fast.cli import evaluate, parse_train
-from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.errors import CommandError, UsageError
 from ifnd_fast.runtime.paths import expand_home, refuse_file, refuse_folder
 from tests.conftest import TINY, command
 
@@ -69,13 +69,13 @@ def test_outputs_that_cannot_be_written_are_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "broken").symlink_to(tmp_path / "gone")
     for path in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
-        with pytest.raises(UsageError, match="--out .*file is a file, it must be a folder"):
+        with pytest.raises(CommandError, match="--out .*file is a file, it must be a folder"):
             refuse_file("--out", path)
-        with pytest.raises(UsageError, match="--out"):
+        with pytest.raises(CommandError, match="--out"):
             parse_train(["--out", str(path)])
-    with pytest.raises(UsageError, match="broken is a broken link"):
+    with pytest.raises(CommandError, match="broken is a broken link"):
         refuse_file("--out", tmp_path / "broken" / "x")
-    with pytest.raises(UsageError, match="is a folder: give the name of a file"):
+    with pytest.raises(CommandError, match="is a folder: give the name of a file"):
         refuse_folder("--json-file", tmp_path)
     refuse_file("--out", tmp_path / "new" / "and" / "deep")
     refuse_folder("--plot", tmp_path / "new" / "plot.png")
@@ -109,5 +109,5 @@ def test_evaluations_refuse_such_outputs_too(args, untrained_run, tmp_path, monk
 
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
-    with pytest.raises(UsageError, match="--json-file"):
+    with pytest.raises(CommandError, match="--json-file"):
         Subject(Options(untrained_run, json_file=Path(args[1])))
