@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ifnd_fast.data import picture
-from ifnd_fast.data.folders import LeftOut, find_images
+from ifnd_fast.data.folders import LeftOut, canonical, find_images
 from ifnd_fast.data.identity import Listing, content_of
 from ifnd_fast.data.lists import read_list, sizes_of
 from ifnd_fast.data.picture import open_picture, reason_of
@@ -128,7 +128,7 @@ class FileImages:
 
     def listing(self) -> Listing:
         start = "" if self.root is None else str(self.root / "_")[:-1]
-        names = [str(file).removeprefix(start) for file in self.files]
+        names = [canonical(str(file).removeprefix(start)) for file in self.files]
         return Listing(names, sizes_of(self.files) if self.sizes is None else self.sizes)
 
 
@@ -170,7 +170,7 @@ class ListImages(FileImages):
 
     def listing(self) -> Listing:
         assert self.labels is not None
-        return Listing(self.listed.names, self.listed.sizes, content_of(self.labels))
+        return Listing([canonical(name) for name in self.listed.names], self.listed.sizes, content_of(self.labels))
 
 
 def image_extensions() -> frozenset[str]:

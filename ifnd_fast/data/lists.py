@@ -46,6 +46,7 @@ def read_lines(file: Path, what: str) -> Iterator[tuple[int, str]]:
             text = content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
     except UnicodeDecodeError as error:
         raise UsageError(f"{what} {shown(str(file))} can't be read: {error}") from error
+    text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # as this locale calls the files
     if "\0" in text:
         raise UsageError(f"{what} {shown(str(file))} can't be read: it is no text, there are zero bytes in it")
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+from ifnd_fast.data.folders import canonical
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
@@ -41,7 +42,9 @@ def refuse_file(option: str, folder: Path) -> None:
             return
         if path.exists() or path.is_symlink():
             what = "is a file" if path.exists() else "is a broken link"
-            raise CommandError(f"{option} {shown(str(folder))}: {shown(str(path))} {what}, it must be a folder")
+            raise CommandError(
+                f"{option} {shown(str(folder))} can't be written: {shown(str(path))} {what}, it must be a folder"
+            )
 
 
 def refuse_folder(option: str, file: Path) -> None:
@@ -54,6 +57,7 @@ def refuse_folder(option: str, file: Path) -> None:
 def shown(name: str) -> str:
     """A name as it can be printed, encoded and told apart from every other: bytes that are not UTF-8 as \\xe9, control
     characters and line breaks as \\n or \\u2028, a backslash doubled."""
+    name = canonical(name)
     if name.isprintable() and "\\" not in name:
         return name
     return "".join(map(_shown, name))

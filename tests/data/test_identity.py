@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -386,3 +388,31 @@ def test_files_are_looked_at_once_and_never_read(tmp_path, monkeypatch):
     monkeypatch.setattr("os.path.isfile", lambda path: looked.append(path) or is_file(path))
     found = identity.identity_of({"train": open_images(str(root)).listing()})
     assert len(found["train"]) == 32 and not looked  # the sizes come with the listing
+
+
+LOCALE = """
+import os, sys
+from pathlib import Path
+from ifnd_fast.data.images import ListImages
+from ifnd_fast.data.sources import open_images
+from ifnd_fast.data.identity import identity_of
+for images in (open_images(sys.argv[1]), ListImages(Path(sys.argv[2]), Path(sys.argv[1]))):
+    print(ascii([identity_of({"train": images.listing()}), images.class_names, images.listing().names]))
+"""
+
+
+def test_the_locale_changes_neither_names_nor_order(digit_folder, tmp_path):
+    names = [b"b/\xc3\xa9.png", b"b/\xe9.png", b"caf\xc3\xa9/1.png", b"Z/1.png"]
+    for name in names:
+        path = tmp_path / "data" / os.fsdecode(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(digit_folder / "digit-0" / "000.png", path)
+    (tmp_path / "list.txt").write_bytes(b"".join(name + b" 1\n" for name in names))
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", LOCALE, tmp_path / "data", tmp_path / "list.txt"], capture_output=True, text=True,
+            check=True, env={**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        ).stdout for locale in ("C", "C.UTF-8")
+    }  # fmt: skip
+    assert len(told) == 1
+    assert r"['Z', 'b', 'caf\xe9']" in told.pop()
