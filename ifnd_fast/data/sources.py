@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ifnd_fast.config import BUILT_IN, DataConfig
 from ifnd_fast.data.folders import find_parts
-from ifnd_fast.data.images import ArrayImages, FolderImages, Images, Subset
+from ifnd_fast.data.images import ArrayImages, FolderImages, Images, Subset, image_extensions
 from ifnd_fast.runtime.errors import CommandError, UsageError
 from ifnd_fast.runtime.paths import shown
 
@@ -37,7 +36,7 @@ def open_images(data: str, split: str = "train", data_root: Path = Path("data"))
     if not root.is_dir():
         what = "it is a file, not a folder" if root.is_file() else "no such folder"
         raise UsageError(f"--data {shown(data)}: {what} (nor one of {', '.join(BUILT_IN)})")
-    parts = find_parts(root, IMG_EXTENSIONS)
+    parts = find_parts(root, image_extensions())
     if split == "train":
         return FolderImages(parts.train, left_out=parts.train_left_out)
     return None if parts.test is None else FolderImages(parts.test, one_class=True, left_out=parts.test_left_out)

@@ -59,6 +59,11 @@ def listed(data: Path, split: str = "train") -> dict[str, list[str]] | list[str]
     }
 
 
+def test_parts_of_any_kind_of_picture(make):
+    data = make("Train/a.gif", "Train/b.webp", "val/c.avif", "val/d.jfif")
+    assert [listed(data), listed(data, "test")] == [["a.gif", "b.webp"], ["c.avif", "d.jfif"]]
+
+
 def left_out(data: Path, split: str = "train") -> dict[str, int]:
     return dict(open_images(str(data), split).found.left_out.counts)
 
