@@ -79,7 +79,8 @@ struct ForwardWork {
     labels = carver.take<PanelLabels>(lanes / LANES);
     tile_labels = carver.take<TileLabels>(1);
     scores = carver.take<float>(size_t(keys) * LANES);
-    weights = kTerms<Word> == 1 ? reinterpret_cast<Word*>(scores) : carver.take<Word>(size_t(keys / kTerms<Word>) * LANES);
+    weights = kTerms<Word> == 1 ? reinterpret_cast<Word*>(scores)
+                                : carver.take<Word>(size_t(keys / kTerms<Word>) * LANES);
     marked = carver.take<MarkedKeys>(LANES);
     bytes = carver.used;
   }

@@ -82,8 +82,8 @@ static void multiply_columns(int M, int P, float alpha, const Word* a, ptrdiff_t
 
 // P counts words. A is (M, P) with row stride lda, or stored as (P, M) when Transposed.
 template <bool Transposed, class Word>
-static void multiply(int M, Multiple<NARROW> N, int P, float alpha, const Word* a, ptrdiff_t lda, const Word* b, ptrdiff_t ldb,
-                     float* c, ptrdiff_t ldc, bool add) {
+static void multiply(int M, Multiple<NARROW> N, int P, float alpha, const Word* a, ptrdiff_t lda, const Word* b,
+                     ptrdiff_t ldb, float* c, ptrdiff_t ldc, bool add) {
   int n = 0;
   for (; n + LANES <= N; n += LANES)
     multiply_columns<LANES, Transposed>(M, P, alpha, a, lda, b + n, ldb, c + n, ldc, add);

@@ -136,7 +136,8 @@ struct Tile {
 
   // scores (keys, LANES) = alpha * rows panel; only the first `lanes` lanes need be right.
   void scores(int keys, int64_t lanes, float alpha, const Word* panel, float* scores) const {
-    multiply<false>(keys, product_lanes(lanes), words<Word>(D), alpha, rows, stride, panel, LANES, scores, LANES, false);
+    multiply<false>(keys, product_lanes(lanes), words<Word>(D), alpha, rows, stride, panel, LANES, scores, LANES,
+                    false);
   }
 };
 

@@ -8,11 +8,10 @@
 // IFND_FAST_CPU_ISA chooses the instruction set, of which a process has one: tests/native/README.md runs them all.
 #include <cstdio>
 #include <cstdlib>
-#include <set>
 #include <string>
 
 #include "api.h"
-#include "reference.h"
+#include "cases.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -21,76 +20,7 @@
 namespace fuzz {
 namespace {
 
-struct Tally {
-  int64_t calls = 0, compared = 0, wrong = 0;
-  int64_t of[6] = {};  // forward, negatives' gradient, assign, labels alone, reassign, cluster_sums
-  std::set<int> widths;
-} tally;
-
-char description[512];  // of the case at hand
-uint64_t case_seed;
-
-void report_case() { std::fprintf(stderr, "in: fuzz --case %llu  (%s)\n", (unsigned long long)case_seed, description); }
-
-template <class... Arguments>
-void wrong(const char* format, Arguments... arguments) {
-  if (++tally.wrong > 20) return;
-  std::fprintf(stderr, format, arguments...);
-  std::fprintf(stderr, "\n");
-  report_case();
-}
-
-void called(int entry) { ++tally.calls, ++tally.of[entry]; }
-
-void check(const char* what, int64_t at, double got, const Value& right) {
-  if (!(std::fabs(right.value) < 3.4e38)) return;
-  ++tally.compared;
-  if (!(std::fabs(got - right.value) <= right.error + 0x1p-149))
-    wrong("%s[%lld] is %.9g, not %.9g, which may be off by %.3g", what, (long long)at, got, right.value, right.error);
-}
-
-void check_all(const char* what, const std::vector<float>& got, const std::vector<Value>& right) {
-  for (size_t i = 0; i < right.size(); ++i) check(what, int64_t(i), got[i], right[i]);
-}
-
-// ---- sizes -----------------------------------------------------------------------------------------------------------
-
-// Rows of a tile as tile.h has them; only to meet all of them, so that nothing depends on this being right.
-int tile_rows(int D) { return std::min(128, D >= 1024 ? 16 : 16384 / ((D + 15) / 16 * 16) / 8 * 8); }
-
-int width(Random& random, int64_t number) {
-  if (number % 3 == 0) return 1 + int(number / 3 * 1543 % ifnd::kMaxDim);  // all of them in turn
-  static const std::vector<std::vector<int>> classes = [] {
-    std::vector<std::vector<int>> by_rows(129);
-    for (int D = 1; D <= ifnd::kMaxDim; ++D) by_rows[size_t(tile_rows(D))].push_back(D);
-    by_rows.erase(std::remove_if(by_rows.begin(), by_rows.end(), [](const auto& c) { return c.empty(); }), by_rows.end());
-    return by_rows;
-  }();
-  const std::vector<int>& widths = classes[size_t(number) % classes.size()];
-  const int residue = int(number / int64_t(classes.size()) % 16);
-  for (int tries = 0; tries < 99; ++tries) {
-    const int D = widths[size_t(random.below(int64_t(widths.size())))];
-    if (D % 16 == residue) return D;
-  }
-  return widths[0];
-}
-
-// Products that a case may have: few enough for 100,000 cases, and at times enough for many groups and tiles.
-int64_t budget(Random& random) { return random.chance(60) ? 12'000'000 : random.chance(8) ? 3'000'000 : 400'000; }
-
-Kind kind_of(Random& random) { return random.chance(3) ? Kind::unit : Kind(random.below(kKinds)); }
-
-double temperature(Random& random) {
-  const double usual[] = {0.2, 0.2, 0.07, 1.0, 1e-6, 1e6};
-  return random.chance(4) ? std::pow(10.0, 12.0 * random.uniform() - 6.0) : random.one_of(usual);
-}
-
-template <class... Arguments>
-void describe(const char* format, Arguments... arguments) {
-  std::snprintf(description, sizeof description, format, arguments...);
-}
-
-// ---- info_nce --------------------------------------------------------------------------------------------------------
+// ---- info_nce -------------------------------------------------------------------------------------------------------
 
 std::vector<int32_t> labels(Random& random, int64_t n, int clusters) {
   std::vector<int32_t> out(size_t(n), 0);
@@ -102,8 +32,8 @@ std::vector<int32_t> labels(Random& random, int64_t n, int clusters) {
 std::vector<int64_t> ids(Random& random, int64_t n, int64_t images) {
   std::vector<int64_t> out(size_t(n), 0);
   const int64_t extremes[] = {-1, -2, INT64_MIN, INT64_MAX, int64_t(1) << 32, 0xffffffff, 0xfffffffe};
-  for (int64_t& id : out)
-    id = random.chance(6) ? random.one_of(extremes) : random.below(images) + (random.below(2) << 33);  // equal low halves
+  for (int64_t& id : out)  // many have equal low halves
+    id = random.chance(6) ? random.one_of(extremes) : random.below(images) + (random.below(2) << 33);
   return out;
 }
 
@@ -172,7 +102,7 @@ void fuzz_info_nce(Random& random, int D) {
   check_all("negatives_grad", negatives_grad, right.negatives_grad);
 }
 
-// ---- assignment ------------------------------------------------------------------------------------------------------
+// ---- assignment -----------------------------------------------------------------------------------------------------
 
 struct Centroids {
   const Matrix& c;
@@ -206,7 +136,8 @@ void check_row(const Centroids& centroids, const Matrix& x, int64_t i, double te
   const bool finite = best >= 0 && std::fabs(s[size_t(best)]) < INFINITY;
   if (!finite || centroids.exact) {
     if (label != best) wrong("label[%lld] is %d, not %lld", (long long)i, label, (long long)best);
-    if (!finite && confidence && *confidence == *confidence) wrong("confidence[%lld] is %g, not NaN", (long long)i, *confidence);
+    if (!finite && confidence && *confidence == *confidence)
+      wrong("confidence[%lld] is %g, not NaN", (long long)i, *confidence);
     if (!finite) return;
   }
   double longest = 0.0;  // of the centroids that are finite
@@ -259,8 +190,8 @@ void fuzz_assign(Random& random, int D) {
   Assignment in(random, D, !random.chance(3));
   ifnd::AssignClusters& p = in.p;
   const int threads = int(1 + random.below(4));
-  describe("assign N %lld C %lld D %d dtype %d metric %d temperature %g %s %s threads %d", (long long)p.N, (long long)p.C, D,
-           int(p.dtype), int(p.metric), p.temperature, name(in.kinds[0]), name(in.kinds[1]), threads);
+  describe("assign N %lld C %lld D %d dtype %d metric %d temperature %g %s %s threads %d", (long long)p.N,
+           (long long)p.C, D, int(p.dtype), int(p.metric), p.temperature, name(in.kinds[0]), name(in.kinds[1]), threads);
   std::vector<int32_t> found(size_t(p.N), -7), alone(size_t(p.N), -7);
   std::vector<float> confidence(size_t(p.N), -7.0f);
   p.labels = found.data(), p.confidence = confidence.data();
@@ -342,7 +273,7 @@ void fuzz_reassign(Random& random, int D) {
   }
 }
 
-// ---- cluster_sums ----------------------------------------------------------------------------------------------------
+// ---- cluster_sums ---------------------------------------------------------------------------------------------------
 
 void fuzz_cluster_sums(Random& random, int D) {
   const int64_t room = std::max<int64_t>(4, budget(random) / D), N = random.size(std::min<int64_t>(room, 3000));
@@ -356,13 +287,14 @@ void fuzz_cluster_sums(Random& random, int D) {
   const bool refused = random.chance(5);
   const int32_t outside[] = {-1, INT32_MIN, int32_t(C), INT32_MAX};
   if (refused) labels[size_t(random.below(N))] = random.one_of(outside);
-  describe("cluster_sums N %lld C %lld D %d dtype %d %s threads %d", (long long)N, (long long)C, D, int(dtype), name(kind),
-           threads);
+  describe("cluster_sums N %lld C %lld D %d dtype %d %s threads %d", (long long)N, (long long)C, D, int(dtype),
+           name(kind), threads);
   std::vector<double> sums(size_t(C * D), -7.0), right(size_t(C * D), 0.0);
   std::vector<int64_t> counts(size_t(C), -7), right_counts(size_t(C), 0);
   std::vector<float> distances(size_t(N), -7.0f);
-  const bool done = ifnd::cluster_sums(
-      {x.bytes.data(), labels.data(), c.floats(), N, C, D, dtype, sums.data(), counts.data(), distances.data()}, threads);
+  const ifnd::ClusterSums p{x.bytes.data(), labels.data(), c.floats(), N, C, D, dtype,
+                            sums.data(), counts.data(), distances.data()};
+  const bool done = ifnd::cluster_sums(p, threads);
   called(5);
   if (done == refused) return wrong("labels out of range: %d, and it says %d", int(refused), int(done));
   if (refused) return;
@@ -382,7 +314,7 @@ void fuzz_cluster_sums(Random& random, int D) {
       wrong("sums[%lld] is %.17g, not %.17g", (long long)i, sums[i], right[i]);
 }
 
-// ---- all of them -----------------------------------------------------------------------------------------------------
+// ---- all of them ----------------------------------------------------------------------------------------------------
 
 // The seed holds the case's number, which its width depends on, in its low half.
 void run_case(uint64_t seed) {

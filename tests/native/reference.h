@@ -140,8 +140,9 @@ inline InfoNceResult info_nce(const InfoNceInput& in, bool dots) {
   const ifnd::InfoNce& p = in.p;
   InfoNceResult out;
   out.loss.resize(size_t(p.B)), out.positive_weight.resize(size_t(p.B)), out.log_normalizer.resize(size_t(p.B * p.L));
-  out.counts.resize(size_t(p.B * p.L)), out.query_grad.resize(size_t(p.B * p.D)), out.negatives_grad.resize(size_t(p.K * p.D));
-  const double lost = (double(p.K) * kLowestTerm + double(p.K + p.D) * kSmallest) / p.temperature + 1e-44 * double(p.K + 1);
+  out.counts.resize(size_t(p.B * p.L)), out.query_grad.resize(size_t(p.B * p.D));
+  out.negatives_grad.resize(size_t(p.K * p.D));
+  const double K = double(p.K), lost = (K * kLowestTerm + (K + p.D) * kSmallest) / p.temperature + 1e-44 * (K + 1.0);
   const double per_row = double(p.B) * kLowestTerm + double(p.B + p.D) * kSmallest;
   for (int64_t i = 0; i < p.B; ++i) {
     const QueryResult q = query_result(in, i, out);
@@ -153,7 +154,8 @@ inline InfoNceResult info_nce(const InfoNceInput& in, bool dots) {
       GradientSum& sum = sums[size_t(d)];
       sum.add(q.pulled, q.pushed, in.positive.row(i)[d]);  // of d loss / d s+ both signs are turned
       const double error = off < 1.0 ? off * sum.terms : 4.0 * sum.largest;
-      out.query_grad[size_t(i * p.D + d)] = {sum.value / p.temperature, error / p.temperature + lost * (1.0 + sum.largest)};
+      out.query_grad[size_t(i * p.D + d)] = {sum.value / p.temperature,
+                                             error / p.temperature + lost * (1.0 + sum.largest)};
     }
     // The normalizer is kept in float32, and so its own rounding comes on top.
     const double g = std::fabs(double(in.loss_grad[size_t(i)])), again = std::expm1(4.0 * kUnit * (q.largest + 64.0));
@@ -165,7 +167,8 @@ inline InfoNceResult info_nce(const InfoNceInput& in, bool dots) {
         grad.value += signed_g * (push - pull) * x;
         const double error = all < 1.0 ? all * (push + pull) + kLowestTerm : 3.0;
         grad.error += g / p.temperature * std::fabs(x) * (error + kUnit * double(p.B + 8) * (push + pull)) +
-                      per_row * (g * std::fabs(x) + 1.0) / p.temperature / double(p.B) + 1e-44;
+                      per_row * (g * (std::fabs(x) + 1.0) + 1.0) / p.temperature / double(p.B) +
+                      kSmallest * (std::fabs(x) + 1.0);
       }
   }
   return out;

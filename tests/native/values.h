@@ -118,7 +118,8 @@ inline Matrix draw(Random& random, Kind kind, DType dtype, int64_t rows, int D) 
   Matrix m;
   const size_t size = dtype == DType::float32 ? 4 : 2;
   m.rows = rows, m.D = D;
-  m.bytes.resize(size_t(rows) * size_t(D) * size), m.value.resize(size_t(rows) * size_t(D)), m.norm.resize(size_t(rows));
+  const size_t elements = size_t(rows) * size_t(D);
+  m.bytes.resize(elements * size), m.value.resize(elements), m.norm.resize(size_t(rows));
   for (int64_t i = 0; i < rows; ++i) {
     double* row = m.value.data() + i * D;
     if (kind == Kind::duplicates && i > 0 && !random.chance(4))
