@@ -42,14 +42,6 @@ SERIOUS = (LOOSE, OUTSIDE, ASIDE, BROKEN, SPECIAL, UNREADABLE)
 EXAMPLES = 3
 
 
-def canonical(name: str) -> str:
-    """A file's name by its bytes, the same in every locale: as UTF-8 with surrogates for bytes that are none."""
-    try:
-        return name if name.isascii() else os.fsencode(name).decode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # text that no file of this locale has as its name
-        return name
-
-
 class LeftOut:
     """What was left out: for each reason how much, and a few names, with `prefix` before them."""
 

@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from ifnd_fast.data import picture
-from ifnd_fast.data.folders import LeftOut, canonical, find_images
+from ifnd_fast.data.folders import LeftOut, find_images
 from ifnd_fast.data.identity import Listing, content_of
 from ifnd_fast.data.lists import read_list, sizes_of
 from ifnd_fast.data.picture import open_picture, reason_of
 from ifnd_fast.runtime.errors import CommandError, UsageError
-from ifnd_fast.runtime.paths import shown
+from ifnd_fast.runtime.paths import canonical, shown
 
 T = TypeVar("T")
 LONGEST = 8  # sides: of an image this much longer than wide the middle is looked at

@@ -8,7 +8,6 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from ifnd_fast.data.folders import canonical
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
@@ -70,3 +69,11 @@ def _shown(character: str) -> str:
     if character == "\\" or code < 0x20:
         return character.encode("unicode_escape").decode()
     return f"\\u{code:04x}" if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") else character
+
+
+def canonical(name: str) -> str:
+    """A file's name by its bytes, the same in every locale: as UTF-8 with surrogates for bytes that are none."""
+    try:
+        return name if name.isascii() else os.fsencode(name).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # text that no file of this locale has as its name
+        return name
