@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "tile.h"
+#include "isa/tile.h"
 #include "memory.h"
 
 using namespace ifnd::overrun;

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 #ifdef __SSE2__
 #include <immintrin.h>

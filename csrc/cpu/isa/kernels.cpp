@@ -1,10 +1,10 @@
 #include "exp.h"
-#include "forward.h"
-#include "negatives.h"
+#include "info_nce_forward.h"
+#include "info_nce_negatives.h"
 #include "nearest.h"
 #include "reassign.h"
 #include "screen.h"
-#include "sums.h"
+#include "cluster_sums.h"
 
 IFND_BEGIN
 

@@ -19,7 +19,7 @@
 #pragma once
 
 #include "exp.h"
-#include "match.h"
+#include "false_negatives.h"
 #include "tile.h"
 
 IFND_BEGIN
