@@ -1,8 +1,8 @@
 // e^x for x <= 88 by x = n ln2 + r, |r| <= ln2/2:  e^x = 2^n (1 + r + r^2 P(r)), P of degree 4.
 //
 // The polynomial is within 1.1e-8 of e^r (interpolated at Chebyshev nodes); with rounding, at most 1.1 units in the
-// last place in all (tests/test_native.py measures it). Below -86 the result is 0: off by 4.5e-38 at most, where
-// the largest term of the sums here is 1. NaN gives NaN.
+// last place in all (tests/native/test_sanitizers.py measures it). Below -86 the result is 0: off by 4.5e-38 at most,
+// where the largest term of the sums here is 1. NaN gives NaN.
 #pragma once
 
 #include "simd.h"

@@ -3,7 +3,7 @@
 #include "info_nce_negatives.h"
 #include "nearest.h"
 #include "reassign.h"
-#include "screen.h"
+#include "assign.h"
 #include "cluster_sums.h"
 
 IFND_BEGIN

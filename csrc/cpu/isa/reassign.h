@@ -34,7 +34,7 @@ static void drifts(const Reassign& p, Range centroids, float* out) {
   const float up = 1.0f + 2.4e-7f * float(p.now.D + 8);
   for (int64_t j = centroids.begin; j < centroids.end; ++j) {
     const ptrdiff_t at = ptrdiff_t(j) * p.now.D;
-    // As in screen.h: 1e-18 is more than what squares may have lost.
+    // As in screen_pack.h: 1e-18 is more than what squares may have lost.
     const bool same = memcmp(now + at, p.previous + at, sizeof(float) * size_t(p.now.D)) == 0;
     const float moved = same ? 0.0f : sqrtf(squared_distance(now + at, p.previous + at, p.now.D)) * up + 1e-18f;
     out[j] = moved == moved ? moved : INFINITY;

@@ -17,27 +17,14 @@
 
 #include "nearest.h"
 #include "reassign.h"
+#include "screen_pack.h"
 
 IFND_BEGIN
 
-// Whether screening is possible and worth its while: short rows and few centroids leave too much besides the products.
-IFND_INLINE bool screens(const AssignClusters& p) {
-  return kInteger8Dots && p.dtype == DType::float32 && !p.confidence && p.D >= 32 && p.C >= 64;
-}
-
-// Half as many as of floats: a tile and its scores stay in the first-level cache. Whole blocks of ROWS, as blocks that
-// began anywhere else would run past the tile, and the last one past the centroids' and the scores' memory.
-IFND_INLINE Multiple<ROWS> screen_rows(int D) { return round_up<ROWS>(tile_rows(D) / 2); }
-
 #ifdef __AVX512VNNI__
-
-typedef uint32_t Quad;  // four 8-bit integers
 
 constexpr int kCandidates = 32;
 constexpr int kExactRows = 4 * LANES;  // that go through assign_with<float> together
-constexpr uint16_t kAll = 0xffff;       // lanes: without a mask GCC 12 warns of its own headers
-constexpr float kSumError = 2.4e-7f;   // 2^-22
-constexpr float kLargest = 1e18f;      // rows as long as this may overflow in float32: nothing is ruled out for them
 
 struct Candidates {
   int n;
@@ -65,126 +52,6 @@ struct Candidates {
     if (!too_many) centroid[n] = j, highest[n++] = upper;
   }
 };
-
-// A row rounded to 8 bits: its scale, the norms of what it became and of what was lost, rounded up, and its own
-// squared length.
-struct Rounded {
-  float scale, norm, rest, squares;
-};
-
-static Rounded round_row(const float* row, const float* centre, int D, int8_t* out,
-                         Multiple<W> columns) {
-  alignas(64) float t[kMaxDim + W] = {};
-  vfloat largest = {};
-  memcpy(t, row, sizeof(float) * size_t(D));
-  for (int d = 0; d < columns; d += W) {
-    const vfloat difference = load(t + d) - load(centre + d);
-    store(t + d, difference);
-    largest = max(max(difference, -difference), largest);
-  }
-  float most = 0.0f, lane[W];
-  store(lane, largest);
-  for (int i = 0; i < W; ++i) most = max(lane[i], most);
-  Rounded r{most / 127.0f, 0.0f, 0.0f, 0.0f};
-  const float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
-  vfloat norm = {}, rest = {}, squares = {};
-  for (int d = 0; d < columns; d += W) {
-    const vfloat x = load(t + d);
-    const __m512i whole = _mm512_maskz_cvtps_epi32(kAll, __m512(x * splat(inverse)));
-    const vfloat rounded = __builtin_convertvector(vint(whole), vfloat) * splat(r.scale), lost = x - rounded;
-    norm += rounded * rounded, rest += lost * lost, squares += x * x;
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d), _mm512_maskz_cvtepi32_epi8(kAll, whole));
-  }
-  const float up = 1.0f + 1.2e-7f * float(D);
-  // Squares below the smallest normal number are lost: 1e-18 is more than the root of kMaxDim of them.
-  r.norm = sqrtf(sum(norm)) * up + 1e-18f, r.rest = sqrtf(sum(rest)) * up + 1e-18f, r.squares = sum(squares);
-  return r;
-}
-
-// What bounds the scores of one tile of centroids: C, dC, C + |m|, and what does not depend on x.
-struct TileBound {
-  float norm, rest, length, other;
-};
-
-// The centroids in 8 bits, in the order in which they are visited; up to a multiple of ROWS with scores of -infinity.
-struct PackedCentroids {
-  int words;
-  Multiple<ROWS> step;  // centroids of a tile
-  Quad* rows;
-  float *scale, *bias;  // score = scale * (the feature's scale) * product + bias
-  int32_t* offset;      // takes back that a feature's integers are stored 128 higher
-  TileBound* bounds;
-  float* centre;         // m
-  float* centre_length;  // |m|
-
-  PackedCentroids(const AssignClusters& p, Carver& carver) : words((p.D + 3) / 4), step(screen_rows(p.D)) {
-    const size_t lanes = size_t(round_up<ROWS>(p.C));
-    rows = carver.take<Quad>(lanes * size_t(words) + W);
-    scale = carver.take<float>(lanes);
-    bias = carver.take<float>(lanes);
-    offset = carver.take<int32_t>(lanes);
-    bounds = carver.take<TileBound>(size_t(p.C / step) + 1);
-    centre = carver.take<float>(kMaxDim + W);
-    centre_length = carver.take<float>(1);
-  }
-};
-
-static void find_centre(const AssignClusters& p, const PackedCentroids& packed) {
-  double mean[kMaxDim] = {}, squares = 0.0, length = 0.0;
-  const float* c = static_cast<const float*>(p.centroids);
-  for (int64_t j = 0; j < p.C; ++j)
-    for (int d = 0; d < p.D; ++d) {
-      const float x = c[j * p.D + d];
-      mean[d] += x, squares += double(x) * x;
-    }
-  for (int d = 0; d < p.D; ++d) mean[d] /= double(p.C), length += mean[d] * mean[d];
-  const bool far = 2.0 * length > squares / double(p.C) && length < 1e36;
-  for (int d = 0; d < round_up<W>(p.D); ++d) packed.centre[d] = far && d < p.D ? float(mean[d]) : 0.0f;
-  *packed.centre_length = far ? float(sqrt(length)) * 1.000001f : 0.0f;
-}
-
-// Tile number `tile`; half_norms, of centroids in their own order, is null for the inner product.
-static void pack_screened(const AssignClusters& p, const float* half_norms, const int32_t* order, int64_t tile,
-                          const PackedCentroids& packed) {
-  const int64_t first = tile * packed.step, end = min_of<int64_t>(first + packed.step, round_up<ROWS>(p.C));
-  const float m = *packed.centre_length, sums = kSumError * float(p.D + 8);
-  TileBound bound{0.0f, 0.0f, 0.0f, 0.0f};
-  float largest = 0.0f;
-  for (int64_t k = first; k < end; ++k) {
-    alignas(64) int8_t row[kMaxDim + W] = {};
-    Quad* out = packed.rows + k * packed.words;
-    packed.offset[k] = 0, packed.scale[k] = 0.0f, packed.bias[k] = -INFINITY;
-    if (k < p.C) {
-      const int64_t j = order ? order[k] : k;
-      const float* c = static_cast<const float*>(p.centroids) + j * p.D;
-      const Rounded r = round_row(c, packed.centre, p.D, row, round_up<W>(p.D));
-      int32_t total = 0;
-      for (int d = 0; d < p.D; ++d) total += row[d];
-      packed.scale[k] = r.scale, packed.offset[k] = -128 * total;
-      float bias = 0.0f;
-      if (half_norms) {
-        bias = m > 0.0f ? -0.5f * r.squares : -half_norms[j];
-      } else if (m > 0.0f) {
-        for (int d = 0; d < p.D; ++d) bias += packed.centre[d] * (c[d] - packed.centre[d]);
-      }
-      packed.bias[k] = bias;
-      if (r.norm + r.rest + m < kLargest) {
-        bound.norm = max(r.norm + r.rest, bound.norm);
-        bound.rest = max(r.rest, bound.rest);
-        if (half_norms) largest = max(half_norms[j], largest);
-      } else {  // too long, or not a number: neither it nor any other of the tile is ruled out
-        packed.scale[k] = 0.0f, packed.bias[k] = INFINITY;
-        bound.norm = bound.rest = INFINITY;
-      }
-    }
-    memcpy(out, row, sizeof(Quad) * size_t(packed.words));
-  }
-  bound.length = bound.norm + m;
-  // About the mean, halves of squared lengths are not those that decide, but off from them by as much.
-  const float moved = m > 0.0f ? sums * bound.length * bound.length : 0.0f;
-  bound.other = kSumError * largest + 4.8e-38f * float(p.D) + moved;
-  packed.bounds[tile] = bound;
-}
 
 struct ScreenWork {
   Quad* panels;  // (words, LANES) for every LANES rows
@@ -428,53 +295,5 @@ static int64_t assign_screened(const AssignClusters& p, const float* half_norms,
 }
 
 #endif
-
-// Bytes of packed centroids; 0 where there is no screening.
-static size_t packed_bytes(const AssignClusters& p) {
-  Carver carver{};
-#ifdef __AVX512VNNI__
-  if (screens(p)) PackedCentroids(p, carver);
-#endif
-  (void)p;
-  return carver.used;
-}
-
-static int64_t tile_centroids(int D) { return screen_rows(D); }
-static int64_t packed_tiles(const AssignClusters& p) { return (p.C + screen_rows(p.D) - 1) / screen_rows(p.D); }
-
-// Tile `tile` of the packed centroids; -1: what has to be done before any.
-static void pack_centroids(const AssignClusters& p, const float* half_norms, const int32_t* order, int64_t tile,
-                           void* packed) {
-#ifdef __AVX512VNNI__
-  Carver carver{static_cast<char*>(packed)};
-  if (tile < 0)
-    find_centre(p, PackedCentroids(p, carver));
-  else
-    pack_screened(p, half_norms, order, tile, PackedCentroids(p, carver));
-#endif
-  (void)p, (void)half_norms, (void)order, (void)tile, (void)packed;
-}
-
-static size_t assign_bytes(const AssignClusters& p, int64_t rows) {
-  Carver carver{};
-  by_word(p.dtype, [&](auto word) { AssignWork<decltype(word)>(p, rows, carver); });
-#ifdef __AVX512VNNI__
-  if (screens(p)) ScreenWork(p, rows, carver);  // both, one after the other: a little too much
-#endif
-  return carver.used;
-}
-
-static int64_t assign_rows(const AssignClusters& p, const float* half_norms, const Visits& visits, const void* packed,
-                           Range places, void* workspace) {
-#ifdef __AVX512VNNI__
-  if (packed) return assign_screened(p, half_norms, visits, packed, places, workspace);
-#endif
-  (void)packed, (void)visits;
-  Carver carver{static_cast<char*>(workspace)};
-  by_word(p.dtype, [&](auto word) {
-    assign_with(AssignWork<decltype(word)>(p, places.end - places.begin, carver), p, half_norms, places);
-  });
-  return 0;
-}
 
 IFND_END
