@@ -20,10 +20,11 @@ def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    extension = backends.extension()
     return {
         "torch": torch.__version__,
         "CPU": names[0] if names else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "instruction set": backends._cpu.isa() if backends._cpu else "extension not built",
+        "instruction set": extension.isa() if extension else "extension not built",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }

@@ -36,9 +36,9 @@ def _version(package: str) -> str:
 
 
 def _cpu() -> list[str]:
-    extension = backends._cpu
+    extension = backends.extension()
     if extension is None:
-        return [f"CPU: {platform.machine()}; the extension _cpu did not import: {backends._cpu_import_error}"]
+        return [f"CPU: {platform.machine()}; the extension _cpu did not import: {backends.extension_error()}"]
     units = [name for name, there in extension.features().items() if there]
     return [
         f"CPU: {platform.machine()}, vector units {', '.join(units) or 'none known'}; kernels use "

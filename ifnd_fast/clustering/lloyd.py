@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ifnd_fast.clustering.distinct import TooFewDistinct, distinct_rows, first_occurrences
 from ifnd_fast.clustering.shards import Shards
-from ifnd_fast.ops import assign_clusters, backends, cpu
+from ifnd_fast.ops import assign_clusters, backends
 from ifnd_fast.ops.assign_clusters import is_far
 from ifnd_fast.ops.chunks import chunk_rows, operator_chunks
 from ifnd_fast.ops.cluster_sums import cluster_sums, squared_distances
@@ -64,17 +64,22 @@ def lloyd(
 class Nearest:
     """Each row's nearest centroid, the labels of `assign` to the bit, kept up as centroids move.
 
-    The kernel for float32 on the CPU keeps for every row less than its distance to all centroids but its own. That
-    shrinks by no more than centroids move, so that most rows are soon compared with the few that move far alone.
-    Elsewhere rows of centroids that stood still are compared with those that moved: see `reassign`.
+    Where a kernel reassigns (float32 on the CPU), it keeps for every row less than its distance to all centroids but
+    its own. That shrinks by no more than centroids move, so that most rows are soon compared with the few that move
+    far alone. Elsewhere rows of centroids that stood still are compared with those that moved: see `reassign`.
     """
 
     def __init__(self, x: Tensor):
         self.x = x
         self.labels = torch.empty(0, dtype=torch.int32, device=x.device)
         self.centroids: Tensor | None = None
-        kernel = backends.choose("auto", "assign_clusters", x.device, x.dtype) == "cpu" and x.dtype == torch.float32
-        self.bounds = torch.empty(len(x), dtype=torch.float32, device=x.device) if kernel else None
+        assigns, reassigns = (
+            backends.choose("auto", operator, x.device, x.dtype) for operator in ("assign_clusters", "reassign")
+        )
+        self.bounds: Tensor | None = None
+        if assigns == reassigns != "reference":  # to the same bits
+            self.reassign_by_bounds = backends.module_of(reassigns, "reassign").reassign_by_bounds
+            self.bounds = torch.empty(len(x), dtype=torch.float32, device=x.device)
 
     def update(self, centroids: Tensor, distances: Tensor | None) -> Tensor:
         """(N,) int32. `distances` (N,): squared, of the rows to their nearest before; None the first time."""
@@ -93,7 +98,7 @@ class Nearest:
             return False
         first = self.centroids is None
         labels = self.labels.new_empty(len(self.x)) if first else self.labels.clone()
-        undecided = cpu.reassign(self.x, self.centroids, centroids, labels, self.bounds)
+        undecided = self.reassign_by_bounds(self.x, self.centroids, centroids, labels, self.bounds)
         if undecided < 0 or undecided > MANY_UNDECIDED * len(self.x):
             self.bounds = None
         if undecided >= 0:

@@ -6,14 +6,14 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # as a rule, fastest first
-OPERATORS = ("info_nce", "assign_clusters", "cluster_sums")
-TRITON_OPERATORS = ("info_nce", "assign_clusters")
+OPERATORS = ("info_nce", "assign_clusters", "cluster_sums", "reassign")
 TRITON_VERSION = (3, 4)  # older ones don't compile these kernels: tuples of tensors, for one
 TRITON_CAPABILITY = (8, 0)  # on older cards Triton multiplies without their tensor cores
 CUDA_CAPABILITY = (7, 0)  # the first with tensor cores
@@ -50,26 +50,20 @@ def cpu_has_bfloat16() -> bool:
     return _cpu is not None and bool(_cpu.features().get("avx512bf16") or _cpu.features().get("amx_bf16"))
 
 
-def refusal(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` can't run `operator` for tensors of this device and dtype; None when it can."""
-    if backend == "reference":
-        return None
-    if backend == "triton":
-        if operator not in TRITON_OPERATORS:
-            return f"this version has no triton kernel for {operator}"
-        return _triton_refusal(device, dtype)
-    if backend == "cuda":
-        return _cuda_refusal(device, dtype)
+def extension() -> ModuleType | None:
+    """ifnd_fast._cpu; None where it did not import, for the reason that `extension_error` gives."""
+    return _cpu
+
+
+def extension_error() -> str | None:
+    return _cpu_import_error
+
+
+def _cpu_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if _cpu is None:
         return f"the extension ifnd_fast._cpu did not import ({_cpu_import_error}); install with pip"
     if device.type != "cpu":
         return f"it computes on the CPU and the tensors are on {device}"
-    return _dtype_refusal(dtype)
-
-
-def _dtype_refusal(dtype: torch.dtype) -> str | None:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it takes float32, bfloat16 and float16, not {dtype}"
     return None
 
 
@@ -81,13 +75,13 @@ def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
             *TRITON_VERSION, _TRITON_VERSION
         )
     if device.type == "cpu" and triton_interprets():
-        return _dtype_refusal(dtype)
+        return None
     if device.type != "cuda":
         return f"it computes on a GPU and the tensors are on {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < TRITON_CAPABILITY:
         return "it needs compute capability {}.{}, and {} has {}.{}".format(*TRITON_CAPABILITY, device, *capability)
-    return _dtype_refusal(dtype)
+    return None
 
 
 def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -106,7 +100,7 @@ def _cuda_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it needs compute capability {}.{}, and {}".format(*CUDA_CAPABILITY, card)
     if not _has_code_for(capability):
         return f"the extension was built for the architectures {_cuda.architectures}, and {card}"
-    return _old_card_refusal(capability, dtype) or _dtype_refusal(dtype)
+    return _old_card_refusal(capability, dtype)
 
 
 @functools.cache
@@ -132,33 +126,91 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _triton_leads(device: torch.device, dtype: torch.dtype) -> bool:
+    """On cards whose newer instructions it uses and cuda does not (asynchronous copies from 8.0 on, wgmma on 9.0), but
+    for float32, which cuda alone multiplies on tensor cores."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    return torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
+
+
+class Kernels(NamedTuple):
+    """A backend's function of one operator: the module that has it, and the dtypes that it takes."""
+
+    module: str
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Backend(NamedTuple):
+    """A way to run operators by kernels of its own."""
+
+    device: str  # the type that "auto" takes it on
+    refuses: Callable[[torch.device, torch.dtype], str | None]  # why it can't run there, if it can't
+    kernels: Mapping[str, Kernels]  # of each operator that it has
+    leads: Callable[[torch.device, torch.dtype], bool] | None = None  # whether it is faster than those above it, there
+
+
+_IN_CUDA = Kernels("ifnd_fast.ops.cuda")
+_IN_CPU = Kernels("ifnd_fast.ops.cpu")
+FUSED = {  # as a rule, fastest first
+    "cuda": Backend(
+        "cuda", _cuda_refusal, dict.fromkeys(("info_nce", "assign_clusters", "cluster_sums"), _IN_CUDA),
+    ),
+    "triton": Backend(
+        "cuda", _triton_refusal,
+        {operator: Kernels(f"ifnd_fast.kernels.{operator}") for operator in ("info_nce", "assign_clusters")},
+        leads=_triton_leads,
+    ),
+    "cpu": Backend(
+        "cpu", _cpu_refusal,
+        {**dict.fromkeys(("info_nce", "assign_clusters", "cluster_sums"), _IN_CPU),
+         "reassign": _IN_CPU._replace(dtypes=(torch.float32,))},
+    ),
+}  # fmt: skip
+BACKENDS = (*FUSED, "reference")  # which always can
+
+
+def refusal(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` can't run `operator` for tensors of this device and dtype; None when it can."""
+    if backend == "reference":
+        return None
+    fused = FUSED[backend]
+    kernels = fused.kernels.get(operator)
+    if kernels is None:
+        return f"this version has no {backend} kernel for {operator}"
+    reason = fused.refuses(device, dtype)
+    if reason is None and dtype not in kernels.dtypes:
+        *others, last = (str(taken).removeprefix("torch.") for taken in kernels.dtypes)
+        taken = ", ".join(others) + " and " * bool(others) + last
+        return f"it takes {taken}, not {dtype}"
+    return reason
+
+
 def explain(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """For every backend the reason it is refused, or None where it can run; fastest first."""
-    return {backend: refusal(backend, operator, device, dtype) for backend in _fastest_first(device, dtype)}
+    names = (*_fastest_first(device, dtype), "reference")
+    return {backend: refusal(backend, operator, device, dtype) for backend in names}
 
 
-def _fastest_first(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """Triton before cuda on cards whose newer instructions it uses and cuda does not (asynchronous copies from 8.0 on,
-    wgmma on 9.0), but for float32, which cuda alone multiplies on tensor cores."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return BACKENDS
-    newer = torch.cuda.get_device_capability(device) >= TRITON_CAPABILITY
-    return ("triton", "cuda", *BACKENDS[2:]) if newer else BACKENDS
+def _fastest_first(device: torch.device, dtype: torch.dtype) -> list[str]:
+    leaders = [name for name, fused in FUSED.items() if fused.leads is not None and fused.leads(device, dtype)]
+    return leaders + [name for name in FUSED if name not in leaders]
 
 
 def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend to run: the one asked for, or for "auto" the fastest that can.
+    """The backend to run: the one asked for, or for "auto" the fastest that can. One whose kernels a CPU can but
+    interpret is taken there only by name.
 
     Raises:
         ValueError: the name is unknown, or the backend asked for can't run here (with the reason).
     """
-    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        allowed = [name for name, reason in explain(operator, device, dtype).items() if reason is None]
-        if device.type == "cpu" and "triton" in allowed:
-            allowed.remove("triton")  # interpreted: only when asked for by name
-        return allowed[0]
+        for name in _fastest_first(device, dtype):
+            if FUSED[name].device == device.type and refusal(name, operator, device, dtype) is None:
+                return name
+        return "reference"
+    if not isinstance(backend, str) or (backend not in FUSED and backend != "reference"):
+        raise ValueError(f"backend must be one of {('auto', *FUSED, 'reference')}, got {backend!r}")
     reason = refusal(backend, operator, device, dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} can't run {operator} here: {reason}")
@@ -167,6 +219,4 @@ def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype
 
 def module_of(backend: str, operator: str) -> ModuleType:
     """Where this fused backend's function for the operator is; Triton's are imported, and compiled, on first use."""
-    if backend == "triton":
-        return importlib.import_module(f"ifnd_fast.kernels.{operator}")
-    return importlib.import_module(f"ifnd_fast.ops.{backend}")
+    return importlib.import_module(FUSED[backend].kernels[operator].module)

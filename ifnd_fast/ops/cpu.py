@@ -142,7 +142,9 @@ def assign_clusters(
     return labels, confidence
 
 
-def reassign(features: Tensor, previous: Tensor | None, centroids: Tensor, labels: Tensor, bounds: Tensor) -> int:
+def reassign_by_bounds(
+    features: Tensor, previous: Tensor | None, centroids: Tensor, labels: Tensor, bounds: Tensor
+) -> int:
     """Labels (N,) int32 of the nearest centroids (C, D) by l2, in place, from those among `previous` (None: none yet).
 
     `bounds` (N,) float32 keeps less than each row's distance to every centroid but its own. Labels and bounds are

@@ -33,4 +33,7 @@ def use(patch, module, core: str) -> None:
     patch.setattr(cuda, "_cuda", module)
     patch.setattr(cuda, "_stream", lambda device: 0)
     patch.setattr(cuda, "_multiprocessors", lambda device: 2)
-    patch.setattr(backends, "_cuda_refusal", lambda _, dtype: backends._old_card_refusal(CAPABILITIES[core], dtype))
+    emulated = backends.FUSED["cuda"]._replace(
+        refuses=lambda _, dtype: backends._old_card_refusal(CAPABILITIES[core], dtype)
+    )
+    patch.setitem(backends.FUSED, "cuda", emulated)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ifnd_fast
-from ifnd_fast.ops import backends
+from ifnd_fast import info
+from ifnd_fast.ops import backends, reference
 from tests.ops.cases import DTYPES
 
 CPU = torch.device("cpu")
@@ -24,8 +26,7 @@ def call(operator: str, dtype: torch.dtype, backend: str, device: str = "cpu"):
     return ifnd_fast.info_nce(x, x, x, backend=backend)
 
 
-# cluster_sums is not public and knows no backend by name.
-every_operator = pytest.mark.parametrize("operator", [name for name in backends.OPERATORS if name != "cluster_sums"])
+every_operator = pytest.mark.parametrize("operator", ["info_nce", "assign_clusters"])  # that takes one by name
 
 
 @every_operator
@@ -121,6 +122,71 @@ def test_a_tree_that_was_never_built(operator, monkeypatch):
     assert not backends.cpu_has_bfloat16()
     with pytest.raises(ValueError, match="No module named 'ifnd_fast._cpu'.*install with pip"):
         call(operator, torch.float32, "cpu")
+
+
+def test_a_fifth_backend_is_one_entry(monkeypatch):
+    """"auto", messages and `python -m ifnd_fast.info` know it, and its module's function is called."""
+    called = []
+
+    def assign(*rows, **how):
+        called.append(1)
+        return reference.assign_clusters(*rows, **how)
+
+    monkeypatch.setitem(sys.modules, "ifnd_fast.ops.amx", SimpleNamespace(assign_clusters=assign))
+    kernels = {"assign_clusters": backends.Kernels("ifnd_fast.ops.amx", (torch.float32, torch.bfloat16))}
+    entry = backends.Backend("cpu", lambda device, dtype: None if device.type == "cpu" else "no tiles", kernels)
+    monkeypatch.setattr(backends, "FUSED", {"amx": entry, **backends.FUSED})
+
+    call("assign_clusters", torch.bfloat16, "amx")
+    call("assign_clusters", torch.float32, "auto")
+    assert len(called) == 2
+    assert list(backends.explain("assign_clusters", CPU, torch.float32)) == ["amx", *backends.BACKENDS]
+    for operator, dtype, reason in (
+        ("info_nce", torch.float32, "this version has no amx kernel for info_nce"),
+        ("assign_clusters", torch.float16, "it takes float32 and bfloat16, not torch.float16"),
+    ):
+        assert backends.choose("auto", operator, CPU, dtype) == "cpu"
+        with pytest.raises(ValueError, match=re.escape(f"backend='amx' can't run {operator} here: {reason}")):
+            call(operator, dtype, "amx")
+    assert backends.explain("assign_clusters", torch.device("meta"), torch.float32)["amx"] == "no tiles"
+    with pytest.raises(ValueError, match=re.escape("one of ('auto', 'amx', 'cuda', 'triton', 'cpu', 'reference')")):
+        call("info_nce", torch.float32, "tpu")
+    report = info.lines()
+    assert "assign_clusters in float32 on cpu: amx" in report
+    assert "  not amx: this version has no amx kernel for info_nce" in report
+
+
+def test_who_leads_goes_first_where_it_does(monkeypatch):
+    """As Triton before cuda, on newer cards in half precision."""
+    late = backends.Backend("cpu", lambda *_: None, backends.FUSED["cpu"].kernels, lambda _, dtype: dtype in DTYPES[1:])
+    monkeypatch.setattr(backends, "FUSED", {**backends.FUSED, "late": late})
+    for dtype in DTYPES:
+        leads = dtype in DTYPES[1:]
+        assert list(backends.explain("info_nce", CPU, dtype)).index("late") == (0 if leads else 3)
+        assert backends.choose("auto", "info_nce", CPU, dtype) == ("late" if leads else "cpu")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_reassigning_has_a_kernel_for_float32_on_the_cpu(dtype):
+    wanted = "cpu" if dtype == torch.float32 else "reference"
+    assert backends.choose("auto", "reassign", CPU, dtype) == wanted
+    if dtype != torch.float32:
+        assert backends.refusal("cpu", "reassign", CPU, dtype) == f"it takes float32, not {dtype}"
+    assert backends.refusal("cuda", "reassign", CPU, dtype) == "this version has no cuda kernel for reassign"
+    assert backends.choose("auto", "reassign", torch.device("meta"), dtype) == "reference"
+
+
+@pytest.mark.parametrize("backend", list(backends.FUSED))
+@pytest.mark.parametrize("operator", backends.OPERATORS)
+def test_every_kernel_of_a_record_is_there(backend, operator):
+    kernels = backends.FUSED[backend].kernels.get(operator)
+    if kernels is None or backend == "cuda" and backends._cuda is None:
+        return
+    if backend == "triton":
+        pytest.importorskip("triton")
+    names = {"info_nce": ["info_nce_forward", "info_nce_negatives_grad"], "reassign": ["reassign_by_bounds"]}
+    for name in names.get(operator, [operator]):
+        assert callable(getattr(backends.module_of(backend, operator), name))
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "Auto", None])
