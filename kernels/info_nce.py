@@ -22,7 +22,7 @@ Logits carry a factor log2(e), so that exponentials are powers of 2.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -32,6 +32,9 @@ from ifnd_fast.kernels import dense, marked, normalise
 from ifnd_fast.kernels.negatives import negatives_grad_kernel
 from ifnd_fast.kernels.products import LOG2E
 from ifnd_fast.kernels.tiles import Tile, capability_of, chunk_of, multiprocessors, tile_of
+
+if TYPE_CHECKING:
+    from ifnd_fast.ops.pair_labels import PairLabels
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
 # Weights in (0, 1] are rounded to the inputs' dtype to be multiplied. In float16 those below 2^-14 would lose digits,
@@ -89,7 +92,7 @@ def info_nce_forward(
     query: Tensor,
     positive: Tensor,
     negatives: Tensor,
-    labels_and_ids: tuple[Tensor | None, ...],
+    labels: PairLabels,
     temperature: float,
     false_negatives: str,
     level_combination: str,
@@ -98,10 +101,10 @@ def info_nce_forward(
     """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and false_negative_counts
     (B, n_losses); the counts are 0 where they aren't needed: one loss that eliminates."""
     query, positive, negatives = query.contiguous(), positive.contiguous(), negatives.contiguous()
-    extra = [None if t is None else t.contiguous() for t in labels_and_ids]
-    (B, D), K, L = query.shape, len(negatives), 1 if extra[0] is None else extra[0].shape[1]
-    n_losses = L if level_combination == "mean" else 1
-    has_labels, attract = extra[0] is not None and false_negatives != "keep", false_negatives == "attract"
+    labels = labels.plain()
+    (B, D), K, L = query.shape, len(negatives), max(1, labels.levels)
+    n_losses = labels.n_losses(level_combination)
+    has_labels, attract = labels.levels > 0 and false_negatives != "keep", false_negatives == "attract"
     has_marked_pass = has_labels and (attract or n_losses > 1)
     chunk, chunks = chunk_of(D)
     tile = tile_of("info_nce", query.dtype, capability_of(query.device), L)
@@ -117,12 +120,12 @@ def info_nce_forward(
     false_negative_counts = query.new_empty((B, n_losses), dtype=torch.int32)
 
     scale = LOG2E.value / temperature
-    inputs = (query, negatives, *[loss if t is None else t for t in extra])  # the loss is never read
+    inputs = (query, negatives, *[loss if t is None else t for t in labels])  # the loss is never read
     cut = (B, K, plan.split_keys, plan.tiles, scale)
     shape = {"D": D, "CHUNK": chunk, "CHUNKS": chunks, "ATTRACT": attract}
     products = {
         "ROWS": tile.rows, "KEYS": tile.columns, "L": L, "ALL": level_combination == "all",
-        "HAS_IDS": extra[2] is not None, "PRECISION": "ieee", "num_warps": tile.warps, "num_stages": tile.stages,
+        "HAS_IDS": labels.has_ids, "PRECISION": "ieee", "num_warps": tile.warps, "num_stages": tile.stages,
         "maxnreg": tile.registers,
     }  # fmt: skip
     of_marked = {**products, "KEYS": tile.marked, "FLAG_KEYS": tile.columns, "N_LOSSES": n_losses}
@@ -162,7 +165,7 @@ def info_nce_negatives_grad(
     loss_grad: Tensor,
     query: Tensor,
     negatives: Tensor,
-    labels_and_ids: tuple[Tensor | None, ...],
+    labels: PairLabels,
     log_normalizer: Tensor,
     false_negative_counts: Tensor,
     temperature: float,
@@ -171,20 +174,20 @@ def info_nce_negatives_grad(
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
     loss_grad, query, negatives = loss_grad.contiguous(), query.contiguous(), negatives.contiguous()
-    extra = [None if t is None else t.contiguous() for t in labels_and_ids]
-    (B, D), K, L = query.shape, len(negatives), 1 if extra[0] is None else extra[0].shape[1]
+    labels = labels.plain()
+    (B, D), K, L = query.shape, len(negatives), max(1, labels.levels)
     n_losses = log_normalizer.shape[1]
     negatives_grad = query.new_empty((K, D), dtype=torch.float32)
     if K == 0:
         return negatives_grad
     tile, (chunk, chunks) = tile_of("info_nce", query.dtype, capability_of(query.device), L), chunk_of(D)
     negatives_grad_kernel[(triton.cdiv(K, tile.negatives), chunks)](
-        loss_grad, loss_grad.abs().amax(), query, negatives, *[loss_grad if t is None else t for t in extra],
+        loss_grad, loss_grad.abs().amax(), query, negatives, *[loss_grad if t is None else t for t in labels],
         log_normalizer, false_negative_counts, negatives_grad, B, K, LOG2E.value / temperature, 1.0 / temperature,
         D=D, L=L, N_LOSSES=n_losses, PADDED=triton.next_power_of_2(n_losses), ROWS=tile.rows, KEYS=tile.negatives,
         CHUNK=chunk, CHUNKS=chunks, SHIFT=shift_of(query.dtype), ATTRACT=false_negatives == "attract",
         ALL=level_combination == "all",
-        HAS_LABELS=extra[0] is not None and false_negatives != "keep", HAS_IDS=extra[2] is not None,
+        HAS_LABELS=labels.levels > 0 and false_negatives != "keep", HAS_IDS=labels.has_ids,
         PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return negatives_grad

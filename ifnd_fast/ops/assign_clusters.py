@@ -10,7 +10,6 @@ from torch import Tensor
 from ifnd_fast.ops import backends, checks, reference
 from ifnd_fast.ops.batches import one_by_one
 
-METRICS = ("inner_product", "l2")
 FAR = 100.0  # from the origin: squared distance in squared spreads
 FAR_SAMPLE = 32  # centroids or more tell where all of them are
 SHIFTED_ELEMENTS = 1 << 22  # of the rows made relative at a time: 16 MiB;
@@ -64,7 +63,7 @@ def assign_clusters(
     return_confidence = checks.flag("return_confidence", return_confidence)
     checks.matrix("features", features)
     checks.matrix("centroids", centroids, features, "features")
-    checks.choice("metric", metric, METRICS)
+    checks.choice("metric", metric, checks.METRICS)
     if len(features) == 0 or len(centroids) == 0:
         raise ValueError(
             "features and centroids must have at least one row each, "

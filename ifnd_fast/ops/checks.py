@@ -10,6 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# The kernels on the CPU know each by its place here (csrc/cpu/problem.h).
+STRATEGIES = ("eliminate", "attract", "keep")
+COMBINATIONS = ("mean", "any", "all")
+METRICS = ("inner_product", "l2")
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_DIM = 2048
 # Beyond, a softmax of unit rows in float32 is one-hot, or uniform, to the last bit: no temperature that is meant.

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from ifnd_fast.ops.address import address, plain
 from ifnd_fast.ops.backends import _cpu
+from ifnd_fast.ops.checks import COMBINATIONS, METRICS, STRATEGIES
+from ifnd_fast.ops.pair_labels import PairLabels
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_STRATEGIES = {"eliminate": 0, "attract": 1, "keep": 2}
-_COMBINATIONS = {"mean": 0, "any": 1, "all": 2}
-_METRICS = {"inner_product": 0, "l2": 1}
 
 # Everything made here says its dtype and device: torch's defaults are the user's to set.
 _CPU = torch.device("cpu")
-_LABELS_AND_IDS = ("query_labels", "negative_labels", "query_ids", "negative_ids")
 
 
 def _call(function: Callable, *arguments: int | float | tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]) -> int:
@@ -29,90 +27,85 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=_CPU)
 
 
-def _columns(labels: Tensor | None) -> int:
-    return 1 if labels is None else labels.shape[1]
-
-
-def _extra(labels_and_ids: tuple[Tensor | None, ...], rows: int, keys: int) -> list:
+def _arguments_of(labels: PairLabels, rows: int, keys: int) -> list:
     """Labels (rows or keys, L) int32 and ids (rows or keys,) int64 as `_call` takes them."""
-    columns = _columns(labels_and_ids[0])
-    shapes = ((rows, columns), (keys, columns), (rows,), (keys,))
+    shapes = ((rows, labels.levels), (keys, labels.levels), (rows,), (keys,))
     dtypes = (torch.int32, torch.int32, torch.int64, torch.int64)
-    tensors = (None if t is None else plain(t) for t in labels_and_ids)
-    return list(zip(_LABELS_AND_IDS, tensors, dtypes, shapes, strict=True))
+    return list(zip(labels._fields, labels.plain(), dtypes, shapes, strict=True))
 
 
 def info_nce_forward(
     query: Tensor,
     positive: Tensor,
     negatives: Tensor,
-    labels_and_ids: tuple[Tensor | None, ...],
+    labels: PairLabels,
     temperature: float,
     false_negatives: str,
     level_combination: str,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and counts (B, losses)."""
-    (rows, dim), keys, dtype, columns = query.shape, len(negatives), query.dtype, _columns(labels_and_ids[0])
-    losses = columns if level_combination == "mean" else 1
-    loss, positive_weight, log_normalizer = _empty(rows), _empty(rows), _empty(rows, losses)
+    """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and false_negative_counts
+    (B, n_losses)."""
+    (rows, dim), keys, dtype, levels = query.shape, len(negatives), query.dtype, max(1, labels.levels)
+    n_losses = labels.n_losses(level_combination)
+    loss, positive_weight, log_normalizer = _empty(rows), _empty(rows), _empty(rows, n_losses)
     query_grad = _empty(rows if with_grad else 0, dim)
-    counts = _empty(rows, losses, dtype=torch.int32)
+    false_negative_counts = _empty(rows, n_losses, dtype=torch.int32)
     _call(
         _cpu.info_nce_forward,
         ("query", plain(query), dtype, (rows, dim)),
         ("positive", plain(positive), dtype, (rows, dim)),
         ("negatives", plain(negatives), dtype, (keys, dim)),
-        *_extra(labels_and_ids, rows, keys),
+        *_arguments_of(labels, rows, keys),
         rows,
         keys,
         dim,
-        columns,
+        levels,
         _DTYPES[dtype],
         temperature,
-        _STRATEGIES[false_negatives],
-        _COMBINATIONS[level_combination],
+        STRATEGIES.index(false_negatives),
+        COMBINATIONS.index(level_combination),
         ("loss", loss, torch.float32, (rows,)),
         ("query_grad", query_grad if with_grad else None, torch.float32, (rows, dim)),
         ("positive_weight", positive_weight, torch.float32, (rows,)),
-        ("log_normalizer", log_normalizer, torch.float32, (rows, losses)),
-        ("counts", counts, torch.int32, (rows, losses)),
+        ("log_normalizer", log_normalizer, torch.float32, (rows, n_losses)),
+        ("false_negative_counts", false_negative_counts, torch.int32, (rows, n_losses)),
         torch.get_num_threads(),
     )
-    return loss, query_grad, positive_weight, log_normalizer, counts
+    return loss, query_grad, positive_weight, log_normalizer, false_negative_counts
 
 
 def info_nce_negatives_grad(
     loss_grad: Tensor,
     query: Tensor,
     negatives: Tensor,
-    labels_and_ids: tuple[Tensor | None, ...],
+    labels: PairLabels,
     log_normalizer: Tensor,
-    counts: Tensor,
+    false_negative_counts: Tensor,
     temperature: float,
     false_negatives: str,
     level_combination: str,
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
-    (rows, dim), keys, dtype, columns = query.shape, len(negatives), query.dtype, _columns(labels_and_ids[0])
-    losses = columns if level_combination == "mean" else 1
+    (rows, dim), keys, dtype, levels = query.shape, len(negatives), query.dtype, max(1, labels.levels)
+    n_losses = labels.n_losses(level_combination)
     negatives_grad = _empty(keys, dim)
     _call(
         _cpu.info_nce_negatives_grad,
         ("query", plain(query), dtype, (rows, dim)),
         ("negatives", plain(negatives), dtype, (keys, dim)),
-        *_extra(labels_and_ids, rows, keys),
+        *_arguments_of(labels, rows, keys),
         rows,
         keys,
         dim,
-        columns,
+        levels,
         _DTYPES[dtype],
         temperature,
-        _STRATEGIES[false_negatives],
-        _COMBINATIONS[level_combination],
+        STRATEGIES.index(false_negatives),
+        COMBINATIONS.index(level_combination),
         ("loss_grad", plain(loss_grad), torch.float32, (rows,)),
-        ("log_normalizer", plain(log_normalizer), torch.float32, (rows, losses)),
-        ("counts", plain(counts), torch.int32, (rows, losses)),
+        ("log_normalizer", plain(log_normalizer), torch.float32, (rows, n_losses)),
+        ("false_negative_counts", plain(false_negative_counts), torch.int32, (rows, n_losses)),
         ("negatives_grad", negatives_grad, torch.float32, (keys, dim)),
         torch.get_num_threads(),
     )
@@ -133,7 +126,7 @@ def assign_clusters(
         clusters,
         dim,
         _DTYPES[dtype],
-        _METRICS[metric],
+        METRICS.index(metric),
         temperature,
         ("labels", labels, torch.int32, (rows,)),
         ("confidence", confidence if return_confidence else None, torch.float32, (rows,)),

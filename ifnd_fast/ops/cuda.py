@@ -11,6 +11,7 @@ from torch import Tensor
 from ifnd_fast.ops.address import address
 from ifnd_fast.ops.backends import _cuda
 from ifnd_fast.ops.float32_terms import Operand, margins_of, rows_of_pieces, shift_of, two_terms, unit_of
+from ifnd_fast.ops.pair_labels import PairLabels
 
 # float32 rows are split into terms of 16 bits this many at a time: the terms take as much memory as the rows.
 ROWS_AT_A_TIME = 1 << 18
@@ -46,20 +47,17 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _pass_arguments(
-    query: Operand, negatives: Operand, labels_and_ids: list[Tensor | None], temperature: float, false_negatives: str,
+    query: Operand, negatives: Operand, labels: PairLabels, temperature: float, false_negatives: str,
     level_combination: str,
 ) -> dict[str, Any]:
     """What every pass over the pairs takes."""
-    names = ("query_labels", "negative_labels", "query_ids", "negative_ids")
-    extra = [None if t is None else t.contiguous() for t in labels_and_ids]
     split = query.shift is not None
     float16 = query.numbers.dtype == torch.float16
-    levels = 0 if extra[0] is None else extra[0].shape[1]
     return {
-        "query": query.numbers, "negatives": negatives.numbers, **dict(zip(names, extra, strict=True)),
+        "query": query.numbers, "negatives": negatives.numbers, **labels.plain()._asdict(),
         "unit": unit_of(query, negatives), "B": len(query.numbers), "K": len(negatives.numbers), "D": query.dim,
-        "L": 0 if false_negatives == "keep" else levels,
-        "n_losses": max(1, levels) if level_combination == "mean" else 1,
+        "L": 0 if false_negatives == "keep" else labels.levels,
+        "n_losses": labels.n_losses(level_combination),
         "all_levels": level_combination == "all",
         "terms": 3 if split else 1, "stored_terms": 2 if split else 1, "scale": LOG2E / temperature,
         "shift": float(FLOAT16_SHIFT if float16 else 0), "attract": false_negatives == "attract",
@@ -87,7 +85,7 @@ def info_nce_forward(
     query: Tensor,
     positive: Tensor,
     negatives: Tensor,
-    labels_and_ids: tuple[Tensor | None, ...],
+    labels: PairLabels,
     temperature: float,
     false_negatives: str,
     level_combination: str,
@@ -97,7 +95,7 @@ def info_nce_forward(
     (B, n_losses); the counts are 0 where they aren't needed: one loss that eliminates."""
     (B, D), K = query.shape, len(negatives)
     operands = Operand.of(query), Operand.of(negatives)
-    both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives, level_combination)
+    both = _pass_arguments(*operands, labels, temperature, false_negatives, level_combination)
     L, n_losses, dim, warps = both["L"], both["n_losses"], both["D"], _warps(B, both["L"])
     has_marked_pass = L > 0 and (both["attract"] or n_losses > 1)  # tiles with false negatives, once more
 
@@ -147,7 +145,7 @@ def info_nce_negatives_grad(
     loss_grad: Tensor,
     query: Tensor,
     negatives: Tensor,
-    labels_and_ids: tuple[Tensor | None, ...],
+    labels: PairLabels,
     log_normalizer: Tensor,
     false_negative_counts: Tensor,
     temperature: float,
@@ -157,7 +155,7 @@ def info_nce_negatives_grad(
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
     (B, D), K = query.shape, len(negatives)
     operands = Operand.of(query), Operand.of(negatives)
-    both = _pass_arguments(*operands, list(labels_and_ids), temperature, false_negatives, level_combination)
+    both = _pass_arguments(*operands, labels, temperature, false_negatives, level_combination)
     out = query.new_empty(negatives.shape, dtype=torch.float32)
     of_queries = {
         "log_normalizer": log_normalizer.contiguous(), "false_negative_counts": false_negative_counts.contiguous(),

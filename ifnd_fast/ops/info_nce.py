@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 
 from ifnd_fast.ops import backends, checks, reference
 from ifnd_fast.ops.batches import one_by_one
+from ifnd_fast.ops.checks import COMBINATIONS, STRATEGIES
+from ifnd_fast.ops.pair_labels import PairLabels
 
-STRATEGIES = ("eliminate", "attract", "keep")
 REDUCTIONS = ("mean", "sum", "none")
-COMBINATIONS = ("mean", "any", "all")
 MAX_LEVELS = 16
 FORWARD_MODE = "torch.func.jvp, jacfwd or hessian asks for them"
 
@@ -78,37 +78,27 @@ def info_nce(
         >>> info_nce(z, keys, queue, query_labels=y, negative_labels=queue_y).shape
         torch.Size([])
     """
-    labels_and_ids = (query_labels, negative_labels, query_ids, negative_ids)
+    labels = PairLabels(query_labels, negative_labels, query_ids, negative_ids)
     temperature = checks.temperature(temperature)
-    _check(query, positive, negatives, *labels_and_ids)
+    _check(query, positive, negatives, labels)
     checks.choice("false_negatives", false_negatives, STRATEGIES)
     checks.choice("level_combination", level_combination, COMBINATIONS)
     checks.choice("reduction", reduction, REDUCTIONS)
     backend = backends.choose(backend, "info_nce", query.device, query.dtype)
     if backend == "reference":
-        _check_label_range(query_labels, negative_labels)
-        loss = reference.info_nce(query, positive, negatives, temperature, *labels_and_ids, false_negatives,
-                                  level_combination)  # fmt: skip
+        _check_label_range(labels)
+        loss = reference.info_nce(query, positive, negatives, temperature, *labels, false_negatives, level_combination)
     else:
         # What is batched inside of torch.func.grad does not say that it requires a gradient.
         wanted = _transformed() or any(t.requires_grad for t in (query, positive, negatives))
         with_grad = torch.is_grad_enabled() and wanted
         loss = _fused(backend)(
-            query, positive, negatives, *labels_and_ids, temperature, false_negatives, level_combination, backend,
-            with_grad,
-        )[0]  # fmt: skip
+            query, positive, negatives, *labels, temperature, false_negatives, level_combination, backend, with_grad
+        )[0]
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
-def _check(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor,
-    query_labels: Tensor | None,
-    negative_labels: Tensor | None,
-    query_ids: Tensor | None,
-    negative_ids: Tensor | None,
-) -> None:
+def _check(query: Tensor, positive: Tensor, negatives: Tensor, labels: PairLabels) -> None:
     checks.matrix("query", query)
     checks.matrix("positive", positive, query, "query")
     checks.matrix("negatives", negatives, query, "query")
@@ -116,6 +106,7 @@ def _check(
         raise ValueError("query must have at least one row, got shape " + str(tuple(query.shape)))
     if positive.shape != query.shape:
         raise ValueError(f"positive must have query's shape {tuple(query.shape)}, got {tuple(positive.shape)}")
+    query_labels, negative_labels, query_ids, negative_ids = labels
     for a, b, what in (
         (query_labels, negative_labels, ("query_labels", "negative_labels")),
         (query_ids, negative_ids, ("query_ids", "negative_ids")),
@@ -124,23 +115,22 @@ def _check(
             raise ValueError(f"{what[0]} and {what[1]} go together: only {what[a is None]} was given")
     if query_labels is not None and negative_labels is not None:
         checks.integers("query_labels", query_labels, torch.int32, (len(query), None), query, "query")
-        levels = query_labels.shape[1]
-        if not 1 <= levels <= MAX_LEVELS:
-            raise ValueError(f"query_labels must have 1 to {MAX_LEVELS} levels (columns), got {levels}")
-        shape = (len(negatives), levels)
+        if not 1 <= labels.levels <= MAX_LEVELS:
+            raise ValueError(f"query_labels must have 1 to {MAX_LEVELS} levels (columns), got {labels.levels}")
+        shape = (len(negatives), labels.levels)
         checks.integers("negative_labels", negative_labels, torch.int32, shape, query, "query")
     if query_ids is not None and negative_ids is not None:
         checks.integers("query_ids", query_ids, torch.int64, (len(query),), query, "query")
         checks.integers("negative_ids", negative_ids, torch.int64, (len(negatives),), query, "query")
 
 
-def _check_label_range(query_labels: Tensor | None, negative_labels: Tensor | None) -> None:
+def _check_label_range(labels: PairLabels) -> None:
     """On the CPU only: on a GPU it would stall the stream, and there any negative label counts as -1."""
     if torch.compiler.is_compiling() or _transformed():
         return
-    for name, labels in (("query_labels", query_labels), ("negative_labels", negative_labels)):
-        if labels is not None and labels.device.type == "cpu" and labels.numel() and int(labels.min()) < -1:
-            raise ValueError(f"{name} must be -1 (no label) or a cluster number, got {int(labels.min())}")
+    for name, given in (("query_labels", labels.query_labels), ("negative_labels", labels.negative_labels)):
+        if given is not None and given.device.type == "cpu" and given.numel() and int(given.min()) < -1:
+            raise ValueError(f"{name} must be -1 (no label) or a cluster number, got {int(given.min())}")
 
 
 def _fused(backend: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -174,15 +164,15 @@ def _info_nce(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (B,), its gradients by row: query_grad (B, D) and positive_weight (B,) = d loss / d s(q, p), and
-    what the negatives' gradient needs: log_normalizer and, to attract, false_negative_counts (B, losses), a loss for
+    what the negatives' gradient needs: log_normalizer and, to attract, false_negative_counts (B, n_losses), a loss for
     each level or one where they are combined."""
-    _check_label_range(query_labels, negative_labels)
-    labels_and_ids = (query_labels, negative_labels, query_ids, negative_ids)
+    labels = PairLabels(query_labels, negative_labels, query_ids, negative_ids)
+    _check_label_range(labels)
     query, positive, negatives = query.resolve_neg(), positive.resolve_neg(), negatives.resolve_neg()
     module = backends.module_of(backend, "info_nce")
     with torch.cuda.device_of(query):
         return module.info_nce_forward(
-            query, positive, negatives, labels_and_ids, temperature, false_negatives, level_combination, with_grad
+            query, positive, negatives, labels, temperature, false_negatives, level_combination, with_grad
         )
 
 
@@ -192,13 +182,13 @@ def _(
     temperature, false_negatives, level_combination, backend, with_grad,
 ):  # fmt: skip
     rows, dim = query.shape
-    losses = 1 if query_labels is None or level_combination != "mean" else query_labels.shape[1]
+    n_losses = PairLabels(query_labels, negative_labels, query_ids, negative_ids).n_losses(level_combination)
     return (
         query.new_empty(rows, dtype=torch.float32),
         query.new_empty((rows if with_grad else 0, dim), dtype=torch.float32),
         query.new_empty(rows, dtype=torch.float32),
-        query.new_empty((rows, losses), dtype=torch.float32),
-        query.new_empty((rows, losses), dtype=torch.int32),
+        query.new_empty((rows, n_losses), dtype=torch.float32),
+        query.new_empty((rows, n_losses), dtype=torch.int32),
     )
 
 
@@ -219,12 +209,12 @@ def _negatives_grad(
     backend: str,
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32: a second pass, only where it is asked for."""
-    labels_and_ids = (query_labels, negative_labels, query_ids, negative_ids)
+    labels = PairLabels(query_labels, negative_labels, query_ids, negative_ids)
     loss_grad, query, negatives = loss_grad.resolve_neg(), query.resolve_neg(), negatives.resolve_neg()
     module = backends.module_of(backend, "info_nce")
     with torch.cuda.device_of(query):
         return module.info_nce_negatives_grad(
-            loss_grad, query, negatives, labels_and_ids, log_normalizer, false_negative_counts,
+            loss_grad, query, negatives, labels, log_normalizer, false_negative_counts,
             temperature, false_negatives, level_combination,
         )  # fmt: skip
 
@@ -242,10 +232,10 @@ _negatives_grad.register_vmap(one_by_one(_negatives_grad))
 
 
 def _save(ctx, inputs, output) -> None:
-    query, positive, negatives, *labels_and_ids, temperature, false_negatives, level_combination, backend, _ = inputs
-    _, query_grad, positive_weight, log_normalizer, counts = output
+    query, positive, negatives, *labels, temperature, false_negatives, level_combination, backend, _ = inputs
+    _, query_grad, positive_weight, log_normalizer, false_negative_counts = output
     ctx.save_for_backward(
-        query, negatives, *labels_and_ids, query_grad, positive_weight, log_normalizer, counts
+        query, negatives, *labels, query_grad, positive_weight, log_normalizer, false_negative_counts
     )
     ctx.scalars = (temperature, false_negatives, level_combination, backend)
 
@@ -269,7 +259,7 @@ def _gradients(
     query_grad: Tensor,
     positive_weight: Tensor,
     log_normalizer: Tensor,
-    counts: Tensor,
+    false_negative_counts: Tensor,
     scalars: tuple[float, str, str, str],
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
@@ -283,8 +273,8 @@ def _gradients(
         grads[1] = (weight[:, None] * query).to(query.dtype)
     if wanted[2]:
         grads[2] = _negatives_grad(
-            loss_grad, query, negatives, query_labels, negative_labels, query_ids, negative_ids, log_normalizer, counts,
-            *scalars,
+            loss_grad, query, negatives, query_labels, negative_labels, query_ids, negative_ids, log_normalizer,
+            false_negative_counts, *scalars,
         ).to(negatives.dtype)  # fmt: skip
     return tuple(grads)
 

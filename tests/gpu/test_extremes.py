@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ifnd_fast.ops import backends
+from ifnd_fast.ops.pair_labels import PairLabels
 from tests.gpu.test_operators import DEVICE, assign_by, case_of, data, every_dtype, every_metric, every_strategy, taken
 from tests.ops.cases import Case
 
@@ -36,10 +37,10 @@ def test_negative_ids_match_nothing(backend):
 def forward_and_backward(backend: str, case: Case) -> list[Tensor]:
     """Past the operator's checks, which on the CPU refuse labels below -1 and on a GPU do not read them."""
     module = backends.module_of(backend, "info_nce")
-    extra = (case.query_labels, case.negative_labels, case.query_ids, case.negative_ids)
+    labels = PairLabels(case.query_labels, case.negative_labels, case.query_ids, case.negative_ids)
     how = (case.temperature, case.false_negatives, case.level_combination)
-    outputs = module.info_nce_forward(case.query, case.positive, case.negatives, extra, *how, True)
-    back = module.info_nce_negatives_grad(case.upstream, case.query, case.negatives, extra, *outputs[3:], *how)
+    outputs = module.info_nce_forward(case.query, case.positive, case.negatives, labels, *how, True)
+    back = module.info_nce_negatives_grad(case.upstream, case.query, case.negatives, labels, *outputs[3:], *how)
     return [*outputs, back]
 
 

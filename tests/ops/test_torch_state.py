@@ -316,4 +316,4 @@ def test_labels_of_another_dtype_reach_no_kernel():
     with pytest.raises(RuntimeError, match="labels must be contiguous torch.int32"):
         cpu.cluster_sums(X, torch.zeros(300, dtype=torch.int64), C)
     with nullcontext(), pytest.raises(RuntimeError, match="bounds must be contiguous torch.float32"):
-        cpu.reassign(X, None, C, torch.zeros(300, dtype=torch.int32), torch.zeros(300, dtype=torch.float64))
+        cpu.reassign_by_bounds(X, None, C, torch.zeros(300, dtype=torch.int32), torch.zeros(300, dtype=torch.float64))
