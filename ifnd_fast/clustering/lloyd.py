@@ -150,8 +150,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     centroids = centroids.to(dtype)
     labels = torch.empty(len(x), dtype=torch.int32, device=x.device)
     for part in operator_chunks(x, len(centroids), dtype, None if dtype == x.dtype else chunk_rows(x)):
-        nearest = assign_clusters(x[part].to(dtype), centroids, metric="l2", return_confidence=False)
-        labels[part] = cast(Tensor, nearest)
+        labels[part] = assign_clusters(x[part].to(dtype), centroids, metric="l2", return_confidence=False)
     return labels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,42 @@ FAR = 100.0  # from the origin: squared distance in squared spreads
 FAR_SAMPLE = 32  # centroids or more tell where all of them are
 SHIFTED_ELEMENTS = 1 << 22  # of the rows made relative at a time: 16 MiB;
 GPU_SHIFTED_ELEMENTS = 1 << 26  # on a GPU 256 MiB
+
+
+@overload
+def assign_clusters(
+    features: Tensor,
+    centroids: Tensor,
+    *,
+    temperature: float = ...,
+    return_confidence: Literal[True] = ...,
+    metric: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def assign_clusters(
+    features: Tensor,
+    centroids: Tensor,
+    *,
+    temperature: float = ...,
+    return_confidence: Literal[False],
+    metric: str = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def assign_clusters(
+    features: Tensor,
+    centroids: Tensor,
+    *,
+    temperature: float = ...,
+    return_confidence: bool,
+    metric: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor] | Tensor: ...
 
 
 def assign_clusters(
