@@ -204,7 +204,7 @@ def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype
     Raises:
         ValueError: the name is unknown, or the backend asked for can't run here (with the reason).
     """
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         for name in _fastest_first(device, dtype):
             if FUSED[name].device == device.type and refusal(name, operator, device, dtype) is None:
                 return name
