@@ -1,4 +1,4 @@
-// Runs every CPU kernel on arrays of exactly their size, for the sanitizers (tests/test_native.py builds it), and
+// Runs every CPU kernel on arrays of exactly their size, for the sanitizers (test_sanitizers.py builds it), and
 // prints the largest error of the kernels' exp in units in the last place.
 #include <array>
 #include <cmath>
