@@ -18,11 +18,11 @@ from ifnd_fast.report.plots import (
     Picture,
     Texts,
     add_legend,
+    alt_text,
     draw_picture,
     epoch_axis,
     percent_axis,
     plot_line,
-    tell,
 )
 from ifnd_fast.training.saved_run import SECONDS, Epochs, number
 
@@ -69,7 +69,7 @@ def _loss(figure: Figure, epochs: Epochs) -> Texts | None:
     caption = (
         f"Mean contrastive loss of each epoch{', and the learning rate at its end' if lr_epoch else ''}."
     )
-    return "Loss", caption, tell("loss", epoch, loss, "{:.3f}")
+    return "Loss", caption, alt_text("loss", epoch, loss, "{:.3f}")
 
 
 def _knn(figure: Figure, epochs: Epochs, result: Mapping[str, Any]) -> Texts | None:
@@ -82,7 +82,7 @@ def _knn(figure: Figure, epochs: Epochs, result: Mapping[str, Any]) -> Texts | N
         return None
     axes = figure.subplots()
     plot_line(axes, epoch, top1, 0, label="trained")
-    alt = tell("kNN top-1 accuracy", epoch, top1, "{:.1f}%")
+    alt = alt_text("kNN top-1 accuracy", epoch, top1, "{:.1f}%")
     for name, key, dash, colour in (
         ("raw pixels", "knn_top1_raw_pixels", "--", SERIES[1]),
         ("untrained encoder", "knn_top1_untrained", ":", INK),
@@ -107,7 +107,7 @@ def _acceptance(figure: Figure, epochs: Epochs) -> Texts | None:
     percent_axis(axes, "accepted labels")
     epoch_axis(axes, epochs)
     caption = "Share of pseudo labels, the most confident first, that training trusts."
-    return "Acceptance rate", caption, tell("acceptance rate", epoch, rate, "{:.0%}")
+    return "Acceptance rate", caption, alt_text("acceptance rate", epoch, rate, "{:.0%}")
 
 
 def _false_negatives(figure: Figure, epochs: Epochs, names: Sequence[str]) -> Texts | None:
@@ -225,4 +225,4 @@ def _level_series(epochs: Epochs, key: str, names: Sequence[str]) -> list[tuple[
 def _lines(axes: Axes, levels: list[tuple[int, str, Series]], form: str, what: str, at: str = "epoch") -> str:
     for level, name, (x, y) in levels:
         plot_line(axes, x, y, level, label=name)
-    return " ".join(tell(f"{what} at {name}", x, y, form, at) for _, name, (x, y) in levels)
+    return " ".join(alt_text(f"{what} at {name}", x, y, form, at) for _, name, (x, y) in levels)

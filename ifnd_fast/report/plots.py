@@ -94,7 +94,7 @@ def shortened(name: str, most: int = 14) -> str:
     return name if len(name) <= most else name[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def tell(what: str, x: list[float], y: list[float], form: str, at: str = "epoch") -> str:
+def alt_text(what: str, x: list[float], y: list[float], form: str, at: str = "epoch") -> str:
     start, end = form.format(y[0]), form.format(y[-1])
     if len(y) == 1:
         return f"{what[0].upper()}{what[1:]}: {end} at {at} {x[-1]:.0f}."
