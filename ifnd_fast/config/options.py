@@ -1,4 +1,4 @@
-"""What a run is made of: dataclasses that are the command line's options, and the presets."""
+"""What a run is made of: dataclasses that are the command line's options, with what each may be."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from ifnd_fast.config.ranges import (
+    FINITE,
+    MOMENTUM,
+    RANK_TIMEOUT,
+    SEED,
+    TEMPERATURE,
+    MayChange,
+    above,
+    at_least,
+    between,
+    check,
+    check_levels,
+)
+from ifnd_fast.runtime.errors import UsageError
 
 BUILT_IN = ("demo", "cifar10", "cifar100")
 """Data sets that --data names, whatever folders of these names there are."""
@@ -22,35 +37,35 @@ class DataConfig:
     if a test part is beside it or no other folder with images; else it is a class. Hidden files and folders are left
     out, linked ones followed, and what was left out is said. Labels only ever measure (and feed --false-negatives
     oracle)."""
-    data_root: Path = Path("data")
+    data_root: MayChange[Path] = Path("data")
     """folder for downloaded data sets"""
-    hold_out: float = 0.0
+    hold_out: Annotated[float, between(0, 1, exclude=1)] = 0.0
     """share of the training images, of each class alike, that is kept from training and stands in for the test images:
     to choose options by, with the test images untouched"""
-    image_size: int = 28
+    image_size: Annotated[int, at_least(1)] = 28
     """side of a training view, pixels"""
-    crop_min: float = 0.2
+    crop_min: Annotated[float, between(0, 1, exclude=0)] = 0.2
     """smallest random crop, as a share of the image's area"""
-    color_jitter: float = 0.0
+    color_jitter: Annotated[float, between(0, 1)] = 0.0
     """strength of brightness, contrast and saturation jitter (hue: a quarter of it), 0 to 1; applied to 80 %"""
-    grayscale: float = 0.0
+    grayscale: Annotated[float, between(0, 1)] = 0.0
     """probability of a grey view"""
-    blur: float = 0.0
+    blur: Annotated[float, between(0, 1)] = 0.0
     """probability of Gaussian blur, sigma 0.1 to 2 pixels"""
     flip: bool = False
     """flip half of the views left to right"""
-    rotation: float = 0.0
+    rotation: Annotated[float, at_least(0)] = 0.0
     """largest random rotation, degrees either way"""
     augment: Literal["loader", "device"] = "loader"
     """where random views are made: of one image after the other by the loading processes, or of a whole batch on the
     device that trains, with random parameters for each image, the same whatever the ranks and workers. The latter is
     for many images a second on few cores. Its views are resampled once, bilinearly; those of image files are cut from
     the middle square, loaded at 1.5 times --image-size. Jitter then needs pip install ifnd-fast[augment]"""
-    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    pixel_mean: Annotated[tuple[float, float, float], FINITE] = (0.485, 0.456, 0.406)
     """mean of the red, green and blue values (0 to 1), taken off"""
-    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    pixel_std: Annotated[tuple[float, float, float], above(0)] = (0.229, 0.224, 0.225)
     """their standard deviation, divided by"""
-    workers: int = 2
+    workers: Annotated[MayChange[int], at_least(0)] = 2
     """processes per rank that load and augment images; 0: in the training process"""
     strict: bool = False
     """stop at an unreadable image, or too few images for --levels, where otherwise a warning says what is left out or
@@ -63,27 +78,27 @@ class ModelConfig:
     """"resnet-small" (one basic block a stage), or torchvision's "resnet18", "resnet34", "resnet50", ..."""
     stem: Literal["imagenet", "cifar", "small"] = "small"
     """first layers: 7x7 stride 2 and max-pool; 3x3 stride 1; 3x3 stride 2"""
-    width: int = 16
+    width: Annotated[int, at_least(1)] = 16
     """channels of the first stage (64 is torchvision's ResNet)"""
-    dim: int = 64
+    dim: Annotated[int, at_least(1)] = 64
     """dimensions of the contrastive features"""
-    hidden: int = 0
+    hidden: Annotated[int, at_least(0)] = 0
     """units of the projection head's hidden layer; 0: as many as the backbone has features"""
 
 
 @dataclass
 class OptimConfig:
-    epochs: int = 20
+    epochs: Annotated[int, at_least(1)] = 20
     """passes over the images"""
-    batch_size: int = 128
+    batch_size: Annotated[int, at_least(2)] = 128
     """images per step, over all ranks"""
-    lr: float = 0.06
+    lr: Annotated[float, above(0)] = 0.06
     """learning rate at the start (after warm-up)"""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, at_least(0)] = 1e-4
     """L2 penalty on all parameters"""
-    sgd_momentum: float = 0.9
+    sgd_momentum: Annotated[float, MOMENTUM] = 0.9
     """momentum of SGD"""
-    warmup_epochs: float = 0.0
+    warmup_epochs: Annotated[float, at_least(0)] = 0.0
     """epochs of linear warm-up before the cosine decay to 0"""
 
 
@@ -92,13 +107,13 @@ class ContrastConfig:
     negatives: Literal["queue", "in-batch"] = "queue"
     """MoCo's queue of keys from a momentum encoder, or SimCLR's other images of the batch (no queue, no
     momentum encoder)"""
-    queue_size: int = 2048
+    queue_size: Annotated[int, at_least(1)] = 2048
     """keys in the queue"""
-    temperature: float = 0.2
+    temperature: Annotated[float, TEMPERATURE] = 0.2
     """of the contrastive softmax, and of the clusters' confidence, 1e-6 to 1e6"""
-    momentum: float = 0.99
+    momentum: Annotated[float, MOMENTUM] = 0.99
     """of the key encoder's moving average, per step"""
-    bn_groups: int = 4
+    bn_groups: Annotated[int, at_least(1)] = 4
     """groups that a batch of keys is shuffled into for batch norm (shuffle-BN), over all ranks; 1: off on one
     rank, several ranks shuffle among each other"""
     sync_bn: bool = False
@@ -112,25 +127,25 @@ class ContrastConfig:
 
 @dataclass
 class ClusterConfig:
-    levels: tuple[int, ...] = (10, 20, 40)
+    levels: Annotated[tuple[int, ...], at_least(2)] = (10, 20, 40)
     """clusters at each level, coarse to fine; scaled down where the finest would have more than one for every 4 images
     that are readable and different"""
-    recluster_every: float = 0.1
+    recluster_every: Annotated[float, above(0)] = 0.1
     """epochs between clusterings; below 1: this share of the training"""
-    acceptance_end: float = 1.0
+    acceptance_end: Annotated[float, between(0, 1, exclude=0)] = 1.0
     """share of the training after which every label is accepted (it rises linearly from none)"""
     features: Literal["fresh", "bank"] = "fresh"
     """cluster features of an evaluation pass over the images, or the keys that the last epoch computed anyway"""
     cluster_space: Literal["head", "backbone"] = "head"
     """cluster what the projection head gives (the features that the loss compares), or the backbone's features, which
     keep more of what the images show; these need --features fresh"""
-    whiten: float = 0.0
+    whiten: Annotated[float, between(0, 1)] = 0.0
     """above 0, up to 1: whiten the features by this power before they are clustered (1: PCA whitening)"""
-    kmeans_iterations: int = 20
+    kmeans_iterations: Annotated[int, at_least(1)] = 20
     """most Lloyd iterations per level"""
-    kmeans_restarts: int = 1
+    kmeans_restarts: Annotated[int, at_least(1)] = 1
     """k-means runs per level, of which the best counts"""
-    warm_iterations: int = 0
+    warm_iterations: Annotated[int, at_least(0)] = 0
     """above 0: every clustering but the first starts from the one before, and has at most this many Lloyd iterations"""
     cluster_async: bool = False
     """cluster beside the next epoch, which trains with the labels before: they come an epoch late, and nothing waits"""
@@ -142,13 +157,13 @@ class ClusterConfig:
 
 @dataclass
 class RunConfig:
-    out: Path = Path("runs/demo")
+    out: MayChange[Path] = Path("runs/demo")
     """folder for the run: config, metrics, checkpoints, backbone.pt, report.html"""
-    resume: bool = False
+    resume: MayChange[bool] = False
     """go on with the run in --out from its last checkpoint"""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """of initial weights, order, augmentation and clustering"""
-    device: str = "auto"
+    device: MayChange[str] = "auto"
     """"auto" (CUDA when there, else CPU), "cpu", "cuda", "cuda:1", ..."""
     amp: Literal["auto", "fp16", "bf16", "off"] = "auto"
     """mixed precision; auto: bf16 on GPUs since Ampere and CPUs that have it, fp16 with loss scaling on older GPUs"""
@@ -156,22 +171,22 @@ class RunConfig:
     """store images and weights channels-last"""
     compile: bool = False
     """torch.compile the encoders"""
-    knn_every: int = 5
+    knn_every: Annotated[MayChange[int], at_least(0)] = 5
     """epochs between kNN measurements, when labels are known; 0: only at the end"""
-    checkpoint_every: float = 1.0
+    checkpoint_every: Annotated[MayChange[float], above(0)] = 1.0
     """epochs between checkpoints; below 1: several in an epoch"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[MayChange[int], at_least(1)] = 2
     """checkpoints kept, the latest ones"""
-    rank_timeout: float = 30.0
+    rank_timeout: Annotated[MayChange[float], RANK_TIMEOUT] = 30.0
     """minutes after which a rank that does not answer ends the run, with several ranks"""
-    tensorboard: bool = False
+    tensorboard: MayChange[bool] = False
     """write TensorBoard event files to OUT/tensorboard too (pip install ifnd-fast[tensorboard])"""
 
 
 @dataclass
 class Config:
     preset: Annotated[str, tyro.conf.Suppress] = "demo"
-    identity: Annotated[dict[str, str], tyro.conf.Suppress] = field(default_factory=dict)
+    identity: Annotated[MayChange[dict[str, str]], tyro.conf.Suppress] = field(default_factory=dict)
     """of the data, by part (see `data.identity`); empty before they are looked at and in earlier versions' runs"""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -185,6 +200,14 @@ class Config:
         """Epochs between clusterings, at least 1."""
         every = self.cluster.recluster_every
         return max(1, round(every if every >= 1 else every * self.optim.epochs))
+
+
+def validate(config: Config) -> None:
+    """Raises UsageError for a value out of range, naming the option, the value and the range."""
+    check(config)
+    check_levels(config.cluster.levels)
+    if config.cluster.cluster_space == "backbone" and config.cluster.features == "bank":
+        raise UsageError("--features bank holds the head's keys: --cluster-space backbone needs --features fresh")
 
 
 def with_full_paths(config: Config) -> Config:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ifnd_fast.config.options import Config, with_full_paths
+from ifnd_fast.config.ranges import may_change
 from ifnd_fast.runtime.errors import CommandError
-
-# What may differ when a run is resumed: nothing that changes what it computes. (Where --data lies may change too, where
-# the identity of what is there is known: see `differences`.)
-MAY_CHANGE = {"resume", "out", "device", "workers", "data_root", "knn_every", "checkpoint_every",
-              "keep_checkpoints", "rank_timeout", "tensorboard"}  # fmt: skip
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain dicts, lists, strings and numbers, as config.yaml and checkpoints hold them."""
+    return _plain(dataclasses.asdict(config))
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, tuple):
-            return list(value)
-        return str(value) if isinstance(value, Path) else value
 
-    return plain(dataclasses.asdict(config))
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -68,20 +65,31 @@ def load(path: Path) -> Config:
 
 def differences(saved: Config, wanted: Config) -> list[str]:
     """The options in which two runs would compute different things, a line each."""
-    lines = []
-    saved, wanted = with_full_paths(saved), with_full_paths(wanted)
-    may_change = MAY_CHANGE | ({"data"} if saved.identity else set())
-    for section, values in to_dict(saved).items():
-        other = to_dict(wanted)[section]
-        if section == "identity":
-            continue
-        if not isinstance(values, dict):
-            if values != other:
-                lines.append(f"preset: the run has {values}, asked for {other}")
-            continue
-        lines += [
-            f"--{name.replace('_', '-')}: the run has {value}, asked for {other[name]}"
-            for name, value in values.items()
-            if value != other[name] and name not in may_change
-        ]
-    return lines
+    then, now = decisive(with_full_paths(saved)), decisive(with_full_paths(wanted))
+    if saved.identity:  # where the data lie may change where it is known what they are
+        del now["data"]
+    preset = {"preset": now.pop("preset")}  # it is no option
+    return changes(then, preset, prefix="") + changes(then, now)
+
+
+def decisive(options: Any, kind: type | None = None) -> dict[str, Any]:
+    """Plain values by name of the options, those of sections too, that are not marked `MayChange`: a training that is
+    gone on with must have the same ones, for with others it would compute something else.
+
+    Args:
+        kind: only the options of this class; default: of the class of `options`, a dataclass.
+    """
+    found: dict[str, Any] = {}
+    for name in (field.name for field in dataclasses.fields(kind or type(options))):
+        value = getattr(options, name)
+        found |= decisive(value) if dataclasses.is_dataclass(value) else {name: _plain(value)}
+    return {name: value for name, value in found.items() if name not in may_change(kind or type(options))}
+
+
+def changes(saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "--") -> list[str]:
+    """A line for each value that is not the same; `prefix` stands before the names."""
+    return [
+        f"{prefix}{name.replace('_', '-')}: the run has {saved.get(name)}, asked for {value}"
+        for name, value in wanted.items()
+        if saved.get(name) != value
+    ]

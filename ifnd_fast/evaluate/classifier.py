@@ -9,14 +9,14 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ifnd_fast.config import DataConfig, check_range
+from ifnd_fast.config import MOMENTUM, SEED, DataConfig, MayChange, at_least, between, changes, check, decisive
 from ifnd_fast.data import identity
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.loading import EpochBatches, ViewDataset, view_loader
@@ -26,7 +26,7 @@ from ifnd_fast.data.views import random_view, to_input
 from ifnd_fast.evaluate.subject import Subject
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime.console import progress, say
-from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
+from ifnd_fast.runtime.errors import CommandError, NonFiniteError
 from ifnd_fast.runtime.paths import refuse_file
 from ifnd_fast.runtime.session import Session, refuse_differences
 
@@ -37,45 +37,35 @@ SECONDS_BETWEEN_CHECKPOINTS = 600.0  # within an epoch; one is also written at i
 class TrainingOptions:
     """Options of the tasks that train a classifier."""
 
-    epochs: int = 100
+    epochs: Annotated[int, at_least(1)] = 100
     """passes over the labelled training images"""
-    batch_size: int = 256
+    batch_size: Annotated[int, at_least(2)] = 256
     """images per step; all of them where there are fewer"""
-    drops: tuple[float, ...] = (0.6, 0.8)
+    drops: Annotated[tuple[float, ...], between(0, 1, words="shares of the epochs, from 0 to 1")] = (0.6, 0.8)
     """shares of the epochs after which the learning rates drop"""
-    drop_factor: float = 0.1
+    drop_factor: Annotated[float, at_least(0)] = 0.1
     """what they are multiplied with then"""
-    sgd_momentum: float = 0.9
+    sgd_momentum: Annotated[float, MOMENTUM] = 0.9
     """momentum of SGD"""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, at_least(0)] = 0.0
     """L2 penalty on what is trained"""
-    crop_min: float | None = None
+    crop_min: Annotated[float | None, between(0, 1, exclude=0)] = None
     """smallest random crop, as a share of the image's area; default: 0.08, or what the run trained with for views
     below 64 pixels"""
     flip: bool | None = None
     """flip half of the views left to right; default: as the run trained (bare weights: yes)"""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """of the classifier's first weights, the order and the views"""
-    out: Path | None = None
+    out: MayChange[Path | None] = None
     """folder for checkpoints and result.json; default: evaluate/TASK-DATA beside the weights"""
-    resume: bool = False
+    resume: MayChange[bool] = False
     """go on with what is in --out, with the same options"""
 
     def check(self) -> None:
         """Raises UsageError: an option is out of range."""
         if self.out is not None:
             refuse_file("--out", self.out)
-        for name, least in (("epochs", 1), ("batch_size", 2)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(self, name)}")
-        for name in ("sgd_momentum", "weight_decay", "seed"):
-            check_range(name, getattr(self, name))
-        if not 0 <= self.drop_factor < math.inf:
-            raise UsageError(f"--drop-factor must be 0 or more, got {self.drop_factor}")
-        if not all(0 <= drop <= 1 for drop in self.drops):
-            raise UsageError(f"--drops must be shares of the epochs, from 0 to 1, got {self.drops}")
-        if self.crop_min is not None and not 0 < self.crop_min <= 1:
-            raise UsageError(f"--crop-min must be from 0 (excluded) to 1, got {self.crop_min}")
+        check(self)
 
     def folder(self, subject: Subject, task: str) -> Path:
         checkpoint = subject.options.checkpoint
@@ -156,15 +146,15 @@ class ClassifierTraining:
 
     def _settings(self, n_classes: int, lr: float, backbone_lr: float | None) -> dict[str, Any]:
         """What must be the same for a checkpoint to be gone on from."""
-        values: dict[str, Any] = {f.name: getattr(self.options, f.name) for f in dataclasses.fields(TrainingOptions)}
+        values = decisive(self.options, TrainingOptions)
         values |= {"lr of the last layer": lr, "lr of the backbone": backbone_lr}
         values |= {name: getattr(self.data, name) for name in ("image_size", "crop_min", "flip")}
-        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         digest = hashlib.blake2b(np.ascontiguousarray(self.labels).tobytes())
         for weight in self.subject.network.state_dict().values():
             digest.update(weight.cpu().contiguous().numpy().tobytes())
-        values |= {"classes": n_classes, "images": len(self.images), "weights and labels": digest.hexdigest()[:16]}
-        return {name: value for name, value in values.items() if name not in ("out", "resume")}
+        return {
+            **values, "classes": n_classes, "images": len(self.images), "weights and labels": digest.hexdigest()[:16],
+        }  # fmt: skip
 
     def fit(self) -> None:
         """Train to the end from wherever --resume finds it.
@@ -270,12 +260,7 @@ class ClassifierTraining:
         if not isinstance(saved, dict):
             raise CommandError(f"--resume: {self.out} holds no classifier's training")
         identity.check(self.out, state.get("identity"), self.parts, f"--data {self.subject.data.data}")
-        differences = [
-            f"{name.replace('_', '-')}: the run has {saved.get(name)}, asked for {value}"
-            for name, value in self.settings.items()
-            if saved.get(name) != value
-        ]
-        refuse_differences(f"--resume: {self.out}", differences)
+        refuse_differences(f"--resume: {self.out}", changes(saved, self.settings, prefix=""))
         (self.model.head if self.model.frozen else self.model).load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

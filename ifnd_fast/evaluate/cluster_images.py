@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from ifnd_fast.clustering.distinct import count_distinct
 from ifnd_fast.clustering.image_clusters import Clustering
 from ifnd_fast.clustering.levels import cluster_levels
-from ifnd_fast.config import Config, DataConfig, check_levels, check_range
+from ifnd_fast.config import SEED, TEMPERATURE, Config, DataConfig, at_least, check, check_levels
 from ifnd_fast.data.found import tell_found
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
@@ -29,17 +30,17 @@ from ifnd_fast.training.schedule import IMAGES_PER_CLUSTER, fit_levels
 class ClusterOptions:
     """How the training images are clustered."""
 
-    levels: tuple[int, ...] | None = None
+    levels: Annotated[tuple[int, ...] | None, at_least(2)] = None
     """clusters at each level; default: the run's (of bare weights the imagenet preset's), scaled down to at most one
     cluster for every 4 images that are readable and distinct"""
     features: Literal["encoder", "backbone"] | None = None
     """features of the run's momentum encoder, which training clusters, or of the backbone; default: the encoder's of
     a run's folder, else the backbone's"""
-    kmeans_iterations: int = 20
+    kmeans_iterations: Annotated[int, at_least(1)] = 20
     """most Lloyd iterations per level"""
-    confidence_temperature: float | None = None
+    confidence_temperature: Annotated[float | None, TEMPERATURE] = None
     """of the labels' confidence; default: the run's"""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """of the initial centroids"""
 
 
@@ -64,13 +65,11 @@ def cluster_images(subject: Subject, config: Config, images: Images, options: Cl
         UsageError: an option is out of range, or there are fewer images than clusters were asked for.
         CommandError: the run has no checkpoint to take the encoder from, or the features can't be clustered.
     """
-    if options.levels is not None:
-        check_levels(options.levels)
-    if options.kmeans_iterations < 1:
-        raise UsageError(f"--kmeans-iterations must be 1 or more, got {options.kmeans_iterations}")
     temperature = options.confidence_temperature
     temperature = config.contrast.temperature if temperature is None else temperature
-    check_range("temperature", temperature, "confidence-temperature")
+    check(dataclasses.replace(options, confidence_temperature=temperature))
+    if options.levels is not None:
+        check_levels(options.levels)
     out = subject.options.checkpoint
     kind = options.features or ("encoder" if out.is_dir() and list_checkpoints(out) else "backbone")
     if kind == "encoder":

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import tyro
 
-from ifnd_fast.config import check_range
+from ifnd_fast.config import TEMPERATURE, at_least, check_arguments
 from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.metrics.knn import KnnProbe
-from ifnd_fast.runtime.errors import UsageError
 
 
-def knn(common: tyro.conf.OmitArgPrefixes[Options], k: int = 20, temperature: float = 0.07) -> None:
+def knn(
+    common: tyro.conf.OmitArgPrefixes[Options],
+    k: Annotated[int, at_least(1)] = 20,
+    temperature: Annotated[float, TEMPERATURE] = 0.07,
+) -> None:
     """Weighted k-nearest-neighbour accuracy of a backbone's features.
 
     Args:
         k: neighbours that vote
         temperature: of the votes' weights exp(similarity / temperature)
     """
-    if k < 1:
-        raise UsageError(f"--k must be 1 or more, got {k}")
-    check_range("temperature", temperature)
+    check_arguments(knn, k=k, temperature=temperature)
     subject = Subject(common)
     probe = KnnProbe(*open_labelled(subject.data))
     found = probe.measure(subject.features, k=k, temperature=temperature)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import tyro
 
-from ifnd_fast.config import check_range
+from ifnd_fast.config import above
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import rank_in_class
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions, top_accuracies
@@ -26,7 +26,7 @@ PENALTIES = tuple(10.0**power for power in range(-3, 4))
 class LinearOptions(TrainingOptions):
     """Defaults: MoCo's protocol for ImageNet (He et al., CVPR 2020, section 4.1; lr drops after epochs 60 and 80)."""
 
-    lr: float = 30.0
+    lr: Annotated[float, above(0)] = 30.0
     """learning rate at the start; MoCo's 30 suits features as small as contrastive ResNets' on photographs"""
     fast: bool = False
     """instead of SGD on random views: multinomial logistic regression (scikit-learn's L-BFGS) on standardised features
@@ -43,7 +43,6 @@ def linear(common: tyro.conf.OmitArgPrefixes[Options], training: tyro.conf.OmitA
 
 def measure(subject: Subject, train: Images, test: Images, training: LinearOptions, task: str) -> None:
     """Train the classifier, test it, and tell."""
-    check_range("lr", training.lr)
     if training.fast:
         figures = _by_regression(subject, train, test, training)
     else:

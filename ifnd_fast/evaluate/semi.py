@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
-from ifnd_fast.config import check_range
+from ifnd_fast.config import above, at_least, between
 from ifnd_fast.data.images import Images, Subset
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions
 from ifnd_fast.evaluate.labelled import (
@@ -27,36 +27,32 @@ from ifnd_fast.runtime.console import say
 from ifnd_fast.runtime.errors import UsageError
 
 FEW = 0.05  # up to this share of the labels, the learning rates are those for 1 %
+SHARES = between(0, 1, exclude=0, words="from 0 (excluded) to 1", empty=False)
 
 
 @dataclass
 class SemiOptions(TrainingOptions):
     """Defaults: SwAV's for ImageNet (Caron et al., NeurIPS 2020; its eval_semisup.py and README)."""
 
-    epochs: int = 20
+    epochs: Annotated[int, at_least(1)] = 20
     """passes over the labelled training images"""
-    drop_factor: float = 0.2
+    drop_factor: Annotated[float, at_least(0)] = 0.2
     """what the learning rates are multiplied with after each of --drops"""
-    shares: tuple[float, ...] = (0.01, 0.1)
+    shares: Annotated[tuple[float, ...], SHARES] = (0.01, 0.1)
     """shares of the training images whose labels are used, as many of each class and always the same; each is a
     training of its own. The lists are written to OUT/labels-SHARE/ids.txt"""
     ids: Path | None = None
     """instead of --shares: a file that names the labelled images, one a line (n01440764_10026.JPEG), such as SimCLR's
     1percent.txt and 10percent.txt"""
-    lr: float | None = None
+    lr: Annotated[float | None, above(0)] = None
     """learning rate of the backbone at the start; default: 0.02 up to 5 %% of the labels, else 0.01"""
-    head_lr: float | None = None
+    head_lr: Annotated[float | None, above(0)] = None
     """learning rate of the new last layer at the start; default: 5 up to 5 %% of the labels, else 0.2"""
 
 
 def semi(common: tyro.conf.OmitArgPrefixes[Options], training: tyro.conf.OmitArgPrefixes[SemiOptions]) -> None:
     """Accuracy of the whole network, fine-tuned on 1 % and 10 % of the labels."""
     training.check()
-    for name, rate in (("lr", training.lr), ("head-lr", training.head_lr)):
-        if rate is not None:
-            check_range("lr", rate, name)
-    if not training.shares or not all(0 < share <= 1 for share in training.shares):
-        raise UsageError(f"--shares must be from 0 (excluded) to 1, got {training.shares}")
     subject = Subject(common)
     train, test = open_labelled(subject.data)
     assert train.labels is not None

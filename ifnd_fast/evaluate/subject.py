@@ -5,14 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
-from ifnd_fast.config import DataConfig, full_data, full_path
+from ifnd_fast.config import DataConfig, at_least, check, full_data, full_path
 from ifnd_fast.data import features
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.unreadable import Unreadable
@@ -21,7 +21,6 @@ from ifnd_fast.evaluate.labelled import RunData
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
 from ifnd_fast.runtime.console import table
-from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.runtime.paths import refuse_folder
 
 
@@ -39,9 +38,9 @@ class Options:
     """folder for downloaded data sets; default: the run's own"""
     arch: str | None = None
     """architecture of bare weights, such as resnet50; default: told by their names and shapes"""
-    image_size: int | None = None
+    image_size: Annotated[int | None, at_least(1)] = None
     """side of the views, pixels; default: what the run trained with, 224 for bare weights"""
-    workers: int | None = None
+    workers: Annotated[int | None, at_least(0)] = None
     """processes that load images; 0: none; default: the run's own"""
     device: str = "auto"
     """"auto" (CUDA when there, else CPU), "cpu", "cuda", "cuda:1", ..."""
@@ -63,15 +62,12 @@ class Subject:
 
     def __init__(self, options: Options):
         self.options = options
+        check(options)
         distributed.refuse_ranks("this evaluation")
         check_json_file(options.json_file)
         self.unreadable: list[dict[str, str]] = []  # images met so far, {"image", "reason"} each
         self.config, network, self.n_features = load_backbone(options.checkpoint, options.arch)
         self.data, self.network = self.config.data, network
-        for name, least in (("image_size", 1), ("workers", 0)):
-            value = getattr(options, name)
-            if value is not None and value < least:
-                raise UsageError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
         for name in ("data", "data_root", "image_size", "workers"):
             if getattr(options, name) is not None:
                 setattr(self.data, name, getattr(options, name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -13,7 +13,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 
-from ifnd_fast.config import check_range
+from ifnd_fast.config import SEED, above, at_least, check
 from ifnd_fast.data.images import Images
 from ifnd_fast.evaluate.labelled import number_of_classes, open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
@@ -22,22 +22,24 @@ from ifnd_fast.metrics.average_precision import RULES, average_precision
 from ifnd_fast.runtime.console import say, track, warn
 from ifnd_fast.runtime.errors import UsageError
 
+COSTS = above(0, words="finite numbers above 0", empty=False)
+
 
 @dataclass
 class SvmOptions:
     """Defaults: Goyal et al., ICCV 2019 (Scaling and Benchmarking Self-Supervised Visual Representation Learning) and
     its code, fair_self_supervision_benchmark: unit features, squared hinge loss, positives weighted twice."""
 
-    costs: tuple[float, ...] = (*(2.0**power for power in range(-19, -3)), 0.01, 0.1, 1.0, 10.0)
+    costs: Annotated[tuple[float, ...], COSTS] = (*(2.0**power for power in range(-19, -3)), 0.01, 0.1, 1.0, 10.0)
     """the C to choose from, for each class by cross-validation on the training images; their code's, and 1 and 10"""
-    folds: int = 3
+    folds: Annotated[int, at_least(2)] = 3
     """of the cross-validation; fewer for a class with fewer training images"""
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
+    shots: Annotated[tuple[int, ...], at_least(1)] = (1, 2, 4, 8, 16)
     """positive images a class for the low-shot figures, beside (classes - 1) times as many negatives; each with the C
     that was chosen for the class on all training images. Give none to leave them out: --shots"""
-    samplings: int = 5
+    samplings: Annotated[int, at_least(1)] = 5
     """random choices of the low-shot images, of which mean and standard deviation are told"""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """of the samplings"""
 
 
@@ -76,7 +78,7 @@ def svm(common: tyro.conf.OmitArgPrefixes[Options], options: tyro.conf.OmitArgPr
 
     --data: VOC 2007 (its folder VOCdevkit; several classes an image), or any labelled images (one class an image).
     """
-    _check(options)
+    check(options)
     subject = Subject(common)
     problem = _features(subject, *_open(subject))
     costs, validated = choose_costs(problem.train, options)
@@ -86,16 +88,6 @@ def svm(common: tyro.conf.OmitArgPrefixes[Options], options: tyro.conf.OmitArgPr
     full = score(problem, costs, np.ones(problem.train.targets.shape, dtype=bool), "SVMs")
     low_shot = {str(shots): _low_shot(problem, costs, shots, options) for shots in _possible(problem.train, options)}
     _tell(subject, problem, full, low_shot, {"costs": costs.tolist(), "validation_ap": validated.tolist()})
-
-
-def _check(options: SvmOptions) -> None:
-    if not options.costs or not all(0 < cost < np.inf for cost in options.costs):
-        raise UsageError(f"--costs must be finite numbers above 0, got {options.costs}")
-    for name, value, least in (("folds", options.folds, 2), ("samplings", options.samplings, 1),
-                               ("shots", min(options.shots, default=1), 1)):  # fmt: skip
-        if value < least:
-            raise UsageError(f"--{name} must be {least} or more, got {value}")
-    check_range("seed", options.seed)
 
 
 # ---- data ----

@@ -11,13 +11,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ifnd_fast.config import MAY_CHANGE
+from ifnd_fast.config import Config, may_change
 from ifnd_fast.report.html import flatten, inline, render_template, write_page
 from ifnd_fast.report.plots import SERIES, Texts, draw_picture, epoch_axis, percent_axis, plot_line, shortened
 from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.training.saved_run import Run, number, read_run
 
-NO_SETTING = MAY_CHANGE | {"seed"}
+NO_SETTING = may_change(Config) | {"seed"}
 """Options that two runs of the same settings may have differently."""
 NONE = "\N{EN DASH}"
 

@@ -114,9 +114,9 @@ def test_an_interrupted_long_epoch_has_checkpoints(new, monkeypatch, tmp_path):
 
 def test_what_is_there_is_neither_overwritten_nor_mixed(new):
     new(epochs=1).fit()
-    with pytest.raises(UsageError, match="already holds a training: add --resume"):
+    with pytest.raises(UsageError, match="already holds a run: add --resume"):
         new(epochs=1).fit()
-    with pytest.raises(UsageError, match="started otherwise:\n  epochs: it has 1, asked for 2\n  lr of the last"):
+    with pytest.raises(UsageError, match="other options:\n  epochs: the run has 1, asked for 2\n  lr of the"):
         new(epochs=2, lr=2.0, resume=True).fit()
     done = new(epochs=1, resume=True)
     done.fit()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops._utils import split_normalization_params
 
-from ifnd_fast.config import full_path
+from ifnd_fast.config import changes, decisive, full_path
 from ifnd_fast.data import identity
 from ifnd_fast.data.images import refuse_none
 from ifnd_fast.data.loading import EpochBatches
@@ -24,7 +24,7 @@ from ifnd_fast.evaluate.backbone import Backbone
 from ifnd_fast.evaluate.detection import coco
 from ifnd_fast.evaluate.detection.mask_rcnn import mask_rcnn
 from ifnd_fast.evaluate.detection.metrics import average_precision, to_results
-from ifnd_fast.evaluate.detection.options import DetectionOptions, decisive, learning_rate, resolve
+from ifnd_fast.evaluate.detection.options import DetectionOptions, learning_rate, resolve
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import pick_amp
@@ -281,11 +281,7 @@ class FineTuning:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UsageError, CommandError: the state is of other options or categories, or of another model."""
         try:
-            saved, wanted = state["settings"], decisive(self.options)
-            differences = [
-                f"--{name.replace('_', '-')}: the run has {saved[name]}, asked for {wanted[name]}"
-                for name in wanted if saved[name] != wanted[name]
-            ]  # fmt: skip
+            differences = changes(state["settings"], decisive(self.options))
             if state["categories"] != self.train.category_ids:
                 differences.append(f"categories of {self.train.path}: the run has others")
             identity.check(self.out, state.get("identity"), self.parts, self.data)
