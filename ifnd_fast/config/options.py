@@ -39,7 +39,7 @@ class DataConfig:
     oracle)."""
     data_root: MayChange[Path] = Path("data")
     """folder for downloaded data sets"""
-    hold_out: Annotated[float, between(0, 1, exclude=1)] = 0.0
+    hold_out: Annotated[float, between(0, 1, exclude=1)] = 0.0  # at 1 nothing would be left to train on
     """share of the training images, of each class alike, that is kept from training and stands in for the test images:
     to choose options by, with the test images untouched"""
     image_size: Annotated[int, at_least(1)] = 28
@@ -90,7 +90,7 @@ class ModelConfig:
 class OptimConfig:
     epochs: Annotated[int, at_least(1)] = 20
     """passes over the images"""
-    batch_size: Annotated[int, at_least(2)] = 128
+    batch_size: Annotated[int, at_least(2)] = 128  # batch norm needs two
     """images per step, over all ranks"""
     lr: Annotated[float, above(0)] = 0.06
     """learning rate at the start (after warm-up)"""
@@ -127,7 +127,7 @@ class ContrastConfig:
 
 @dataclass
 class ClusterConfig:
-    levels: Annotated[tuple[int, ...], at_least(2)] = (10, 20, 40)
+    levels: Annotated[tuple[int, ...], at_least(2)] = (10, 20, 40)  # of one cluster all images are
     """clusters at each level, coarse to fine; scaled down where the finest would have more than one for every 4 images
     that are readable and different"""
     recluster_every: Annotated[float, above(0)] = 0.1
