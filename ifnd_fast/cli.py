@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
@@ -21,9 +21,6 @@ from ifnd_fast.runtime.console import errors, guard_output, say, stage, table, w
 from ifnd_fast.runtime.errors import CommandError, LoadingError, PeerError, Stopped, UsageError
 from ifnd_fast.runtime.paths import expand_home, refuse_file, refuse_folder
 from ifnd_fast.runtime.stop import StopSignals
-
-if TYPE_CHECKING:
-    pass
 
 COMPARISON = Path("comparison.html")
 
@@ -159,17 +156,17 @@ def _description(preset: str) -> str:
 
 def _train(settings: Config) -> None:
     import ifnd_fast.report.page  # noqa: F401  what it needs is missed now, not after the training
-    from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_device
+    from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_compute
     from ifnd_fast.training.precheck import check_packages
     from ifnd_fast.training.trainer import Trainer  # after --help: this takes seconds to import
 
     started = time.perf_counter()
     check_packages(settings)
     distributed.ranks_in_environment()  # says what is wrong there
-    device = pick_device(settings.run.device)
-    leave_cores_to_workers(device, settings.data.workers)
-    distributed.start(device, settings.run.rank_timeout)
-    trainer = Trainer(settings)
+    compute = pick_compute(settings.run.device, settings.run.amp)
+    leave_cores_to_workers(compute.device, settings.data.workers)
+    distributed.start(compute.device, settings.run.rank_timeout)
+    trainer = Trainer(settings, compute)
     with trainer.open():
         result = trainer.fit()
         if distributed.rank() == 0:

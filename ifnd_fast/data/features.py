@@ -1,9 +1,6 @@
-"""Features of whole image sets by an evaluation pass, and what is measured on them while training."""
+"""Features of whole image sets by an evaluation pass."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +13,7 @@ from ifnd_fast.data.processes import running
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import to_input
 from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.console import track
 
 
@@ -24,8 +22,7 @@ def extract(
     encoder: nn.Module,
     images: Images,
     config: DataConfig,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager],
+    compute: Compute,
     description: str = "features",
     batch_size: int = 256,
     unreadable: Unreadable | None = None,
@@ -41,10 +38,8 @@ def extract(
         CommandError: none can be read; or `unreadable` is strict and one can't.
         LoadingError: a process that loads them failed.
     """
-    features, readable = extract_share(
-        encoder, images, config, device, autocast, description, batch_size, unreadable
-    )
-    shards = Shards(len(features), device)
+    features, readable = extract_share(encoder, images, config, compute, description, batch_size, unreadable)
+    shards = Shards(len(features), compute.device)
     return shards.gather(features), shards.gather(readable)
 
 
@@ -53,14 +48,13 @@ def extract_share(
     encoder: nn.Module,
     images: Images,
     config: DataConfig,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager],
+    compute: Compute,
     description: str = "features",
     batch_size: int = 256,
     unreadable: Unreadable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`extract` of this rank's `distributed.share` of the images alone; `unreadable` gets those of all ranks."""
-    own = distributed.share(len(images))
+    own, device = distributed.share(len(images)), compute.device
     was_training = encoder.training
     encoder.eval()
     batches = []
@@ -70,7 +64,7 @@ def extract_share(
     try:
         with running(loader) as loaded:
             for views, indices, ok, reasons in track(loaded, description, len(loader), batch_size):
-                with autocast():
+                with compute.autocast():
                     batches.append(encoder(to_input(views, config, device)).float())
                 readable[indices.to(device) - own.start] = ok.to(device)
                 found |= {index: why for index, why in zip(indices.tolist(), reasons, strict=True) if why}

@@ -133,14 +133,13 @@ class ClassifierTraining:
         frozen = backbone_lr is None
         self.settings = self._settings(n_classes, lr, backbone_lr)
         backbone = subject.network if frozen else copy.deepcopy(subject.network)
-        self.model = Classifier(backbone, subject.n_features, n_classes, frozen).to(subject.device)
+        self.model = Classifier(backbone, subject.n_features, n_classes, frozen).to(subject.compute.device)
         groups: list[dict[str, Any]] = [{"params": list(self.model.head.parameters()), "lr": lr}]
         if not frozen:
             groups.append({"params": list(self.model.backbone.parameters()), "lr": backbone_lr})
         self.rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.SGD(groups, momentum=options.sgd_momentum, weight_decay=options.weight_decay)
-        scaled = subject.amp == torch.float16 and not frozen  # the head alone is trained in float32
-        self.scaler = torch.amp.GradScaler(subject.device.type, enabled=scaled)
+        self.scaler = subject.compute.scaler(enabled=not frozen)  # the head alone is trained in float32
         self.epoch = self.step_in_epoch = self.step = 0
         self.loss_sum = 0.0  # of this epoch
 
@@ -180,7 +179,7 @@ class ClassifierTraining:
         n_steps, saved = len(self.batches), time.monotonic()
         self.batches.start(self.epoch, self.step_in_epoch)
         self.model.train()
-        loss_sum = torch.tensor(self.loss_sum, dtype=torch.float64, device=self.subject.device)
+        loss_sum = torch.tensor(self.loss_sum, dtype=torch.float64, device=self.subject.compute.device)
         title = f"epoch {self.epoch + 1}/{self.options.epochs}"
         done, images = self.step_in_epoch, self.batches.batch_size
         further = n_steps * (self.options.epochs - self.epoch - 1)
@@ -207,9 +206,9 @@ class ClassifierTraining:
         dropped = sum(self.epoch >= round(drop * self.options.epochs) for drop in self.options.drops)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.options.drop_factor**dropped
-        device = self.subject.device
+        device = self.subject.compute.device
         images = to_input(views, self.data, device).contiguous(memory_format=self.subject.layout)
-        with self.subject.autocast():
+        with self.subject.compute.autocast():
             logits = self.model(images)
         loss = F.cross_entropy(logits, labels.to(device, non_blocking=True))
         self.optimizer.zero_grad(set_to_none=True)

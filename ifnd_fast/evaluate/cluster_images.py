@@ -73,7 +73,7 @@ def cluster_images(subject: Subject, config: Config, images: Images, options: Cl
     out = subject.options.checkpoint
     kind = options.features or ("encoder" if out.is_dir() and list_checkpoints(out) else "backbone")
     if kind == "encoder":
-        subject.network = load_encoder(out, config).to(subject.device)
+        subject.network = load_encoder(out, config).to(subject.compute.device)
     vectors, usable = subject.features(images)
     vectors = F.normalize(vectors)
     usable = usable & vectors.isfinite().all(dim=1) & vectors.any(dim=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +18,7 @@ from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.evaluate.backbone import load_backbone
 from ifnd_fast.evaluate.labelled import RunData
 from ifnd_fast.runtime import distributed, run_folder
-from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
+from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_compute
 from ifnd_fast.runtime.console import table
 from ifnd_fast.runtime.paths import refuse_folder
 
@@ -78,14 +77,10 @@ class Subject:
         if options.data is None and self.config.identity:
             folder = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
             self.data = RunData(**vars(self.data), run=folder, identity=self.config.identity)
-        self.device = pick_device(options.device)
-        self.amp = pick_amp(options.amp or self.config.run.amp, self.device)
-        leave_cores_to_workers(self.device, self.data.workers)
+        self.compute = pick_compute(options.device, options.amp or self.config.run.amp)
+        leave_cores_to_workers(self.compute.device, self.data.workers)
         self.layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
-        self.network.to(self.device).to(memory_format=self.layout)
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+        self.network.to(self.compute.device).to(memory_format=self.layout)
 
     def features(self, images: Images, description: str = "features") -> tuple[Tensor, Tensor]:
         """The backbone's features (N, n_features) float32 of the centre views, and which were readable, (N,) bool."""
@@ -106,9 +101,7 @@ class Subject:
             CommandError: none can be read, or the run is --strict and one can't.
         """
         unreadable = Unreadable(images, self.data.strict)
-        found = features.extract(
-            network, images, self.data, self.device, self.autocast, description, unreadable=unreadable
-        )
+        found = features.extract(network, images, self.data, self.compute, description, unreadable=unreadable)
         self.remember(unreadable)
         return found
 

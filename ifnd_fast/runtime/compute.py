@@ -1,14 +1,56 @@
-"""Which device a run uses, and in which precision."""
+"""Which device a command computes on, and in which precision."""
 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 
 from ifnd_fast.ops import backends
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a command computes, and in which precision; `pick_compute` makes it, once for each command.
+
+    Attributes:
+        device: of networks, labels and features.
+        amp: the dtype of mixed precision; None: off.
+    """
+
+    device: torch.device
+    amp: torch.dtype | None = None
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which networks are evaluated."""
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def scaler(self, enabled: bool = True) -> torch.amp.GradScaler:
+        """Of losses, whose gradients would underflow in float16; with other dtypes it changes nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=enabled and self.amp == torch.float16)
+
+    @property
+    def contrast_dtype(self) -> torch.dtype:
+        """The dtype of queries, keys, queue and clustered features.
+
+        float16 on GPUs with mixed precision: half the bytes and tensor cores at their full rate; for numbers up to 1 it
+        is finer than bfloat16. A CPU computes it no faster.
+        """
+        return torch.float16 if self.device.type == "cuda" and self.amp is not None else torch.float32
+
+
+def pick_compute(device: str, amp: str) -> Compute:
+    """What --device and --amp ask for; see `pick_device` and `pick_amp`.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    picked = pick_device(device)
+    return Compute(picked, pick_amp(amp, picked))
 
 
 def pick_device(name: str) -> torch.device:
@@ -54,15 +96,6 @@ def pick_amp(amp: str, device: torch.device) -> torch.dtype | None:
         else:
             amp = "bf16" if backends.cpu_has_bfloat16() else "off"
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]
-
-
-def pick_contrast_dtype(amp: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype of queries, keys, queue and clustered features.
-
-    float16 on GPUs with mixed precision: half the bytes and tensor cores at their full rate; for numbers up to 1 it is
-    finer than bfloat16. A CPU computes it no faster.
-    """
-    return torch.float16 if device.type == "cuda" and amp is not None else torch.float32
 
 
 def leave_cores_to_workers(device: torch.device, workers: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +22,7 @@ from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.metrics.clusters import quality
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.background import Background
+from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.console import progress, warn
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.runtime.spans import span
@@ -36,8 +35,7 @@ class Labeller:
     Args:
         config: of the run.
         images: N training images.
-        device: where labels and features live.
-        dtype: of the features.
+        compute: where labels and features live, the dtype of those, and how the encoder is evaluated.
 
     Attributes:
         levels: clusters at each of L levels, scaled down to the images there are; a clustering scales them further
@@ -54,8 +52,8 @@ class Labeller:
             clusters.
     """
 
-    def __init__(self, config: Config, images: Images, device: torch.device, dtype: torch.dtype = torch.float32):
-        self.config, self.images, self.device, self.dtype = config, images, device, dtype
+    def __init__(self, config: Config, images: Images, compute: Compute):
+        self.config, self.images, self.compute, self.device = config, images, compute, compute.device
         self.strategy = config.contrast.false_negatives
         self.clusters = self.strategy in ("eliminate", "attract")
         self.levels = self._levels()
@@ -70,18 +68,19 @@ class Labeller:
             distributed=True,
         )
         self.own = distributed.share(len(images))
-        self.accepted = torch.full((len(images), len(self.levels)), -1, dtype=torch.int32, device=device)
+        self.accepted = torch.full((len(images), len(self.levels)), -1, dtype=torch.int32, device=self.device)
         self.acceptance_rate = 0.0
         self.clustered = torch.full_like(self.accepted, -1)
         self.quality: dict[str, Any] = {}
         self.found: dict[str, Any] = {}  # what of that the clustering itself tells
-        self.usable = torch.zeros(len(images), dtype=torch.bool, device=device)  # had features at the last clustering
+        self.usable = torch.zeros(len(images), dtype=torch.bool, device=self.device)  # at the last clustering
         self.waiting = False  # whether that clustering's labels are still to be taken up
         self.background: Background | None = None  # where it goes on
         self.group = distributed.new_group() if config.cluster.cluster_async else None
         uses_bank = self.clusters and config.cluster.features == "bank"
         # One row more than this rank's images: the keys of all others go there.
-        self.bank = torch.zeros(len(self.own) + 1, config.model.dim, dtype=dtype, device=device) if uses_bank else None
+        shape, dtype = (len(self.own) + 1, config.model.dim), compute.contrast_dtype
+        self.bank = torch.zeros(shape, dtype=dtype, device=self.device) if uses_bank else None
         self.seconds = {"feature_seconds": 0.0, "cluster_seconds": 0.0}  # that training waited in this epoch
 
     def _levels(self) -> tuple[int, ...]:
@@ -113,13 +112,7 @@ class Labeller:
             rows = torch.where((indices >= self.own.start) & (indices < self.own.stop), indices - self.own.start, -1)
             self.bank[rows] = keys.to(self.bank.dtype)
 
-    def start_epoch(
-        self,
-        epoch: int,
-        encoder: nn.Module,
-        autocast: Callable[[], AbstractContextManager],
-        unreadable: Unreadable,
-    ) -> bool:
+    def start_epoch(self, epoch: int, encoder: nn.Module, unreadable: Unreadable) -> bool:
         """Renew the labels where that is due before this epoch (from 0), from features of `encoder` or the bank.
 
         With --cluster-async the clustering begun here goes on beside the epoch, and its labels are taken up before
@@ -139,23 +132,17 @@ class Labeller:
         if self.waiting:
             self._take_up(epoch)
         if clusters_before(self.config, epoch):
-            self._cluster(epoch, encoder, autocast, unreadable)
+            self._cluster(epoch, encoder, unreadable)
             if not self.config.cluster.cluster_async:
                 self._take_up(epoch)
                 renewed = True
         return renewed
 
-    def _cluster(
-        self,
-        epoch: int,
-        encoder: nn.Module,
-        autocast: Callable[[], AbstractContextManager],
-        unreadable: Unreadable,
-    ) -> None:
+    def _cluster(self, epoch: int, encoder: nn.Module, unreadable: Unreadable) -> None:
         """Cluster the features, or begin to."""
         started = time.perf_counter()
         with span("features"):
-            vectors, own_usable = self._features(encoder, autocast, unreadable)
+            vectors, own_usable = self._features(encoder, unreadable)
         vectors = vectors[own_usable]
         if not self._everywhere(bool(torch.isfinite(vectors).all())):
             raise NonFiniteError(f"the features are not finite after epoch {epoch}")
@@ -210,23 +197,21 @@ class Labeller:
         self.acceptance_rate = rate_of(self.config, epoch)
         self.seconds["cluster_seconds"] += time.perf_counter() - started
 
-    def _features(
-        self, encoder: nn.Module, autocast: Callable[[], AbstractContextManager], unreadable: Unreadable
-    ) -> tuple[Tensor, Tensor]:
+    def _features(self, encoder: nn.Module, unreadable: Unreadable) -> tuple[Tensor, Tensor]:
         """Features (n, D) of this rank's images and which rows hold any, (n,): not those of images unread or
         not yet seen."""
         if self.bank is not None:
             return self.bank[:-1], self.bank[:-1].any(dim=1)
         network = cast(Encoder, encoder).backbone if self.config.cluster.cluster_space == "backbone" else encoder
         return features.extract_share(
-            network, self.images, self.config.data, self.device, autocast, unreadable=unreadable
+            network, self.images, self.config.data, self.compute, unreadable=unreadable
         )
 
     def _prepared(self, vectors: Tensor) -> Tensor:
         """Unit rows to cluster, of this rank's features (n, D)."""
         if self.config.cluster.whiten:
             vectors = whiten(vectors, self.config.cluster.whiten, Shards(len(vectors), self.device))
-        vectors = F.normalize(vectors.float(), dim=1).to(self.dtype)
+        vectors = F.normalize(vectors.float(), dim=1).to(self.compute.contrast_dtype)
         shards = Shards(len(vectors), self.device)
         if min(shards.sizes) == 0:  # a rank none of whose images can be read: the others' are dealt out anew
             share = distributed.share(shards.total)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from ifnd_fast.data.images import Images
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.metrics.knn import KnnProbe
 from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.console import say, warn
 from ifnd_fast.runtime.errors import CommandError
 from ifnd_fast.runtime.run_folder import append_metrics, summary_writer
@@ -30,23 +29,16 @@ class Measuring:
         images: that it trains on.
         tests: that it measures with; None: every tenth of those.
         unreadable: gets the training images that are.
-        device: to compute on.
-        autocast: to compute with.
+        compute: how the encoder is evaluated.
 
     Attributes:
         result: accuracies by name, percent, for result.json.
     """
 
     def __init__(
-        self,
-        config: Config,
-        images: Images,
-        tests: Images | None,
-        unreadable: Unreadable,
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager],
+        self, config: Config, images: Images, tests: Images | None, unreadable: Unreadable, compute: Compute
     ):
-        self.config, self.images, self.device, self.autocast = config, images, device, autocast
+        self.config, self.images, self.compute = config, images, compute
         self.unreadable = unreadable
         self.unreadable_tests = unreadable if tests is None else Unreadable(tests, config.data.strict)
         measurable = images.labels is not None and (tests is None or tests.labels is not None)
@@ -58,21 +50,19 @@ class Measuring:
         if "knn_top1_untrained" in self.result:
             return
         if self.config.data.image_size <= 64 and len(self.images) <= 100_000:
-            self.result |= self._knn("knn_top1_raw_pixels", nn.Flatten(), torch.device("cpu"), nullcontext)
-        self.result |= self._knn("knn_top1_untrained", encoder.backbone, self.device, self.autocast)
+            self.result |= self._knn("knn_top1_raw_pixels", nn.Flatten(), Compute(torch.device("cpu")))
+        self.result |= self._knn("knn_top1_untrained", encoder.backbone, self.compute)
 
     def after_epoch(self, epoch: int, encoder: Encoder) -> dict[str, float]:
         """The metrics that are due after so many epochs."""
         every, last = self.config.run.knn_every, epoch == self.config.optim.epochs
         if not (last or (every and epoch % every == 0)):
             return {}
-        found = self._knn("knn_top1", encoder.backbone, self.device, self.autocast)
+        found = self._knn("knn_top1", encoder.backbone, self.compute)
         self.result |= found if last else {}
         return found
 
-    def _knn(
-        self, name: str, network: nn.Module, device: torch.device, autocast: Callable[[], AbstractContextManager]
-    ) -> dict[str, float]:
+    def _knn(self, name: str, network: nn.Module, compute: Compute) -> dict[str, float]:
         """{name: accuracy}; empty, with a warning, where no image that it takes can be read."""
         if self.probe is None:
             return {}
@@ -80,7 +70,7 @@ class Measuring:
         def features_of(images: Images) -> tuple[Tensor, Tensor]:
             unreadable = self.unreadable if images is self.images else self.unreadable_tests
             return features.extract(
-                network, images, self.config.data, device, autocast, "kNN features", unreadable=unreadable
+                network, images, self.config.data, compute, "kNN features", unreadable=unreadable
             )
 
         try:

@@ -13,35 +13,34 @@ from ifnd_fast.contrast.models import InBatch, MoCo
 from ifnd_fast.contrast.queue import NegativeQueue
 from ifnd_fast.ops.info_nce import info_nce
 from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
-def build_objective(
-    config: Config, levels: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
-) -> Objective:
+def build_objective(config: Config, levels: int, compute: Compute, layout: torch.memory_format) -> Objective:
     """That of --negatives, with a new encoder, on the device.
 
     Args:
         levels: of labels.
-        dtype: of the queue's keys.
+        compute: the device, and the dtype of the queue's keys.
 
     Raises:
         UsageError: --sync-bn on a CPU.
     """
     encoder = build(config.model)()
     if config.contrast.sync_bn:
-        if device.type == "cpu":
+        if compute.device.type == "cpu":
             raise UsageError("--sync-bn: torch has it for GPUs only")
         encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
     queued = config.contrast.negatives == "queue"
     objective: Objective = (
-        QueueObjective(config, encoder, levels, dtype, device) if queued else InBatchObjective(config, encoder)
+        QueueObjective(config, encoder, levels, compute) if queued else InBatchObjective(config, encoder)
     )
     model = objective.model
     if config.run.compile:
         for part in {model.query_encoder, model.feature_encoder}:
             part.compile()
-    model.to(device).to(memory_format=layout)
+    model.to(compute.device).to(memory_format=layout)
     return objective
 
 
@@ -89,11 +88,12 @@ class Objective(Protocol):
 class QueueObjective:
     """MoCo: the positive is the image's own key, the negatives are a queue of earlier keys."""
 
-    def __init__(self, config: Config, encoder: Encoder, levels: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: Config, encoder: Encoder, levels: int, compute: Compute):
         contrast = self.contrast = config.contrast
         groups = 1 if contrast.sync_bn else max(1, contrast.bn_groups // distributed.world_size())
         self.encoder, self.model = encoder, MoCo(encoder, contrast.momentum, groups)
-        self.queue = NegativeQueue(contrast.queue_size, config.model.dim, levels, dtype).to(device)
+        queue = NegativeQueue(contrast.queue_size, config.model.dim, levels, compute.contrast_dtype)
+        self.queue = queue.to(compute.device)
 
     def loss(self, query: Tensor, key: Tensor, indices: Tensor, labels: Tensor) -> Tensor:
         negatives, negative_labels, negative_ids = self.queue.negatives()

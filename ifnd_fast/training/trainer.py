@@ -26,7 +26,7 @@ from ifnd_fast.data.views import to_input
 from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.checkpoint import random_state, set_random_state
-from ifnd_fast.runtime.compute import pick_amp, pick_contrast_dtype, pick_device
+from ifnd_fast.runtime.compute import Compute, pick_compute
 from ifnd_fast.runtime.console import progress, stage
 from ifnd_fast.runtime.errors import CommandError
 from ifnd_fast.runtime.session import Session, refuse_differences
@@ -45,32 +45,31 @@ class Trainer:
 
     Args:
         config: of the run.
+        compute: None: as the config says.
 
     Raises:
         UsageError: options and data don't go together (a batch larger than the data, say).
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, compute: Compute | None = None):
         self.config, self.out = config, config.run.out
         self.session = Session(self.out, config.run.resume, config.run.keep_checkpoints)
-        self.device = pick_device(config.run.device)
-        self.amp = pick_amp(config.run.amp, self.device)
-        self.contrast_dtype = pick_contrast_dtype(self.amp, self.device)
+        self.compute = compute or pick_compute(config.run.device, config.run.amp)
+        self.device = self.compute.device
         with distributed.agreed(True):  # one may have no such folder
             self.images, self.tests = self._open_images()
         self._identify_images()
         tell_found(config.data, self.images, self.tests)
         self.unreadable = Unreadable(self.images, config.data.strict)
-        self.labeller = Labeller(config, self.images, self.device, self.contrast_dtype)
-        self.measuring = Measuring(config, self.images, self.tests, self.unreadable, self.device, self.autocast)
+        self.labeller = Labeller(config, self.images, self.compute)
+        self.measuring = Measuring(config, self.images, self.tests, self.unreadable, self.compute)
         self.draw = BatchViews(config.data) if config.data.augment == "device" else None
         self.batches = EpochBatches(
             len(self.images), config.optim.batch_size, config.run.seed, distributed.rank(), distributed.world_size()
         )
         torch.manual_seed(config.run.seed)
         self.layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
-        levels = len(self.labeller.levels)
-        self.objective = build_objective(config, levels, self.contrast_dtype, self.device, self.layout)
+        self.objective = build_objective(config, len(self.labeller.levels), self.compute, self.layout)
         self.model, self.encoder = self.objective.model, self.objective.encoder
         self.optimizer = torch.optim.SGD(
             self.encoder.parameters(),
@@ -78,7 +77,7 @@ class Trainer:
             momentum=config.optim.sgd_momentum,
             weight_decay=config.optim.weight_decay,
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
+        self.scaler = self.compute.scaler()
         self.updates = 0  # of the weights, in this process; the scaler skips those that would not be finite
         self.optimizer.register_step_post_hook(self._count_update)
         self.epoch = self.step_in_epoch = self.step = 0
@@ -103,9 +102,6 @@ class Trainer:
             with distributed.agreed(True):
                 identity.check(self.out, self.config.identity, self.listings(), data)
         self.config.identity = found
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     # ---- the loop ----
 
@@ -148,7 +144,7 @@ class Trainer:
     def _renew_labels(self) -> None:
         if self.step_in_epoch == 0:
             encoder = self.model.feature_encoder
-            if self.labeller.start_epoch(self.epoch, encoder, self.autocast, self.unreadable):
+            if self.labeller.start_epoch(self.epoch, encoder, self.unreadable):
                 self.objective.relabel(self.labeller.accepted)
 
     def _train_epoch(self, batches: Iterator[list[Any]], model: nn.Module) -> Tensor:
@@ -200,8 +196,8 @@ class Trainer:
         with span("views"):
             indices = indices.to(self.device, non_blocking=True)
             views = self._views(loaded)
-        with self.autocast():
-            query, key = (out.to(self.contrast_dtype) for out in model(*views, shuffle_seed=self.step))
+        with self.compute.autocast():
+            query, key = (out.to(self.compute.contrast_dtype) for out in model(*views, shuffle_seed=self.step))
         with span("loss"):
             loss = self.objective.loss(query, key, indices, self.labeller.accepted)
         with span("backward"):

@@ -27,6 +27,7 @@ from ifnd_fast.evaluate.subject import Options
 from ifnd_fast.metrics.clusters import agreement
 from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.runtime import checkpoint
+from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.training.saved_run import clustering_in, load_encoder
 from tests.conftest import TINY, command
@@ -131,7 +132,7 @@ def test_the_momentum_encoder_is_loaded(run, digit_folder):
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, weights[f"key_encoder.{name}"])
     images = open_images(str(digit_folder))
-    found, _ = features.extract(encoder, images, settings_.data, torch.device("cpu"), torch.no_grad)
+    found, _ = features.extract(encoder, images, settings_.data, Compute(torch.device("cpu")))
     assert torch.allclose(found.norm(dim=1), torch.ones(120), atol=1e-5)
 
 

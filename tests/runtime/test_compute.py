@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_amp, pick_device
+from ifnd_fast.runtime.compute import Compute, leave_cores_to_workers, pick_amp, pick_compute, pick_device
 from ifnd_fast.runtime.errors import UsageError
 
 
@@ -34,6 +34,20 @@ def test_devices_and_precisions_by_name():
     for name in ("cuda:99", "toaster"):
         with pytest.raises(UsageError, match=name):
             pick_device(name)
+
+
+def test_what_computes_in_which_precision():
+    """float16 alone needs a scaler; only a GPU with mixed precision contrasts in float16."""
+    half, cuda = pick_compute("cpu", "fp16"), torch.device("cuda")
+    assert half == Compute(torch.device("cpu"), torch.float16) and pick_compute("cpu", "off").amp is None
+    assert half.scaler().is_enabled() and not half.scaler(enabled=False).is_enabled()
+    assert not pick_compute("cpu", "bf16").scaler().is_enabled()
+    a = torch.ones(2, 2)
+    for amp, dtype in (("bf16", torch.bfloat16), ("off", torch.float32)):
+        with pick_compute("cpu", amp).autocast():
+            assert (a @ a).dtype == dtype
+    dtypes = [Compute(*pair).contrast_dtype for pair in ((cuda, torch.bfloat16), (cuda, None), (half.device, half.amp))]
+    assert dtypes == [torch.float16, torch.float32, torch.float32]
 
 
 @pytest.mark.parametrize("name", ["mps", "xpu", "meta", "hpu:0", "cpu:3", "cuda:-1", "toaster", ""])

@@ -110,7 +110,7 @@ def test_a_run_with_scaled_levels_resumes(pictures, tmp_path):
     data, out = folder_of(pictures[:80] + [b"broken"] * 10, tmp_path / "data"), tmp_path / "run"
     new(out, data, "--levels", 45, 90).fit()
     resumed = Trainer(parse_train(["--resume", "--out", str(out)]))
-    resumed.resume()
+    resumed.session.go_on(resumed)
     assert resumed.labeller.levels == (11, 22) and resumed.labeller.pseudo_labels.levels == (10, 20)
 
 

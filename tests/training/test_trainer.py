@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ifnd_fast.cli import parse_train
 from ifnd_fast.config import OptimConfig, to_yaml
 from ifnd_fast.runtime import checkpoint, run_folder
+from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.training.trainer import Trainer, learning_rate
 from tests.conftest import TINY
@@ -110,7 +111,7 @@ def test_tensorboard_after_a_resume_has_each_epoch_once(digit_folder, tmp_path):
         path.unlink()
     first = metrics(out)
     resumed = Trainer(parse_train(["--resume", "--out", str(out)]))
-    resumed.resume()
+    resumed.session.go_on(resumed)
     resumed.config.optim.lr = 0.01  # or the figures would be the same ones again
     resumed.fit()
     events = EventAccumulator(str(out / "tensorboard"))
@@ -309,7 +310,7 @@ def test_unreadable_images_are_counted_or_stop_the_run(strict, flat_folder, tmp_
     assert result["unreadable"] == [{"image": str(folder / "007.png"), "reason": reason}]
     assert f"unreadable image skipped: {folder / '007.png'}: {reason} (1 so far)" in error
     again = Trainer(parse_train(["--resume", "--out", str(tmp_path / "run")]))
-    again.resume()
+    again.session.go_on(again)
     assert again.unreadable.reasons == {7: reason}
     assert (trainer.labeller.accepted[7] == -1).all()
 
@@ -351,7 +352,7 @@ def test_steps_that_the_scaler_skips_are_counted(digit_folder, tmp_path, capsys)
 def test_contrast_in_half_precision(options, digit_folder, tmp_path, monkeypatch):
     """What GPUs with mixed precision do, here on the CPU: queries, keys, queue and features in float16."""
     new(tmp_path / "single", digit_folder, *options).fit()
-    monkeypatch.setattr("ifnd_fast.training.trainer.pick_contrast_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr(Compute, "contrast_dtype", torch.float16)
     trainer = new(tmp_path / "half", digit_folder, *options)
     trainer.fit()
     if trainer.config.contrast.negatives == "queue":

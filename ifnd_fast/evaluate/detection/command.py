@@ -13,7 +13,7 @@ from ifnd_fast.evaluate.detection.fine_tuning import FineTuning
 from ifnd_fast.evaluate.detection.metrics import NAMES
 from ifnd_fast.evaluate.detection.options import DetectionOptions
 from ifnd_fast.runtime import distributed, run_folder
-from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_device
+from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_compute
 from ifnd_fast.runtime.console import say, table
 
 
@@ -24,16 +24,16 @@ def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
     --export-detectron2. On several GPUs: torchrun --nproc-per-node 8 $(which ifnd-fast-eval) detection ...
     """
     distributed.ranks_in_environment()  # says what is wrong there
-    device = pick_device(options.device)
-    leave_cores_to_workers(device, options.workers)
-    distributed.start(device, options.rank_timeout)
+    compute = pick_compute(options.device, options.amp)
+    leave_cores_to_workers(compute.device, options.workers)
+    distributed.start(compute.device, options.rank_timeout)
     backbone = load_backbone(options.checkpoint, options.arch)
     if options.export_detectron2 is not None:
         if distributed.rank() == 0:
             _export(backbone, options.export_detectron2)
         if options.data is None and options.train_annotations is None:
             return
-    tuning = FineTuning(backbone, options, device)
+    tuning = FineTuning(backbone, options, compute)
     with tuning.open():
         figures = tuning.fit()
     if distributed.rank() == 0:

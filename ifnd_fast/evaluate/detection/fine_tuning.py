@@ -27,7 +27,7 @@ from ifnd_fast.evaluate.detection.metrics import average_precision, to_results
 from ifnd_fast.evaluate.detection.options import DetectionOptions, learning_rate, resolve
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime import distributed, run_folder
-from ifnd_fast.runtime.compute import pick_amp
+from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.console import progress, say, stage, track
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
 from ifnd_fast.runtime.session import Session, refuse_differences
@@ -39,15 +39,15 @@ class FineTuning:
     Args:
         backbone: what it starts from.
         options: what to train on, and how.
-        device: to train on.
+        compute: the device to train on, and in which precision.
 
     Raises:
         UsageError: options and data don't go together, or the data are missing or malformed.
     """
 
-    def __init__(self, backbone: Backbone, options: DetectionOptions, device: torch.device):
-        self.options = options = resolve(options, device)
-        self.device = device
+    def __init__(self, backbone: Backbone, options: DetectionOptions, compute: Compute):
+        self.options = options = resolve(options, compute.device)
+        self.compute, self.device = compute, compute.device
         start = options.checkpoint
         self.out = options.out or (start if start.is_dir() else start.parent) / "detection"
         with distributed.agreed(True):  # one may have no such folder
@@ -60,7 +60,6 @@ class FineTuning:
         self.identity = identity.agree(self.parts, self.data)
         self.examples = coco.TrainingExamples(self.train, options.seed)
         self.batches = self._batches()
-        self.amp = pick_amp(options.amp, device)
         torch.manual_seed(options.seed)
         self.model: nn.Module = mask_rcnn(
             backbone.network, len(self.train.category_ids), frozen=options.batch_norm == "frozen",
@@ -68,17 +67,17 @@ class FineTuning:
             pixel_mean=backbone.config.data.pixel_mean, pixel_std=backbone.config.data.pixel_std,
         )  # fmt: skip
         if options.batch_norm == "sync" and distributed.world_size() > 1:
-            if device.type == "cpu":
+            if self.device.type == "cpu":
                 raise UsageError("--batch-norm sync: torch has it for GPUs only; take frozen on CPUs")
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.model.to(device)
+        self.model.to(self.device)
         norm, other = split_normalization_params(self.model)
         groups = [{"params": other}, {"params": norm, "weight_decay": 0.0}]
         self.optimizer = torch.optim.SGD(
             [group for group in groups if group["params"]], options.lr or 0.0,
             momentum=options.sgd_momentum, weight_decay=options.weight_decay,
         )  # fmt: skip
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+        self.scaler = compute.scaler()
         self.step, self.seconds = 0, 0.0
         self.told_at, self.recent = 0, 0.0  # when the last line was told, and seconds of the iterations since
         self.sums: dict[str, float] = {}  # of each loss, and the steps, since the last line
@@ -144,9 +143,6 @@ class FineTuning:
                 advance(1, f"loss {losses['loss']:.3f}")
                 self._after_step(losses)
 
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
-
     def _train_step(self, model: nn.Module, batch: list[Any]) -> tuple[dict[str, float], bool]:
         """One update; the losses, means over the ranks, and whether some rank was asked to stop."""
         images, targets = self._to_device(batch)
@@ -155,7 +151,7 @@ class FineTuning:
         torch.manual_seed(int(draw.generate_state(1, np.uint64)[0] >> 1))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.options)
-        with self.autocast():
+        with self.compute.autocast():
             losses = model(images, targets)
         loss = sum(losses.values())
         told = torch.stack([*losses.values(), loss]).detach().double()
@@ -234,7 +230,7 @@ class FineTuning:
                 if isinstance(image, str):
                     unreadable[index] = image
                     continue
-                with self.autocast():
+                with self.compute.autocast():
                     (output,) = self.model([image.to(self.device).float() / 255])
                 results += to_results(self.val.image_ids[index], output, self.train.category_ids)
         everyones = [result for part in distributed.all_gather_objects(results) for result in part]

@@ -26,10 +26,9 @@ from ifnd_fast.evaluate.detection import coco, mask_rcnn
 from ifnd_fast.evaluate.detection.fine_tuning import FineTuning
 from ifnd_fast.evaluate.detection.options import DetectionOptions, learning_rate, resolve
 from ifnd_fast.runtime import checkpoint, run_folder
+from ifnd_fast.runtime.compute import pick_compute
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
 from tests.training.test_distributed import torchrun
-
-CPU = torch.device("cpu")
 
 
 def few_proposals() -> None:
@@ -59,7 +58,8 @@ def run(coco_folder, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     network, _ = resnet(config.model)
     images = coco.CocoImages(*coco.find("train", coco_folder, None, None))
-    views = to_input(torch.stack([images.image(index) for index in range(len(images))]), config.data, CPU)
+    pixels = torch.stack([images.image(index) for index in range(len(images))])
+    views = to_input(pixels, config.data, torch.device("cpu"))
     for _ in range(20):
         network(views)
     run_folder.create(config.run.out, to_yaml(config))
@@ -75,7 +75,7 @@ FLAGS = [text for name, value in TINY.items() for text in (
 
 def tuning(run: Path, data: Path, out: Path, **options) -> FineTuning:
     wanted = DetectionOptions(run, data=data, out=out, **{**TINY, **options})
-    return FineTuning(load_backbone(run), wanted, CPU)
+    return FineTuning(load_backbone(run), wanted, pick_compute("cpu", wanted.amp))
 
 
 COMMAND = """
@@ -267,7 +267,7 @@ def spoil(images, index: int) -> str:
 def test_the_next_image_stands_in_for_one_that_cannot_be_read(run, coco_folder, tmp_path, capfd):
     it = begun(run, coco_folder, tmp_path / "out", batch_size=5, workers=2, iterations=3)
     spoiled = [spoil(it.train, it.examples.numbers[0]), spoil(it.val, 1)]
-    with it.stop.deferred():
+    with it.session.stop.deferred():
         it._train(it.model)
     result = it._finish(it.measure())
     assert result["unreadable"] == [{"image": name, "reason": "No such file or directory"} for name in spoiled]
@@ -275,7 +275,7 @@ def test_the_next_image_stands_in_for_one_that_cannot_be_read(run, coco_folder, 
     for name in spoiled:
         assert told.count(f"warning: unreadable image skipped: {name}: No such file or directory (1 so far)") == 1
     again = tuning(run, coco_folder, tmp_path / "out", batch_size=5, iterations=3, resume=True)
-    again.resume()
+    again.session.go_on(again)
     assert list(again.unreadable[0].reasons) == [it.examples.numbers[0]]
 
 
