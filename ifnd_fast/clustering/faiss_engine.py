@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ifnd_fast.clustering.lloyd import Callback, Clustering, assign
+from ifnd_fast.clustering.lloyd import Callback, KMeansRun, assign
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.runtime import distributed
 
@@ -20,22 +20,22 @@ def faiss_lloyd(
     spherical: bool = False,
     callback: Callback | None = None,
     shards: Shards | None = None,
-) -> Clustering:
+) -> KMeansRun:
     """faiss.Kmeans on every row from the given centroids, on all GPUs that faiss sees, else on the CPU.
 
     Under torch.distributed on rank 0, while the others wait.
     """
     shards = shards or Shards(len(x), x.device, together=False)
-    everyones, n_iter = shards.gather(x), torch.zeros(1, dtype=torch.int64, device=x.device)
+    gathered, n_iter = shards.gather(x), torch.zeros(1, dtype=torch.int64, device=x.device)
     centroids = centroids.clone()
     if not shards.together or distributed.rank() == 0:
-        found, inertias = _faiss_kmeans(everyones, centroids, max_iter, spherical)
+        found, inertias = _faiss_kmeans(gathered, centroids, max_iter, spherical)
         centroids.copy_(found)
         n_iter += len(inertias)
         for iteration, inertia in enumerate(inertias if callback is not None else [], start=1):
             cast(Callback, callback)(iteration, inertia)
     centroids = shards.from_first(centroids)
-    return Clustering(centroids, assign(x, centroids), int(shards.from_first(n_iter)))
+    return KMeansRun(centroids, assign(x, centroids), int(shards.from_first(n_iter)))
 
 
 def _faiss_kmeans(

@@ -1,7 +1,7 @@
 """k-means on the fused nearest-centroid operator (Lloyd's algorithm), or by faiss.
 
 Nothing here is ever of size N x C, and temporaries of N x D are made a chunk at a time. The steps are
-functions of their own: initial_centroids, assign, cluster_sums, update, repair; lloyd is their loop.
+functions of their own: initial_centroids, assign, cluster_sums, mean_centroids, repair; lloyd is their loop.
 Ranks may share the rows (`distributed.Shards`): each assigns and adds up its own, and the sums are added.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ifnd_fast.clustering.faiss_engine import _import_faiss, faiss_lloyd
 from ifnd_fast.clustering.frame import Frame, frame_of
-from ifnd_fast.clustering.lloyd import Callback, Clustering, assign, fill, lloyd
+from ifnd_fast.clustering.lloyd import Callback, KMeansRun, assign, fill, lloyd
 from ifnd_fast.clustering.rows import as_matrix, check_rows, single, unit_rows
 from ifnd_fast.clustering.seeding import initial_centroids
 from ifnd_fast.clustering.shards import Shards
@@ -139,7 +139,7 @@ class KMeans:
             inertia = inertia_of(rows, run, shards)
             if best is None or inertia < least:
                 best, least = run, inertia
-        best = cast(Clustering, best)
+        best = cast(KMeansRun, best)
         centers = best.centroids.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         if frame is not None:
             centers, best = outside(rows, best, frame, x.dtype, shards)
@@ -215,26 +215,26 @@ class KMeans:
         init = unit_rows("init", init, norms) if self.spherical else init
         return init.float() if frame is None else frame.enter("init", init)
 
-    def _cluster(self, x: Tensor, start: Tensor, callback: Callback | None, shards: Shards) -> Clustering:
+    def _cluster(self, x: Tensor, start: Tensor, callback: Callback | None, shards: Shards) -> KMeansRun:
         if self.engine == "faiss" or (self.engine == "auto" and pick_engine(x, self.tol) == "faiss"):
             return faiss_lloyd(x, start, self.max_iter, self.spherical, callback, shards)
         return lloyd(x, start, self.max_iter, self.tol, self.spherical, callback, shards)
 
 
 def outside(
-    rows: Tensor, run: Clustering, frame: Frame, dtype: torch.dtype, shards: Shards
-) -> tuple[Tensor, Clustering]:
+    rows: Tensor, run: KMeansRun, frame: Frame, dtype: torch.dtype, shards: Shards
+) -> tuple[Tensor, KMeansRun]:
     """The centroids in the coordinates that the data came in, rounded to their dtype (float32 for half precision), and
     the run with the labels of those, as `KMeans.predict` finds them."""
     centers = frame.leave(run.centroids).to(torch.float64 if dtype == torch.float64 else torch.float32)
     rounded = frame.enter("cluster_centers_", centers)
-    run = fill(rows, Clustering(rounded, assign(rows, rounded), run.n_iter), shards)
+    run = fill(rows, KMeansRun(rounded, assign(rows, rounded), run.n_iter), shards)
     moved = (run.centroids != rounded).any(dim=1)  # onto a row
     centers[moved] = frame.leave(run.centroids[moved]).to(centers.dtype)
     return centers, run
 
 
-def inertia_of(x: Tensor, run: Clustering, shards: Shards) -> float:
+def inertia_of(x: Tensor, run: KMeansRun, shards: Shards) -> float:
     """Of all ranks' rows: the sum of squared distances to the labelled centroids."""
     return float(shards.sum(squared_distances(x, run.labels, run.centroids).sum(dtype=torch.float64)))
 

@@ -20,7 +20,7 @@ FEW_MOVED = 0.5  # of the centroids: then rows whose own stood still are compare
 MANY_UNDECIDED = 0.5  # of the rows: then bounds cost more than they save
 
 
-class Clustering(NamedTuple):
+class KMeansRun(NamedTuple):
     """What one run found: centroids (C, D) float32, labels (N,) int32, and the iterations it took."""
 
     centroids: Tensor
@@ -36,7 +36,7 @@ def lloyd(
     spherical: bool = False,
     callback: Callback | None = None,
     shards: Shards | None = None,
-) -> Clustering:
+) -> KMeansRun:
     """Lloyd's algorithm from the given centroids; the labels are those of the centroids returned.
 
     Clusters settle long before the last one does: `Nearest` finds the labels by what has moved.
@@ -53,12 +53,12 @@ def lloyd(
         # The previous centroids came from these very labels (and refills, which change labels).
         same = previous_labels is not None and torch.equal(labels, previous_labels)
         if shards.every(same, x.device):
-            return Clustering(centroids, labels, iteration)
-        centroids = repair(x, distances, update(sums, counts, centroids, spherical), counts, shards)
+            return KMeansRun(centroids, labels, iteration)
+        centroids = repair(x, distances, mean_centroids(sums, counts, centroids, spherical), counts, shards)
         if tol > 0 and previous_inertia - inertia <= tol * previous_inertia < torch.inf:
             break
         previous_labels, previous_inertia = labels, inertia
-    return Clustering(centroids, nearest.update(centroids, distances), iteration)
+    return KMeansRun(centroids, nearest.update(centroids, distances), iteration)
 
 
 class Nearest:
@@ -66,7 +66,8 @@ class Nearest:
 
     Where a kernel reassigns (float32 on the CPU), it keeps for every row less than its distance to all centroids but
     its own. That shrinks by no more than centroids move, so that most rows are soon compared with the few that move
-    far alone. Elsewhere rows of centroids that stood still are compared with those that moved: see `reassign`.
+    far alone. Elsewhere rows of centroids that stood still are compared with those that moved: see
+    `reassign_by_movement`.
     """
 
     def __init__(self, x: Tensor):
@@ -88,7 +89,7 @@ class Nearest:
                 self.labels = assign(self.x, centroids)
             else:
                 moved = (centroids != self.centroids).any(dim=1)
-                self.labels = reassign(self.x, self.labels, cast(Tensor, distances), centroids, moved)
+                self.labels = reassign_by_movement(self.x, self.labels, cast(Tensor, distances), centroids, moved)
         self.centroids = centroids
         return self.labels
 
@@ -106,7 +107,7 @@ class Nearest:
         return undecided >= 0
 
 
-def reassign(x: Tensor, labels: Tensor, distances: Tensor, centroids: Tensor, moved: Tensor) -> Tensor:
+def reassign_by_movement(x: Tensor, labels: Tensor, distances: Tensor, centroids: Tensor, moved: Tensor) -> Tensor:
     """`assign(x, centroids)`, (N,) int32, after some centroids have `moved` (C,), from the rows' nearest before.
 
     `labels` (N,) and squared `distances` (N,) are of those. A row whose own centroid stood still is nearest to it or
@@ -166,11 +167,11 @@ def centroids_of(
     shards = shards or Shards(len(x), x.device, together=False)
     nothing = torch.zeros(n_clusters, x.shape[1], dtype=torch.float32, device=x.device)
     sums, counts, _ = add_ranks(*cluster_sums(x, labels, nothing), shards)
-    centroids = update(sums, counts, nothing, spherical)
+    centroids = mean_centroids(sums, counts, nothing, spherical)
     return repair(x, squared_distances(x, labels, centroids), centroids, counts, shards)
 
 
-def update(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: bool = False) -> Tensor:
+def mean_centroids(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: bool = False) -> Tensor:
     """Mean of each cluster, (C, D) float32, in spherical mode of unit length; computed in place of `sums`.
 
     A cluster without points, or whose unit rows cancel out, keeps its centroid.
@@ -213,7 +214,7 @@ def repair(
     return centroids.index_copy(0, empty[: len(chosen)], chosen)
 
 
-def fill(x: Tensor, run: Clustering, shards: Shards) -> Clustering:
+def fill(x: Tensor, run: KMeansRun, shards: Shards) -> KMeansRun:
     """The run with its last empty clusters filled, other centroids unmoved.
 
     A centroid on a point keeps that point, so C rounds are enough; more than one or two are rare.
@@ -233,7 +234,7 @@ def fill(x: Tensor, run: Clustering, shards: Shards) -> Clustering:
             if distinct < len(centroids):
                 raise TooFewDistinct(distinct, len(centroids))
             break  # rows that differ, but not to the operator
-    return Clustering(centroids, labels, n_iter)
+    return KMeansRun(centroids, labels, n_iter)
 
 
 SMALLEST_MEAN = 1e-12  # of unit rows that is not a sum of rounding

@@ -40,8 +40,8 @@ class Shards:
         sizes = all_gather(torch.tensor([len(rows)], dtype=torch.int64, device=rows.device)).tolist()
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
-        everyones = all_gather(padded).split(max(sizes)) if max(sizes) else (padded,) * len(sizes)
-        return torch.cat([part[:size] for part, size in zip(everyones, sizes, strict=True)])
+        gathered = all_gather(padded).split(max(sizes)) if max(sizes) else (padded,) * len(sizes)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, in place."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ifnd_fast.clustering.distinct import count_distinct
-from ifnd_fast.clustering.image_clusters import Clustering
+from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.clustering.levels import cluster_levels
 from ifnd_fast.config import SEED, TEMPERATURE, Config, DataConfig, at_least, check, check_levels
 from ifnd_fast.data.found import tell_found
@@ -58,7 +58,9 @@ def labelled_training_images(data: DataConfig) -> tuple[Images, np.ndarray]:
     return images, images.labels
 
 
-def cluster_images(subject: Subject, config: Config, images: Images, options: ClusterOptions) -> tuple[Clustering, str]:
+def cluster_images(
+    subject: Subject, config: Config, images: Images, options: ClusterOptions
+) -> tuple[ImageClusters, str]:
     """Cluster the images' unit features at every level; and what kind of features, "encoder" or "backbone".
 
     Raises:
@@ -83,7 +85,7 @@ def cluster_images(subject: Subject, config: Config, images: Images, options: Cl
     labels = torch.full((len(images), len(levels)), -1, dtype=torch.int32, device="cpu")
     confidence = torch.zeros(labels.shape, dtype=torch.float32, device="cpu")
     labels[usable.cpu()], confidence[usable.cpu()] = _cluster(vectors[usable], levels, temperature, options)
-    return Clustering(tuple(levels), labels, confidence), kind
+    return ImageClusters(tuple(levels), labels, confidence), kind
 
 
 def _levels(wanted: tuple[int, ...] | None, of_run: tuple[int, ...], n: int) -> tuple[int, ...]:

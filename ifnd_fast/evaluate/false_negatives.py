@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from ifnd_fast import config as configs
-from ifnd_fast.clustering.image_clusters import Clustering
+from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data import identity
 from ifnd_fast.data.images import Images
@@ -70,7 +70,7 @@ def false_negatives(
         say(f"plot: {plot}")
 
 
-def _own_clustering(options: Options) -> tuple[Clustering | None, DataConfig | None, str]:
+def _own_clustering(options: Options) -> tuple[ImageClusters | None, DataConfig | None, str]:
     """The last clustering of the run that CHECKPOINT is the folder of, its data and what to call it; or None."""
     out = options.checkpoint
     if not out.is_dir() or not list_checkpoints(out):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ifnd_fast.clustering.acceptance import accepted_count
-from ifnd_fast.clustering.image_clusters import Clustering
+from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.ops import checks
 
 
@@ -190,7 +190,7 @@ def _check(
 RATES = [rate / 100 for rate in range(101)]
 
 
-def detection_of(clustering: Clustering, true_labels: np.ndarray) -> DetectionByRate:
+def detection_of(clustering: ImageClusters, true_labels: np.ndarray) -> DetectionByRate:
     """At RATES, of the images that were clustered; those that had no features are neither queries nor keys."""
     clustered = (clustering.labels >= 0).all(dim=1)
     truth = torch.from_numpy(true_labels)[clustered]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ifnd_fast.clustering.image_clusters import Clustering
+from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.data.images import Images
 from ifnd_fast.report.thumbnails import Row, Sheet, name_of_class, spread, thumbnails
 
 ROWS, COLUMNS = 12, 10
 
 
-def cluster_sheets(images: Images, clustering: Clustering, levels: Sequence[str]) -> tuple[list[Sheet], str]:
+def cluster_sheets(images: Images, clustering: ImageClusters, levels: Sequence[str]) -> tuple[list[Sheet], str]:
     """A sheet for each level, and an explanation of what they show.
 
     Args:

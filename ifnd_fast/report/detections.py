@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ifnd_fast.clustering.image_clusters import Clustering
+from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.data.images import Images
 from ifnd_fast.report.thumbnails import Row, Sheet, class_name, describe, spread, thumbnail, thumbnails
 
@@ -15,7 +15,7 @@ IN_BATCH_SAMPLE = 4096
 
 
 def detection_sheets(
-    images: Images, state: Mapping[str, Any], clustering: Clustering | None, levels: Sequence[str]
+    images: Images, state: Mapping[str, Any], clustering: ImageClusters | None, levels: Sequence[str]
 ) -> tuple[list[Sheet], str]:
     """The contact sheets of a checkpoint and an explanation of what they show, or none and the reason why.
 
@@ -29,7 +29,7 @@ def detection_sheets(
     if labels.max(initial=-1) < 0:
         return [], f"No contact sheets: no pseudo label was accepted by epoch {epoch}."
     confidence = None
-    if clustering is not None and clustering.gave(state["accepted"]):
+    if clustering is not None and clustering.explains(state["accepted"]):
         confidence = clustering.confidence.numpy()
     candidates, source = _candidates(state.get("negatives"), len(images))
     groups = "clusters" if images.labels is None else "classes"

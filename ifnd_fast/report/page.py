@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ifnd_fast.clustering.image_clusters import Clustering
+from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.data.images import Images
 from ifnd_fast.metrics.false_negatives import detection_of
 from ifnd_fast.report.clusters import cluster_sheets
@@ -71,7 +71,7 @@ def unreadable_images(run: Run, images: Images | None) -> list[tuple[str, str]]:
     return [(images.name(index) if images else f"image {index}", why) for index, why in reasons.items()]
 
 
-def _detections(run: Run, images: Images | None, missing: str, clustering: Clustering | None) -> Sheets:
+def _detections(run: Run, images: Images | None, missing: str, clustering: ImageClusters | None) -> Sheets:
     if not run.levels:
         return [], "This run keeps false negatives: it detects none."
     if images is None:
@@ -79,7 +79,7 @@ def _detections(run: Run, images: Images | None, missing: str, clustering: Clust
     return detection_sheets(images, run.state, clustering, run.levels)
 
 
-def _clusters(run: Run, images: Images | None, missing: str, clustering: Clustering | None) -> Sheets:
+def _clusters(run: Run, images: Images | None, missing: str, clustering: ImageClusters | None) -> Sheets:
     if run.detection in ("keep", "oracle"):
         return [], "This run clusters nothing."
     if images is None:
@@ -89,14 +89,14 @@ def _clusters(run: Run, images: Images | None, missing: str, clustering: Cluster
     return cluster_sheets(images, clustering, run.levels)
 
 
-def _detection_picture(run: Run, images: Images | None, clustering: Clustering | None) -> Picture | None:
+def _detection_picture(run: Run, images: Images | None, clustering: ImageClusters | None) -> Picture | None:
     if images is None or images.labels is None or clustering is None:
         return None
     found = detection_of(clustering, images.labels)
     return draw_picture("by-rate", draw_detection_by_rate, found, run.levels, run.state["acceptance_rate"])
 
 
-def _embedding(run: Run, images: Images | None, clustering: Clustering | None) -> Picture | None:
+def _embedding(run: Run, images: Images | None, clustering: ImageClusters | None) -> Picture | None:
     stored = stored_features(run.state)
     if stored is None:
         return None

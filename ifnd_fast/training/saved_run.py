@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import nn
 
-from ifnd_fast.clustering.image_clusters import Clustering
+from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.config import Config, DataConfig
 from ifnd_fast.contrast.encoder import build
 from ifnd_fast.data import identity
@@ -183,7 +183,7 @@ def load_encoder(out: Path, config: Config) -> nn.Module:
     return encoder
 
 
-def clustering_in(state: Mapping[str, Any]) -> Clustering | None:
+def clustering_in(state: Mapping[str, Any]) -> ImageClusters | None:
     """The clustering that a checkpoint (see `Labeller.state_dict`) holds; None before the first and where there is
     none (keep, oracle)."""
     found = state.get("pseudo_labels", {})
@@ -193,7 +193,7 @@ def clustering_in(state: Mapping[str, Any]) -> Clustering | None:
     labels = torch.full((len(usable), len(found["levels"])), -1, dtype=torch.int32, device="cpu")
     confidence = torch.zeros(labels.shape, dtype=torch.float32, device="cpu")
     labels[usable], confidence[usable] = found["labels"], found["confidence"]
-    return Clustering(tuple(found["levels"].tolist()), labels, confidence)
+    return ImageClusters(tuple(found["levels"].tolist()), labels, confidence)
 
 
 def images_of(run: Run) -> tuple[Images | None, str]:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from ifnd_fast.clustering import kmeans
 from ifnd_fast.clustering.faiss_engine import faiss_lloyd
 from ifnd_fast.clustering.kmeans import KMeans
-from ifnd_fast.clustering.lloyd import Nearest, assign, centroids_of, lloyd, reassign, repair
+from ifnd_fast.clustering.lloyd import Nearest, assign, centroids_of, lloyd, reassign_by_movement, repair
 from ifnd_fast.clustering.seeding import initial_centroids
 from ifnd_fast.ops.cluster_sums import cluster_sums, squared_distances
 
@@ -302,7 +302,8 @@ def test_settled_clusters_change_nothing_but_the_time(spherical, monkeypatch):
     plain = lloyd(x, start, 50, spherical=spherical)
     monkeypatch.setattr("ifnd_fast.clustering.lloyd.FEW_MOVED", 1.0)
     monkeypatch.setattr(
-        "ifnd_fast.clustering.lloyd.reassign", lambda *given: calls.append(given[-1]) or reassign(*given)
+        "ifnd_fast.clustering.lloyd.reassign_by_movement",
+        lambda *given: calls.append(given[-1]) or reassign_by_movement(*given),
     )
     quick = lloyd(x, start, 50, spherical=spherical)
     calls = [moved for moved in calls if not moved.all()]
@@ -313,14 +314,14 @@ def test_settled_clusters_change_nothing_but_the_time(spherical, monkeypatch):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 12), st.floats(0, 1))
-def test_reassign_is_assign(seed, k, share):  # on a grid, where ties abound and are exact
+def test_reassigning_by_movement_is_assigning(seed, k, share):  # on a grid, where ties abound and are exact
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-2, 3, (50, 2), generator=generator).float()
     before = torch.randint(-2, 3, (k, 2), generator=generator).float()
     after = before + torch.randint(-1, 2, (k, 2), generator=generator) * (torch.rand(k, 1, generator=generator) < share)
     labels = assign(x, before)
     distances = squared_distances(x, labels, before)
-    found = reassign(x, labels, distances, after, (before != after).any(dim=1))
+    found = reassign_by_movement(x, labels, distances, after, (before != after).any(dim=1))
     assert torch.equal(found, assign(x, after))
 
 

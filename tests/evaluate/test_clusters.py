@@ -178,5 +178,5 @@ def test_a_runs_clustering_knows_which_images_had_features():
     found = clustering_in(state)
     assert found.levels == (2,) and found.labels.tolist() == [[1], [-1], [0]]
     assert found.confidence.flatten().tolist() == pytest.approx([0.9, 0.0, 0.8])
-    assert found.gave(torch.tensor([[1], [-1], [-1]])) and not found.gave(torch.tensor([[0], [-1], [-1]]))
+    assert found.explains(torch.tensor([[1], [-1], [-1]])) and not found.explains(torch.tensor([[0], [-1], [-1]]))
     assert clustering_in({"pseudo_labels": {"levels": torch.tensor([2])}}) is None

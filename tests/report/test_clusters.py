@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ifnd_fast.clustering.image_clusters import Clustering
+from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.report.clusters import choose_clusters, cluster_sheets
 from ifnd_fast.report.page import write_report
 from tests.report.runs import FIGURES, LEVELS, N, Page, clustered, figure_titles
@@ -53,7 +53,7 @@ def test_sheets_tell_sizes_and_mark_by_the_commonest_class():
     labels = torch.full((120, 1), -1, dtype=torch.int32)
     labels[:10] = 2  # classes 0 1 2 3 0 1 2 3 0 1: three of 0 and of 1, the lower counts
     labels[20:21] = 0
-    clustering = Clustering((5,), labels, torch.linspace(1, 0, 120)[:, None])
+    clustering = ImageClusters((5,), labels, torch.linspace(1, 0, 120)[:, None])
     (sheet,), explanation = cluster_sheets(Grey(), clustering, ["5 clusters"])
     assert sheet.note == "1 to 10 images each, median 6; 3 empty"
     first, second = sheet.rows
@@ -67,14 +67,14 @@ def test_sheets_tell_sizes_and_mark_by_the_commonest_class():
 def test_without_true_classes_nothing_is_wrong():
     images = Grey()
     images.labels = None
-    clustering = Clustering((2,), (torch.arange(120) % 2).int()[:, None], torch.rand(120, 1))
+    clustering = ImageClusters((2,), (torch.arange(120) % 2).int()[:, None], torch.rand(120, 1))
     (sheet,), _ = cluster_sheets(images, clustering, ["2 clusters"])
     assert not sheet.has_wrong and "%" not in sheet.rows[0].note
 
 
 def test_a_hundred_thousand_clusters():
     labels = torch.randint(100_000, (120, 1), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    (sheet,), _ = cluster_sheets(Grey(), Clustering((100_000,), labels, torch.rand(120, 1)), ["100,000 clusters"])
+    (sheet,), _ = cluster_sheets(Grey(), ImageClusters((100_000,), labels, torch.rand(120, 1)), ["100,000 clusters"])
     assert len(sheet.rows) >= 6 and "empty" in sheet.note
 
 
