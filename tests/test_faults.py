@@ -89,8 +89,8 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
 def at(trainer, where: str, number: int) -> None:
     """Send this process the signal once, within a step, a pass for features or a clustering."""
     owner, name = {
-        "step": (trainer, "_train_step"), "features": (trainer.labeller, "_features"),
-        "clustering": (trainer.labeller, "_fit"), "kNN": (trainer.measuring.probe, "measure"),
+        "step": (trainer, "_train_step"), "features": (trainer.labeller.source, "collect"),
+        "clustering": (trainer.labeller.job, "_cluster"), "kNN": (trainer.measuring.probe, "measure"),
     }[where]  # fmt: skip
     call, sent = getattr(owner, name), []
 

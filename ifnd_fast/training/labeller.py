@@ -1,51 +1,82 @@
-"""Labels during training: when they are made, from which features, and how many are trusted."""
+"""Labels during training: renewed when it is time, of the features that there are, as many as are trusted."""
 
 from __future__ import annotations
 
 import time
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ifnd_fast.clustering.distinct import count_distinct
 from ifnd_fast.clustering.pseudo_labels import PseudoLabels
-from ifnd_fast.clustering.shards import Shards
-from ifnd_fast.clustering.whitening import whiten
 from ifnd_fast.config import Config
-from ifnd_fast.contrast.encoder import Encoder
-from ifnd_fast.data import features
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.metrics.clusters import quality
-from ifnd_fast.runtime import distributed
-from ifnd_fast.runtime.background import Background
 from ifnd_fast.runtime.compute import Compute
-from ifnd_fast.runtime.console import progress, warn
-from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
-from ifnd_fast.runtime.spans import span
-from ifnd_fast.training.schedule import IMAGES_PER_CLUSTER, clusters_before, fit_levels, rate_of
+from ifnd_fast.training.clustering_job import ClusteringJob
+from ifnd_fast.training.feature_source import FeatureSource
+from ifnd_fast.training.schedule import clusters_before, levels_of, rate_of
+
+
+@dataclass
+class Labels:
+    """Of all N images at L levels: those that training uses, and the clustering that they are from."""
+
+    accepted: Tensor
+    """(N, L) int32, -1 where no label is trusted"""
+    clustered: Tensor
+    """(N, L) int32, of the last clustering, trusted or not; -1 for images without features"""
+    usable: Tensor
+    """(N,) bool, which images had features at the last clustering"""
+    acceptance_rate: float = 0.0
+    """share of the labels that is trusted, 0..1"""
+    waiting: bool = False
+    """whether there was a clustering since, whose labels are not in use yet"""
+    quality: dict[str, Any] = field(default_factory=dict)
+    """of the clustering whose labels are in use, for the metrics: see `metrics.clusters.quality` and `ClusteringJob`"""
+
+    @classmethod
+    def none(cls, n_images: int, n_levels: int, device: torch.device) -> Labels:
+        """Before the first clustering."""
+        accepted = torch.full((n_images, n_levels), -1, dtype=torch.int32, device=device)
+        usable = torch.zeros(n_images, dtype=torch.bool, device=device)
+        return cls(accepted, torch.full_like(accepted, -1), usable)
+
+    def use_true(self, labels: Any) -> None:
+        """The true labels (N,), all of them."""
+        self.accepted = torch.as_tensor(labels, device=self.accepted.device).int()[:, None]
+        self.acceptance_rate = 1.0
+
+    def use(self, pseudo_labels: PseudoLabels, rate: float, figures: dict[str, Any]) -> None:
+        """Those of the last clustering, of the `usable` images, as many as that rate accepts."""
+        self.waiting = False
+        self.accepted, before = torch.full_like(self.accepted, -1), self.clustered
+        self.accepted[self.usable] = pseudo_labels.accept(rate)
+        self.clustered = torch.full_like(self.accepted, -1)
+        self.clustered[self.usable] = cast(Tensor, pseudo_labels.labels)
+        self.quality = figures | quality(self.clustered, before, pseudo_labels.levels)
+        self.acceptance_rate = rate
 
 
 class Labeller:
-    """The labels of all N images that training uses now, and their renewal (Chen et al., ICLR 2022, section 3).
+    """The labels of all N images, and their renewal (Chen et al., ICLR 2022, section 3).
 
     Args:
         config: of the run.
         images: N training images.
-        compute: where labels and features live, the dtype of those, and how the encoder is evaluated.
+        compute: where labels and features live, and how the encoder is evaluated.
 
     Attributes:
-        levels: clusters at each of L levels, scaled down to the images there are; a clustering scales them further
-            where fewer are readable and distinct. The oracle has one level, of the true classes.
-        accepted: (N, L) int32, -1 where no label is trusted.
-        clustered: (N, L) int32, of the last clustering, trusted or not; -1 for images without features.
-        quality: of the last clustering, for the metrics: see `quality`; `cluster_inertia`, for each level the mean
-            squared distance to the centroid that each iteration began with; `cluster_level_seconds` and
-            `cluster_level_bytes`, what each level took and holds, on rank 0.
-        acceptance_rate: share of the labels that is trusted, 0..1.
+        levels: clusters at each of L levels, scaled down to the images there are. The oracle has one level, of the true
+            classes.
+        labels: now.
+        source: of features.
+        job: the last clustering, or the one that goes on.
+        seconds: that training waited in this epoch.
 
     Raises:
         UsageError: the oracle has no true labels; too few images for so many levels, or with --strict for so many
@@ -53,70 +84,22 @@ class Labeller:
     """
 
     def __init__(self, config: Config, images: Images, compute: Compute):
-        self.config, self.images, self.compute, self.device = config, images, compute, compute.device
-        self.strategy = config.contrast.false_negatives
-        self.clusters = self.strategy in ("eliminate", "attract")
-        self.levels = self._levels()
-        self.pseudo_labels = PseudoLabels(
-            self.levels,
-            temperature=config.contrast.temperature,
-            max_iter=config.cluster.kmeans_iterations,
-            n_init=config.cluster.kmeans_restarts,
-            engine=config.cluster.kmeans_engine,
-            spherical=config.cluster.spherical,
-            seed=config.run.seed,
-            distributed=True,
-        )
-        self.own = distributed.share(len(images))
-        self.accepted = torch.full((len(images), len(self.levels)), -1, dtype=torch.int32, device=self.device)
-        self.acceptance_rate = 0.0
-        self.clustered = torch.full_like(self.accepted, -1)
-        self.quality: dict[str, Any] = {}
-        self.found: dict[str, Any] = {}  # what of that the clustering itself tells
-        self.usable = torch.zeros(len(images), dtype=torch.bool, device=self.device)  # at the last clustering
-        self.waiting = False  # whether that clustering's labels are still to be taken up
-        self.background: Background | None = None  # where it goes on
-        self.group = distributed.new_group() if config.cluster.cluster_async else None
-        uses_bank = self.clusters and config.cluster.features == "bank"
-        # One row more than this rank's images: the keys of all others go there.
-        shape, dtype = (len(self.own) + 1, config.model.dim), compute.contrast_dtype
-        self.bank = torch.zeros(shape, dtype=dtype, device=self.device) if uses_bank else None
-        self.seconds = {"feature_seconds": 0.0, "cluster_seconds": 0.0}  # that training waited in this epoch
-
-    def _levels(self) -> tuple[int, ...]:
-        if self.strategy == "oracle":
-            if self.images.labels is None:
-                raise UsageError("--false-negatives oracle needs images in one folder per class")
-            return (int(self.images.labels.max()) + 1,)
-        levels = self.config.cluster.levels
-        return self._fitting(levels, levels, len(self.images), "images") if self.clusters else levels
-
-    def _fitting(self, wanted: tuple[int, ...], now: tuple[int, ...], n: int, what: str) -> tuple[int, ...]:
-        """The wanted levels as n images allow them, which is told where they differ from those now.
-
-        Raises:
-            UsageError: the images are too few, or with --strict for the levels as they are.
-        """
-        fitting = fit_levels(wanted, n)
-        rule = f"at most one cluster for every {IMAGES_PER_CLUSTER} {what}, of which there are {n:,}"
-        if fitting != wanted and self.config.data.strict:
-            raise UsageError(f"--levels {' '.join(map(str, wanted))}: {rule} (--strict)")
-        if fitting != now:
-            warn(f"--levels {' '.join(map(str, now))} scaled to {' '.join(map(str, fitting))}: {rule}")
-        return fitting
+        self.config, self.images, self.device = config, images, compute.device
+        self.levels = levels_of(config, len(images), images.labels)
+        self.source = FeatureSource(config, images, compute)
+        self.job = ClusteringJob(config, self.levels, compute.device)
+        self.labels = Labels.none(len(images), len(self.levels), compute.device)
+        self.seconds = {"feature_seconds": 0.0, "cluster_seconds": 0.0}
 
     def observe(self, keys: Tensor, indices: Tensor) -> None:
-        """Keep those of a step's keys (B, dim) that are of this rank's images for the next clustering, where
-        --features bank asks for it."""
-        if self.bank is not None:
-            rows = torch.where((indices >= self.own.start) & (indices < self.own.stop), indices - self.own.start, -1)
-            self.bank[rows] = keys.to(self.bank.dtype)
+        """A step's keys (B, dim) and the numbers of their images (B,), of all ranks."""
+        self.source.observe(keys, indices)
 
     def start_epoch(self, epoch: int, encoder: nn.Module, unreadable: Unreadable) -> bool:
         """Renew the labels where that is due before this epoch (from 0), from features of `encoder` or the bank.
 
-        With --cluster-async the clustering begun here goes on beside the epoch, and its labels are taken up before
-        the next one.
+        With --cluster-async the clustering begun here goes on beside the epoch, and its labels are used from the next
+        one on.
 
         Returns:
             whether there are new labels.
@@ -124,155 +107,76 @@ class Labeller:
         Raises:
             NonFiniteError, CommandError: features that are not finite, or that can't be clustered.
         """
-        if self.strategy == "oracle":
-            self.accepted = torch.as_tensor(self.images.labels, device=self.device).int()[:, None]
-            self.acceptance_rate = 1.0
+        if self.config.contrast.false_negatives == "oracle":
+            self.labels.use_true(self.images.labels)
             return True
-        renewed = self.waiting
-        if self.waiting:
-            self._take_up(epoch)
+        renewed = self.labels.waiting
+        if renewed:
+            self._use_clustering(epoch)
         if clusters_before(self.config, epoch):
             self._cluster(epoch, encoder, unreadable)
             if not self.config.cluster.cluster_async:
-                self._take_up(epoch)
+                self._use_clustering(epoch)
                 renewed = True
         return renewed
 
     def _cluster(self, epoch: int, encoder: nn.Module, unreadable: Unreadable) -> None:
         """Cluster the features, or begin to."""
-        started = time.perf_counter()
-        with span("features"):
-            vectors, own_usable = self._features(encoder, unreadable)
-        vectors = vectors[own_usable]
-        if not self._everywhere(bool(torch.isfinite(vectors).all())):
-            raise NonFiniteError(f"the features are not finite after epoch {epoch}")
-        self.usable = Shards(len(own_usable), self.device).gather(own_usable)
-        if not self.usable.any():
-            raise CommandError(f"clustering failed after epoch {epoch}: no image has features")
-        vectors = self._prepared(vectors)
-        before = self.clustered[self.usable]
-        if self._scale(vectors, epoch):
-            before = torch.full_like(before, -1)  # labels of other clusters
-        fit = partial(self._fit, vectors, before, epoch)
-        self.seconds["feature_seconds"] += time.perf_counter() - started
-        self.waiting = True
+        labels = self.labels
+        with self._timed("feature_seconds"):
+            features = self.source.collect(epoch, encoder, unreadable)
+            labels.usable = features.usable
+            before = labels.clustered[labels.usable]
+            if self.job.fit_levels(features, epoch):
+                before = torch.full_like(before, -1)  # labels of other clusters
+        labels.waiting = True
         if self.config.cluster.cluster_async:
-            self.background = Background(fit, self.device, self.group)
+            self.job.start(features.vectors, before, epoch)
         else:
-            started = time.perf_counter()
-            fit()
-            self.seconds["cluster_seconds"] += time.perf_counter() - started
+            with self._timed("cluster_seconds"):
+                self.job.start(features.vectors, before, epoch)
 
-    def _scale(self, vectors: Tensor, epoch: int) -> bool:
-        """Scale the levels to these features of this rank's images; whether there are other levels than before."""
-        n = count_distinct(vectors, Shards(len(vectors), self.device))
-        before, what = self.pseudo_labels.levels, "images that are readable and have distinct features"
-        try:
-            self.pseudo_labels.levels = self._fitting(self.levels, before, n, what)
-        except UsageError as error:
-            usable = f"{int(self.usable.sum()):,} of {len(self.images):,} images are readable"
-            raise CommandError(
-                f"clustering failed after epoch {epoch}: {usable}, {n:,} with distinct features; {error}. "
-                "Where the images are no copies of each other, the encoder has collapsed: a lower --lr may help"
-            ) from error
-        return self.pseudo_labels.levels != before
-
-    def _wait(self) -> None:
-        if self.background is not None:
-            started = time.perf_counter()
-            background, self.background = self.background, None
-            background.wait()
-            self.seconds["cluster_seconds"] += time.perf_counter() - started
-
-    def _take_up(self, epoch: int) -> None:
+    def _use_clustering(self, epoch: int) -> None:
         """The last clustering's labels become the ones in use, as many as this epoch accepts."""
-        self._wait()
+        with self._timed("cluster_seconds"):
+            self.job.wait()
+            self.labels.use(self.job.pseudo_labels, rate_of(self.config, epoch), self.job.figures)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        self.waiting = False
-        self.accepted, before = torch.full_like(self.accepted, -1), self.clustered
-        self.accepted[self.usable] = self.pseudo_labels.accept(rate_of(self.config, epoch))
-        self.clustered = torch.full_like(self.accepted, -1)
-        self.clustered[self.usable] = cast(Tensor, self.pseudo_labels.labels)
-        self.quality = self.found | quality(self.clustered, before, self.pseudo_labels.levels)
-        self.acceptance_rate = rate_of(self.config, epoch)
-        self.seconds["cluster_seconds"] += time.perf_counter() - started
-
-    def _features(self, encoder: nn.Module, unreadable: Unreadable) -> tuple[Tensor, Tensor]:
-        """Features (n, D) of this rank's images and which rows hold any, (n,): not those of images unread or
-        not yet seen."""
-        if self.bank is not None:
-            return self.bank[:-1], self.bank[:-1].any(dim=1)
-        network = cast(Encoder, encoder).backbone if self.config.cluster.cluster_space == "backbone" else encoder
-        return features.extract_share(
-            network, self.images, self.config.data, self.compute, unreadable=unreadable
-        )
-
-    def _prepared(self, vectors: Tensor) -> Tensor:
-        """Unit rows to cluster, of this rank's features (n, D)."""
-        if self.config.cluster.whiten:
-            vectors = whiten(vectors, self.config.cluster.whiten, Shards(len(vectors), self.device))
-        vectors = F.normalize(vectors.float(), dim=1).to(self.compute.contrast_dtype)
-        shards = Shards(len(vectors), self.device)
-        if min(shards.sizes) == 0:  # a rank none of whose images can be read: the others' are dealt out anew
-            share = distributed.share(shards.total)
-            vectors = shards.gather(vectors)[share.start : share.stop]
-        return vectors
-
-    def _everywhere(self, holds: bool) -> bool:
-        return Shards(len(self.own), self.device).every(holds, self.device)
-
-    def _fit(self, vectors: Tensor, before: Tensor, epoch: int) -> None:
-        """Cluster this rank's vectors (n, dim); `before` are all ranks' labels of the last clustering, -1 for none."""
-        iterations, own, warm = self.config.cluster.kmeans_iterations, None, self.config.cluster.warm_iterations
-        if warm and bool((before >= 0).any()):
-            iterations, shards = warm, Shards(len(vectors), self.device)
-            own = before[shards.first : shards.first + len(vectors)]
-        inertia: list[list[float]] = [[] for _ in self.levels]
-        beside = self.config.cluster.cluster_async  # the epoch's bar, and there is room for one
-        with progress("clustering", len(self.levels) * iterations, hidden=beside) as advance:
-
-            def step(level: int, iteration: int, found: float) -> None:
-                inertia[level].append(found / len(before))
-                advance()
-
-            try:
-                with span("clustering"):
-                    self.pseudo_labels.fit(vectors, progress=step, previous=own, max_iter=iterations)
-            except ValueError as error:  # too few different images for the clusters, say
-                raise CommandError(f"clustering failed after epoch {epoch}: {error}") from error
-        self.found = {
-            "cluster_inertia": inertia,
-            "cluster_level_seconds": self.pseudo_labels.seconds,
-            "cluster_level_bytes": self.pseudo_labels.bytes,
-        }
+        yield
+        self.seconds[name] += time.perf_counter() - started
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank has to call it: the bank is brought together, so that any number of ranks can go on. A clustering
-        in the background is waited for."""
-        self._wait()
-        shards = Shards(len(self.own), self.device)
+        """All ranks have to call it. A clustering in the background is waited for."""
+        if self.job.background is not None:
+            with self._timed("cluster_seconds"):
+                self.job.wait()
+        labels = self.labels
         return {
-            "pseudo_labels": self.pseudo_labels.state_dict(),
-            "accepted": self.accepted,
-            "acceptance_rate": self.acceptance_rate,
-            "bank": None if self.bank is None else shards.gather(self.bank[:-1]),
+            "pseudo_labels": self.job.pseudo_labels.state_dict(),
+            "accepted": labels.accepted,
+            "acceptance_rate": labels.acceptance_rate,
+            "bank": self.source.state(),
             "label_seconds": self.seconds,
-            "clustered": self.clustered,
-            "cluster_quality": self.quality,
-            "cluster_waiting": {"waiting": self.waiting, "usable": self.usable, "found": self.found},
+            "clustered": labels.clustered,
+            "cluster_quality": labels.quality,
+            "cluster_waiting": {"waiting": labels.waiting, "usable": labels.usable, "found": self.job.figures},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError: the state is of another number of images or levels."""
-        if state["accepted"].shape != self.accepted.shape:
-            shape, wanted = tuple(state["accepted"].shape), tuple(self.accepted.shape)
+        shape, wanted = tuple(state["accepted"].shape), tuple(self.labels.accepted.shape)
+        if shape != wanted:
             raise ValueError(f"it has labels of shape {shape} (images, levels), wanted {wanted}")
-        self.pseudo_labels.levels = tuple(state["pseudo_labels"]["levels"].tolist())  # as the images allowed
-        self.pseudo_labels.load_state_dict(state["pseudo_labels"])
-        self.accepted = state["accepted"].to(self.device)
-        self.acceptance_rate, self.seconds = state["acceptance_rate"], dict(state["label_seconds"])
-        self.clustered, self.quality = state["clustered"].to(self.device), state["cluster_quality"]
+        self.job.pseudo_labels.levels = tuple(state["pseudo_labels"]["levels"].tolist())  # as the images allowed
+        self.job.pseudo_labels.load_state_dict(state["pseudo_labels"])
         waiting = state["cluster_waiting"]
-        self.waiting, self.usable, self.found = waiting["waiting"], waiting["usable"].to(self.device), waiting["found"]
-        if self.bank is not None:
-            self.bank[:-1].copy_(state["bank"][self.own.start : self.own.stop])
+        self.job.figures = waiting["found"]
+        self.labels = Labels(
+            state["accepted"].to(self.device), state["clustered"].to(self.device), waiting["usable"].to(self.device),
+            state["acceptance_rate"], waiting["waiting"], state["cluster_quality"],
+        )  # fmt: skip
+        self.seconds = dict(state["label_seconds"])
+        self.source.load_state(state["bank"])

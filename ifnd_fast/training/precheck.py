@@ -13,7 +13,7 @@ from ifnd_fast.data.views import centre_view
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.console import say, warn
 from ifnd_fast.runtime.errors import CommandError, UsageError
-from ifnd_fast.training.schedule import acting_epochs, never_acts
+from ifnd_fast.training.schedule import acting_epochs, labels_by_clustering, never_acts
 
 SAMPLE = 64  # images that are looked at
 
@@ -85,7 +85,7 @@ def tell_plan(config: Config, n_images: int, epoch: int = 0) -> None:
     """
     if reason := never_acts(config, n_images):
         warn(reason)
-    elif config.contrast.false_negatives in ("eliminate", "attract"):
+    elif labels_by_clustering(config):
         acting = acting_epochs(config, n_images)
         if acting[0] >= epoch:
             say(

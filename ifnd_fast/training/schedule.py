@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from ifnd_fast.clustering.acceptance import acceptance_rate, accepted_count
 from ifnd_fast.clustering.levels import scale_levels
 from ifnd_fast.config import Config, OptimConfig
+from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import UsageError
 
 IMAGES_PER_CLUSTER = 4
@@ -27,9 +30,14 @@ def rate_of(config: Config, epoch: int) -> float:
     return acceptance_rate(epoch / config.optim.epochs, config.cluster.acceptance_end)
 
 
+def labels_by_clustering(config: Config) -> bool:
+    """Whether labels come from clusterings: they are neither the true ones, nor are there none."""
+    return config.contrast.false_negatives in ("eliminate", "attract")
+
+
 def clusters_before(config: Config, epoch: int) -> bool:
     """Whether a clustering begins before this epoch (from 0)."""
-    if config.contrast.false_negatives not in ("eliminate", "attract"):
+    if not labels_by_clustering(config):
         return False
     too_late = config.cluster.cluster_async and epoch + 1 == config.optim.epochs
     return epoch % config.recluster_epochs == 0 and rate_of(config, epoch) > 0 and not too_late
@@ -100,3 +108,35 @@ def fit_levels(levels: Sequence[int], n: int) -> tuple[int, ...]:
         scaled[i] = min(max(scaled[i], least), most)
         least, most = scaled[i] + 1, most + 1
     return tuple(scaled)
+
+
+def levels_of(config: Config, n_images: int, true_labels: np.ndarray | None) -> tuple[int, ...]:
+    """The run's clusters at each level, as its images allow them; of the oracle the number of classes.
+
+    Raises:
+        UsageError: the oracle has no true labels; or see `levels_for`.
+    """
+    if config.contrast.false_negatives == "oracle":
+        if true_labels is None:
+            raise UsageError("--false-negatives oracle needs images in one folder per class")
+        return (int(true_labels.max()) + 1,)
+    levels = config.cluster.levels
+    return levels_for(config, levels, levels, n_images, "images") if labels_by_clustering(config) else levels
+
+
+def levels_for(config: Config, wanted: tuple[int, ...], now: tuple[int, ...], n: int, what: str) -> tuple[int, ...]:
+    """The wanted levels as n images allow them, with a warning where they differ from those now.
+
+    Args:
+        what: kind of images the n are, for messages.
+
+    Raises:
+        UsageError: the images are too few, or with --strict for the levels as they are.
+    """
+    fitting = fit_levels(wanted, n)
+    rule = f"at most one cluster for every {IMAGES_PER_CLUSTER} {what}, of which there are {n:,}"
+    if fitting != wanted and config.data.strict:
+        raise UsageError(f"--levels {' '.join(map(str, wanted))}: {rule} (--strict)")
+    if fitting != now:
+        warn(f"--levels {' '.join(map(str, now))} scaled to {' '.join(map(str, fitting))}: {rule}")
+    return fitting

@@ -145,7 +145,7 @@ class Trainer:
         if self.step_in_epoch == 0:
             encoder = self.model.feature_encoder
             if self.labeller.start_epoch(self.epoch, encoder, self.unreadable):
-                self.objective.relabel(self.labeller.accepted)
+                self.objective.relabel(self.labeller.labels.accepted)
 
     def _train_epoch(self, batches: Iterator[list[Any]], model: nn.Module) -> Tensor:
         """The epoch's remaining steps; the indices of the last one's images."""
@@ -199,7 +199,7 @@ class Trainer:
         with self.compute.autocast():
             query, key = (out.to(self.compute.contrast_dtype) for out in model(*views, shuffle_seed=self.step))
         with span("loss"):
-            loss = self.objective.loss(query, key, indices, self.labeller.accepted)
+            loss = self.objective.loss(query, key, indices, self.labeller.labels.accepted)
         with span("backward"):
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(loss).backward()
@@ -209,7 +209,7 @@ class Trainer:
             self.model.update_key_encoder()
         with span("queue"):
             keys, indices = distributed.all_gather_rows(key.detach(), indices)
-            self.objective.after_step(keys, indices, self.labeller.accepted)
+            self.objective.after_step(keys, indices, self.labeller.labels.accepted)
             self.labeller.observe(keys, indices)
         with span("watch"):
             return self.watch.note(self.step + 1, query, key, loss), indices
@@ -242,7 +242,7 @@ class Trainer:
 
     def _metrics(self, last_indices: Tensor) -> dict[str, Any]:
         """The epoch's line of metrics.jsonl; in-batch detection is counted against the last step's images."""
-        accepted, n_steps = self.labeller.accepted, len(self.batches)
+        accepted, n_steps = self.labeller.labels.accepted, len(self.batches)
         negatives = self.objective.negatives(last_indices, accepted)
         counted = self.unreadable.readable(self.device)
         return {
@@ -250,13 +250,13 @@ class Trainer:
             "step": self.step,
             "loss": self.totals["loss"] / n_steps,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "acceptance_rate": self.labeller.acceptance_rate,
+            "acceptance_rate": self.labeller.labels.acceptance_rate,
             **detection_statistics(accepted, *negatives, self.images.labels, counted=counted),
             "images_per_second": n_steps * self.config.optim.batch_size / self.totals["seconds"],
             "seconds": self.totals["seconds"],
             **self.labeller.seconds,
             **({"skipped_steps": int(self.totals["skipped"])} if self.scaler.is_enabled() else {}),
-            **self.labeller.quality,
+            **self.labeller.labels.quality,
         }
 
     def _finish(self) -> dict[str, float]:

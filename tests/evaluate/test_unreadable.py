@@ -188,11 +188,11 @@ def test_unreadable_images_are_no_data_for_clusters_queue_and_detection(more, sp
     trainer = new(tmp_path / "run", spoiled, *more)
     trainer.fit()
     bad = torch.arange(24, 34)
-    labeller = trainer.labeller
-    assert len(labeller.pseudo_labels.labels) == int(labeller.usable.sum()) <= 110 and not labeller.usable[bad].any()
-    assert (labeller.accepted[bad] == -1).all() and (labeller.clustered[bad] == -1).all()
-    if labeller.bank is not None:
-        assert not labeller.bank[bad].any()
+    labeller, labels = trainer.labeller, trainer.labeller.labels
+    assert len(labeller.job.pseudo_labels.labels) == int(labels.usable.sum()) <= 110 and not labels.usable[bad].any()
+    assert (labels.accepted[bad] == -1).all() and (labels.clustered[bad] == -1).all()
+    if labeller.source.bank is not None:
+        assert not labeller.source.bank[bad].any()
     if trainer.config.contrast.negatives == "queue":
         queue = trainer.objective.queue
         assert not np.isin(queue.indices.numpy(), bad.numpy()).any()
@@ -201,7 +201,7 @@ def test_unreadable_images_are_no_data_for_clusters_queue_and_detection(more, sp
         place[torch.from_numpy(kept)] = torch.arange(110)
         _, queue_labels, queue_indices = queue.negatives()
         expected = detection_statistics(
-            labeller.accepted[kept], queue_labels, place[queue_indices], trainer.images.labels[kept]
+            labels.accepted[kept], queue_labels, place[queue_indices], trainer.images.labels[kept]
         )
         last = metrics(tmp_path / "run")[-1]
         assert {name: last[name] for name in expected} == expected  # as if the unreadable ones weren't there

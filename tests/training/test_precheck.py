@@ -99,9 +99,9 @@ def test_levels_scale_to_what_is_usable_and_distinct(make, levels, scaled, pictu
     assert ("--levels 11 22 scaled to" in told) == (scaled is not None)
     if scaled is not None:
         assert f"--levels 11 22 scaled to {scaled[0]} {scaled[1]}: at most one cluster for every 4 images that" in told
-    found = trainer.labeller.pseudo_labels
+    found = trainer.labeller.job.pseudo_labels
     assert found.levels == (scaled or levels) and len(found.centroids[1]) == (scaled or levels)[1]
-    assert (trainer.labeller.accepted >= 0).any()
+    assert (trainer.labeller.labels.accepted >= 0).any()
 
 
 def test_a_run_with_scaled_levels_resumes(pictures, tmp_path):
@@ -111,7 +111,7 @@ def test_a_run_with_scaled_levels_resumes(pictures, tmp_path):
     new(out, data, "--levels", 45, 90).fit()
     resumed = Trainer(parse_train(["--resume", "--out", str(out)]))
     resumed.session.go_on(resumed)
-    assert resumed.labeller.levels == (11, 22) and resumed.labeller.pseudo_labels.levels == (10, 20)
+    assert resumed.labeller.levels == (11, 22) and resumed.labeller.job.pseudo_labels.levels == (10, 20)
 
 
 def test_with_strict_no_level_is_scaled(pictures, tmp_path):

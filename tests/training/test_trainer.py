@@ -129,8 +129,8 @@ def test_async_clustering_is_an_epoch_late(options, digit_folder, tmp_path):
     train_epoch = trainer._train_epoch
 
     def watched(*args):
-        began = labeller.background is not None
-        used.append((began, labeller.acceptance_rate, labeller.accepted.clone()))
+        began = labeller.job.background is not None
+        used.append((began, labeller.labels.acceptance_rate, labeller.labels.accepted.clone()))
         return train_epoch(*args)
 
     trainer._train_epoch = watched
@@ -151,7 +151,7 @@ def test_what_fails_in_the_background_fails_the_run(digit_folder, tmp_path):
     def fit(*_, **__):
         raise ValueError("too few")
 
-    trainer.labeller.pseudo_labels.fit = fit
+    trainer.labeller.job.pseudo_labels.fit = fit
     with pytest.raises(CommandError, match="clustering failed after epoch 1: too few"):
         trainer.fit()
 
@@ -203,7 +203,7 @@ def test_a_resumed_run_ends_with_the_same_bits(options, digit_folder, tmp_path):
     resumed.fit()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
-    assert torch.equal(whole.labeller.accepted, resumed.labeller.accepted)
+    assert torch.equal(whole.labeller.labels.accepted, resumed.labeller.labels.accepted)
     ignored = {"images_per_second", "seconds", "feature_seconds", "cluster_seconds", "cluster_level_seconds"}
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
         assert {k: v for k, v in a.items() if k not in ignored} == {
@@ -312,7 +312,7 @@ def test_unreadable_images_are_counted_or_stop_the_run(strict, flat_folder, tmp_
     again = Trainer(parse_train(["--resume", "--out", str(tmp_path / "run")]))
     again.session.go_on(again)
     assert again.unreadable.reasons == {7: reason}
-    assert (trainer.labeller.accepted[7] == -1).all()
+    assert (trainer.labeller.labels.accepted[7] == -1).all()
 
 
 def test_a_nan_stops_the_run_with_the_step(digit_folder, tmp_path):
