@@ -129,7 +129,7 @@ def test_what_is_wanted_in_words(allowed, words):
     assert str(allowed) == words
 
 
-@pytest.mark.parametrize("number", [10**400, -(10**400)])
+@pytest.mark.parametrize("number", [10**400, -(10**400)], ids=["large", "negative"])
 def test_integers_too_large_for_a_float_are_refused_too(number):
     for allowed in (at_least(1), between(0, 2**62), Range()):
         assert number not in allowed
