@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import rgb_to_grayscale
 
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data.views import blur_kernel
+from ifnd_fast.data.views import blur_kernel, to_input
 from ifnd_fast.runtime.errors import UsageError
 
 TRIES = 10  # of v2.RandomResizedCrop to find a crop inside the image, before it takes the middle
@@ -29,6 +29,32 @@ PARTS = {
 }  # fmt: skip
 NUMBERS = sum(PARTS.values())
 """Random numbers, uniform from 0 to 1, of one view."""
+
+
+class InputViews:
+    """The two views of a batch as encoders take them, of what `pair_loader` gives.
+
+    Args:
+        config: of the views, and who draws them: the loader, or with augment "device" `BatchViews`.
+        device, layout: of the views.
+
+    Raises:
+        UsageError: see `BatchViews`.
+    """
+
+    def __init__(self, config: DataConfig, device: torch.device, layout: torch.memory_format):
+        self.config, self.device, self.layout = config, device, layout
+        self.draw = BatchViews(config) if config.augment == "device" else None
+
+    def __call__(self, loaded: list[Tensor]) -> tuple[Tensor, ...]:
+        """Two tensors (B, 3, S, S) float32."""
+        if self.draw is not None:
+            images, numbers = loaded
+            images = images.to(self.device, non_blocking=True)
+            loaded = [self.draw(images, numbers[:, view]) for view in range(2)]
+        return tuple(
+            to_input(view, self.config, self.device).contiguous(memory_format=self.layout) for view in loaded
+        )
 
 
 class BatchViews:

@@ -13,6 +13,7 @@ from ifnd_fast.contrast.encoder import Encoder
 from ifnd_fast.data import features
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.unreadable import Unreadable
+from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.metrics.knn import KnnProbe
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.compute import Compute
@@ -61,6 +62,12 @@ class Measuring:
         found = self._knn("knn_top1", encoder.backbone, self.compute)
         self.result |= found if last else {}
         return found
+
+    def detection(self, labels: Tensor, negative_labels: Tensor, negative_indices: Tensor) -> dict[str, Any]:
+        """What labels detect among negatives, counted over the readable images: see `detection_statistics`; all ranks
+        have to call it."""
+        counted = self.unreadable.readable(self.compute.device)
+        return detection_statistics(labels, negative_labels, negative_indices, self.images.labels, counted=counted)
 
     def _knn(self, name: str, network: nn.Module, compute: Compute) -> dict[str, float]:
         """{name: accuracy}; empty, with a warning, where no image that it takes can be read."""

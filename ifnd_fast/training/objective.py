@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ifnd_fast.config import Config, ContrastConfig
 from ifnd_fast.contrast.encoder import Encoder, build
@@ -17,7 +18,12 @@ from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
 
-def build_objective(config: Config, levels: int, compute: Compute, layout: torch.memory_format) -> Objective:
+def memory_format(config: Config) -> torch.memory_format:
+    """Of the encoder's weights and of the views it gets."""
+    return torch.channels_last if config.run.channels_last else torch.contiguous_format
+
+
+def build_objective(config: Config, levels: int, compute: Compute) -> Objective:
     """That of --negatives, with a new encoder, on the device.
 
     Args:
@@ -40,8 +46,16 @@ def build_objective(config: Config, levels: int, compute: Compute, layout: torch
     if config.run.compile:
         for part in {model.query_encoder, model.feature_encoder}:
             part.compile()
-    model.to(compute.device).to(memory_format=layout)
+    model.to(compute.device).to(memory_format=memory_format(config))
     return objective
+
+
+def across_ranks(model: nn.Module) -> nn.Module:
+    """The model as a step calls it: with gradients that are means over the ranks, where there are several."""
+    if distributed.world_size() == 1:
+        return model
+    # every step has the same graph; the bits are the same with and without
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
 
 
 class Objective(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from ifnd_fast.clustering.image_clusters import ImageClusters
-from ifnd_fast.config import Config, DataConfig
+from ifnd_fast.config import Config, DataConfig, to_yaml
 from ifnd_fast.contrast.encoder import build
 from ifnd_fast.data import identity
 from ifnd_fast.data.images import Images
@@ -250,6 +250,18 @@ def stored_features(state: Mapping[str, Any], most: int = POINTS, seed: int = 0)
     found = features[torch.from_numpy(rows[kept])].float().numpy()
     finite = np.isfinite(found).all(axis=1)
     return StoredFeatures(found[finite], distinct[kept][finite], source)
+
+
+def begin(config: Config, images: identity.Parts) -> None:
+    """Write config.yaml and which images the run is of: when it begins, and when it goes on, for they may lie
+    elsewhere now.
+
+    Raises:
+        CommandError: --out can't be made or written.
+    """
+    settings = replace(config, run=replace(config.run, resume=False))
+    run_folder.create(config.run.out, to_yaml(settings))
+    identity.keep(config.run.out, images)
 
 
 def write_result(out: Path, backbone: nn.Module, result: dict[str, Any]) -> None:

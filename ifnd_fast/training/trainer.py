@@ -5,37 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ifnd_fast.config import Config, differences, from_dict, to_dict, to_yaml
-from ifnd_fast.data import identity
-from ifnd_fast.data.batch_views import BatchViews
-from ifnd_fast.data.found import listings, tell_found
-from ifnd_fast.data.identity import Listing
-from ifnd_fast.data.images import Images
+from ifnd_fast.config import Config, differences, from_dict, to_dict
+from ifnd_fast.data.batch_views import InputViews
 from ifnd_fast.data.loading import EpochBatches, pair_loader
 from ifnd_fast.data.processes import running
-from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.data.unreadable import Unreadable
-from ifnd_fast.data.views import to_input
-from ifnd_fast.metrics.false_negatives import detection_statistics
-from ifnd_fast.runtime import distributed, run_folder
+from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.checkpoint import random_state, set_random_state
 from ifnd_fast.runtime.compute import Compute, pick_compute
-from ifnd_fast.runtime.console import progress, stage
+from ifnd_fast.runtime.console import progress
 from ifnd_fast.runtime.errors import CommandError
 from ifnd_fast.runtime.session import Session, refuse_differences
 from ifnd_fast.runtime.spans import span
-from ifnd_fast.training import precheck
+from ifnd_fast.training import precheck, saved_run
 from ifnd_fast.training.labeller import Labeller
 from ifnd_fast.training.measuring import Measuring, report_epoch
-from ifnd_fast.training.objective import build_objective
-from ifnd_fast.training.saved_run import write_result
+from ifnd_fast.training.objective import across_ranks, build_objective, memory_format
+from ifnd_fast.training.optimization import Optimization
+from ifnd_fast.training.run_images import RunImages
 from ifnd_fast.training.schedule import learning_rate
 from ifnd_fast.training.watch import Watch
 
@@ -55,65 +47,29 @@ class Trainer:
         self.config, self.out = config, config.run.out
         self.session = Session(self.out, config.run.resume, config.run.keep_checkpoints)
         self.compute = compute or pick_compute(config.run.device, config.run.amp)
-        self.device = self.compute.device
-        with distributed.agreed(True):  # one may have no such folder
-            self.images, self.tests = self._open_images()
-        self._identify_images()
-        tell_found(config.data, self.images, self.tests)
+        self.device, self.data = self.compute.device, RunImages(config)
+        self.images = self.data.train
         self.unreadable = Unreadable(self.images, config.data.strict)
         self.labeller = Labeller(config, self.images, self.compute)
-        self.measuring = Measuring(config, self.images, self.tests, self.unreadable, self.compute)
-        self.draw = BatchViews(config.data) if config.data.augment == "device" else None
+        self.measuring = Measuring(config, self.images, self.data.tests, self.unreadable, self.compute)
         self.batches = EpochBatches(
             len(self.images), config.optim.batch_size, config.run.seed, distributed.rank(), distributed.world_size()
         )
         torch.manual_seed(config.run.seed)
-        self.layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
-        self.objective = build_objective(config, len(self.labeller.levels), self.compute, self.layout)
+        self.objective = build_objective(config, len(self.labeller.levels), self.compute)
         self.model, self.encoder = self.objective.model, self.objective.encoder
-        self.optimizer = torch.optim.SGD(
-            self.encoder.parameters(),
-            config.optim.lr,
-            momentum=config.optim.sgd_momentum,
-            weight_decay=config.optim.weight_decay,
-        )
-        self.scaler = self.compute.scaler()
-        self.updates = 0  # of the weights, in this process; the scaler skips those that would not be finite
-        self.optimizer.register_step_post_hook(self._count_update)
+        self.views = InputViews(config.data, self.device, memory_format(config))
+        self.optimization = Optimization(config.optim, self.encoder, self.compute)
         self.epoch = self.step_in_epoch = self.step = 0
         self.totals = {"loss": 0.0, "seconds": 0.0, "skipped": 0.0}  # of this epoch
         self.seconds = 0.0  # of all epochs so far, also before a resume
         self.watch = Watch(self.session, self.device)
 
-    def _open_images(self) -> tuple[Images, Images | None]:
-        with stage("finding images"):
-            images, tests = open_for_run(self.config.data)
-        return precheck.checked(images, self.config), tests
-
-    def listings(self) -> dict[str, Listing]:
-        """Which images the run is of, for `identity`."""
-        return listings(self.images, self.tests)
-
-    def _identify_images(self) -> None:
-        """Raises UsageError: the ranks, or the run to go on with and this process, have different images."""
-        data = f"--data {self.config.data.data}"
-        found = identity.agree(self.listings(), data)
-        if self.config.run.resume:
-            with distributed.agreed(True):
-                identity.check(self.out, self.config.identity, self.listings(), data)
-        self.config.identity = found
-
     # ---- the loop ----
 
     def open(self) -> AbstractContextManager[None]:
         """The run's folder, begun or gone on with, while the run trains; see `Session.open` for what it raises."""
-        return self.session.open(self, self._record)
-
-    def _record(self) -> None:
-        """Write the config and which images it is of; after a resume too: they may lie elsewhere now."""
-        settings = replace(self.config, run=replace(self.config.run, resume=False))
-        run_folder.create(self.out, to_yaml(settings))
-        identity.keep(self.out, self.listings())
+        return self.session.open(self, lambda: saved_run.begin(self.config, self.data.listings()))
 
     def fit(self) -> dict[str, float]:
         """Train to the end from wherever the run is; the result's figures."""
@@ -125,27 +81,23 @@ class Trainer:
 
     def epochs(self) -> Iterator[None]:
         """Train the rest of the run, an epoch at a time."""
-        model: nn.Module = self.model
-        if distributed.world_size() > 1:
-            # every step has the same graph; the bits are the same with and without
-            model = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+        model = across_ranks(self.model)
         # One iteration for all epochs: the first batches of the next are loaded during the end of this one.
         self.batches.start(self.epoch, self.step_in_epoch, self.config.optim.epochs)
         loader = pair_loader(self.images, self.config.data, self.config.run.seed, self.batches)
         with running(loader) as batches:
             while self.epoch < self.config.optim.epochs:
                 with self.session.stop.deferred():  # else one rank would stop between the epochs, and the others not
-                    self._renew_labels()
+                    if self.step_in_epoch == 0:
+                        self._renew_labels()
                     with span("epoch"):
                         last_indices = self._train_epoch(batches, model)
                     self._end_epoch(last_indices)
                 yield
 
     def _renew_labels(self) -> None:
-        if self.step_in_epoch == 0:
-            encoder = self.model.feature_encoder
-            if self.labeller.start_epoch(self.epoch, encoder, self.unreadable):
-                self.objective.relabel(self.labeller.labels.accepted)
+        if self.labeller.start_epoch(self.epoch, self.model.feature_encoder, self.unreadable):
+            self.objective.relabel(self.labeller.labels.accepted)
 
     def _train_epoch(self, batches: Iterator[list[Any]], model: nn.Module) -> Tensor:
         """The epoch's remaining steps; the indices of the last one's images."""
@@ -153,9 +105,9 @@ class Trainer:
         self.model.train()
         loss_sum = torch.tensor(self.totals["loss"], dtype=torch.float64, device=self.device)
         started = time.perf_counter()
-        batch, further = self.config.optim.batch_size, n_steps * (epochs - self.epoch - 1)
-        title, done = f"epoch {self.epoch + 1}/{epochs}", self.step_in_epoch
-        with progress(title, n_steps, done, images=batch, further=further) as advance:
+        title, further = f"epoch {self.epoch + 1}/{epochs}", n_steps * (epochs - self.epoch - 1)
+        images = self.config.optim.batch_size
+        with progress(title, n_steps, self.step_in_epoch, images=images, further=further) as advance:
             while self.step_in_epoch < n_steps:
                 with span("load"):
                     *loaded, indices, wanted, reasons = next(batches)
@@ -179,32 +131,17 @@ class Trainer:
                     started = time.perf_counter()
         return indices
 
-    def _views(self, loaded: list[Tensor]) -> tuple[Tensor, ...]:
-        """The two views as the encoders take them, (B, 3, S, S), of what `pair_loader` gives."""
-        if self.draw is not None:
-            images, numbers = loaded
-            images = images.to(self.device, non_blocking=True)
-            loaded = [self.draw(images, numbers[:, view]) for view in range(2)]
-        return tuple(
-            to_input(view, self.config.data, self.device).contiguous(memory_format=self.layout) for view in loaded
-        )
-
     def _train_step(self, model: nn.Module, loaded: list[Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
         """One update of the encoders and the negatives; the loss and the indices of the images, of every rank."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, len(self.batches), self.config.optim)
         with span("views"):
             indices = indices.to(self.device, non_blocking=True)
-            views = self._views(loaded)
+            views = self.views(loaded)
         with self.compute.autocast():
             query, key = (out.to(self.compute.contrast_dtype) for out in model(*views, shuffle_seed=self.step))
         with span("loss"):
             loss = self.objective.loss(query, key, indices, self.labeller.labels.accepted)
-        with span("backward"):
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
-        with span("optimizer"):
-            self._update()
+        lr = learning_rate(self.step, len(self.batches), self.config.optim)
+        self.totals["skipped"] += self.optimization.step(loss, lr)
         with span("moving average"):
             self.model.update_key_encoder()
         with span("queue"):
@@ -214,22 +151,12 @@ class Trainer:
         with span("watch"):
             return self.watch.note(self.step + 1, query, key, loss), indices
 
-    def _update(self) -> None:
-        updates = self.updates
-        self.scaler.step(self.optimizer)
-        self.totals["skipped"] += updates == self.updates
-        self.scaler.update()
-
-    def _count_update(self, *_: object) -> None:
-        self.updates += 1
-
     def _end_epoch(self, last_indices: Tensor) -> None:
         """The epoch's metrics and checkpoint."""
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         for buffer in self.model.buffers():  # batch norm's: each rank measures with those of its own images otherwise
             distributed.broadcast(buffer)
-        metrics = self._metrics(last_indices) | self.measuring.after_epoch(self.epoch, self.encoder)
-        report_epoch(self.config, metrics)
+        report_epoch(self.config, self._metrics(last_indices) | self.measuring.after_epoch(self.epoch, self.encoder))
         self.objective.check_ranks(self.epoch)
         self.seconds += self.totals["seconds"] + sum(self.labeller.seconds.values())
         for totals in (self.totals, self.labeller.seconds):
@@ -242,35 +169,33 @@ class Trainer:
 
     def _metrics(self, last_indices: Tensor) -> dict[str, Any]:
         """The epoch's line of metrics.jsonl; in-batch detection is counted against the last step's images."""
-        accepted, n_steps = self.labeller.labels.accepted, len(self.batches)
-        negatives = self.objective.negatives(last_indices, accepted)
-        counted = self.unreadable.readable(self.device)
+        labels, n_steps = self.labeller.labels, len(self.batches)
+        negatives = self.objective.negatives(last_indices, labels.accepted)
         return {
             "epoch": self.epoch,
             "step": self.step,
             "loss": self.totals["loss"] / n_steps,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "acceptance_rate": self.labeller.labels.acceptance_rate,
-            **detection_statistics(accepted, *negatives, self.images.labels, counted=counted),
+            "lr": self.optimization.lr,
+            "acceptance_rate": labels.acceptance_rate,
+            **self.measuring.detection(labels.accepted, *negatives),
             "images_per_second": n_steps * self.config.optim.batch_size / self.totals["seconds"],
             "seconds": self.totals["seconds"],
             **self.labeller.seconds,
-            **({"skipped_steps": int(self.totals["skipped"])} if self.scaler.is_enabled() else {}),
-            **self.labeller.labels.quality,
+            **({"skipped_steps": int(self.totals["skipped"])} if self.optimization.scaler.is_enabled() else {}),
+            **labels.quality,
         }
 
     def _finish(self) -> dict[str, float]:
         """Write the backbone and the result."""
         result = {**self.measuring.result, "seconds": self.seconds}
         if distributed.rank() == 0:
-            write_result(self.out, self.encoder.backbone, {**result, "unreadable": self.unreadable.listed()})
+            saved_run.write_result(self.out, self.encoder.backbone, {**result, "unreadable": self.unreadable.listed()})
         return result
 
     # ---- checkpoints ----
 
     def _checkpoint_due(self) -> bool:
-        every = max(1, round(self.config.run.checkpoint_every * len(self.batches)))
-        return self.step % every == 0
+        return self.step % max(1, round(self.config.run.checkpoint_every * len(self.batches))) == 0
 
     def save(self) -> None:
         """Write a checkpoint, from rank 0; all ranks have to call it."""
@@ -292,8 +217,7 @@ class Trainer:
             "result": self.measuring.result,
             "unreadable": self.unreadable.state(),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.optimization.state_dict(),
             "negatives": self.objective.state_dict(),
             **self.labeller.state_dict(),
             "rng": random_state(self.device),
@@ -304,8 +228,7 @@ class Trainer:
         refuse_differences("the checkpoint", differences(from_dict(state["config"]), self.config))
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            self.optimization.load_state_dict(state)
             self.objective.load_state_dict(state["negatives"])
             self.labeller.load_state_dict(state)
             set_random_state(state["rng"], self.device)

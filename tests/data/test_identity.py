@@ -100,7 +100,7 @@ def test_a_listing_is_kept_beside_checkpoints_and_its_loss_is_no_traceback(tmp_p
 def stopped(out: Path, data: Path, *options: object) -> None:
     """A run that was stopped after its first epoch."""
     trainer = new(out, data, *options)
-    identity.keep(out, trainer.listings())
+    identity.keep(out, trainer.data.listings())
     epochs = trainer.epochs()
     next(epochs)
     epochs.close()
@@ -204,7 +204,7 @@ def test_other_images_are_refused_with_what_differs(change, words, stopped_run, 
 
 def test_before_the_first_checkpoint_too(data, tmp_path):
     trainer = new(tmp_path / "run", data)
-    identity.keep(tmp_path / "run", trainer.listings())
+    identity.keep(tmp_path / "run", trainer.data.listings())
     replace(data)
     with pytest.raises(UsageError, match="1 of another size"):
         resumed(tmp_path / "run")
@@ -255,7 +255,7 @@ def test_runs_of_earlier_versions_go_on_where_they_were(moved, data, tmp_path, c
 def test_hold_out_is_part_of_it(data, tmp_path):
     stopped(tmp_path / "run", data, "--hold-out", 0.2)
     trainer = resumed(tmp_path / "run")
-    assert set(trainer.identity) == {"train", "test"}
+    assert set(trainer.config.identity) == {"train", "test"}
     images, missing = images_of(read_run(tmp_path / "run"))
     assert images is not None and len(images) == len(trainer.images), missing
     add(data)
@@ -266,8 +266,8 @@ def test_hold_out_is_part_of_it(data, tmp_path):
 @pytest.mark.parametrize("hold_out", [0.0, 0.25])
 def test_an_evaluation_of_a_runs_own_data_says_what_changed(hold_out, data, tmp_path, capsys):
     trainer = new(tmp_path / "run", data, "--hold-out", hold_out)
-    identity.keep(tmp_path / "run", trainer.listings())
-    options = RunData(**vars(trainer.config.data), run=tmp_path / "run", identity=trainer.identity)
+    identity.keep(tmp_path / "run", trainer.data.listings())
+    options = RunData(**vars(trainer.config.data), run=tmp_path / "run", identity=trainer.config.identity)
     capsys.readouterr()
     open_labelled(options)
     assert "warning" not in capsys.readouterr().err
@@ -302,7 +302,7 @@ def test_the_classifiers_of_evaluations_know_their_images(untrained_run, data, t
     def begin(folder: Path, **options) -> ClassifierTraining:
         it = training(folder, **options)
         with run_folder.locked(it.out):
-            it._take()
+            it.session.go_on(it)
         return it
 
     first = training(data)

@@ -339,9 +339,9 @@ def test_the_first_tensor_that_is_not_finite_is_named(digit_folder, tmp_path):
 
 def test_steps_that_the_scaler_skips_are_counted(digit_folder, tmp_path, capsys):
     trainer = new(tmp_path / "run", digit_folder, "--amp", "fp16")
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)  # the default overflows by itself at first
-    scale = trainer.scaler.scale
-    trainer.scaler.scale = lambda loss: scale(loss) * (math.inf if trainer.step in (1, 4, 5) else 1)
+    trainer.optimization.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)  # the default overflows at first
+    scale = trainer.optimization.scaler.scale
+    trainer.optimization.scaler.scale = lambda loss: scale(loss) * (math.inf if trainer.step in (1, 4, 5) else 1)
     trainer.fit()
     assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [1, 2, 0]
     assert capsys.readouterr().out.count("steps skipped") == 2
