@@ -31,7 +31,7 @@ def test_train_writes_the_whole_run(run):
     assert "epoch 3/3" in done.stdout and "trained encoder" in done.stdout and "raw pixels" in done.stdout
     assert str(out / "report.html") in done.stdout
     result = json.loads((out / "result.json").read_text())
-    assert set(result) == {"knn_top1_raw_pixels", "knn_top1_untrained", "knn_top1", "seconds"}
+    assert set(result) == {"knn_top1_raw_pixels", "knn_top1_untrained", "knn_top1", "seconds", "unreadable"}
     assert "src=\"http" not in (out / "report.html").read_text()
 
 
