@@ -67,11 +67,11 @@ ROWS = 1 << 14  # at a time
 
 
 @torch.no_grad()
-def count_distinct(rows: Tensor, shards: Shards | None = None) -> int:
+def count_distinct(rows: Tensor, shards: Shards) -> int:
     """The number of different rows (N, D) of unit length, over all ranks, told apart by a hash of 64 bits.
 
     Args:
-        shards: how all rows are dealt out; by default these are all.
+        shards: how all rows are dealt out.
     """
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**63), 2**63 - 1, (rows.shape[1],), generator=generator).to(rows.device) | 1
@@ -79,4 +79,4 @@ def count_distinct(rows: Tensor, shards: Shards | None = None) -> int:
     for part in rows.split(ROWS):
         hashes.append(((part.float() * STEPS).round().long() * factors).sum(1))
     own = torch.cat(hashes).unique()
-    return len(own if shards is None else shards.gather(own).unique())
+    return len(shards.gather(own).unique())

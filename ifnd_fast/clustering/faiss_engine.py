@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +16,24 @@ from ifnd_fast.runtime import distributed
 def faiss_lloyd(
     x: Tensor,
     centroids: Tensor,
+    shards: Shards,
     max_iter: int,
     spherical: bool = False,
     callback: Callback | None = None,
-    shards: Shards | None = None,
 ) -> KMeansRun:
     """faiss.Kmeans on every row from the given centroids, on all GPUs that faiss sees, else on the CPU.
 
     Under torch.distributed on rank 0, while the others wait.
     """
-    shards = shards or Shards(len(x), x.device, together=False)
     gathered, n_iter = shards.gather(x), torch.zeros(1, dtype=torch.int64, device=x.device)
     centroids = centroids.clone()
     if not shards.together or distributed.rank() == 0:
         found, inertias = _faiss_kmeans(gathered, centroids, max_iter, spherical)
         centroids.copy_(found)
         n_iter += len(inertias)
-        for iteration, inertia in enumerate(inertias if callback is not None else [], start=1):
-            cast(Callback, callback)(iteration, inertia)
+        if callback is not None:
+            for iteration, inertia in enumerate(inertias, start=1):
+                callback(iteration, inertia)
     centroids = shards.from_first(centroids)
     return KMeansRun(centroids, assign(x, centroids), int(shards.from_first(n_iter)))
 

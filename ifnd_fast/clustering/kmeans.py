@@ -122,7 +122,12 @@ class KMeans:
         with distributed.agreed(self.distributed):
             self.check_parameters()
             x = as_matrix("x", x, self.device)
-        shards = Shards(len(x), x.device, self.distributed)
+        return self._fit(x, Shards(len(x), x.device, self.distributed), init, callback)
+
+    def _fit(
+        self, x: Tensor, shards: Shards, init: Tensor | np.ndarray | None, callback: Callback | None
+    ) -> KMeans:
+        """`fit` of a matrix, this rank's share of `shards`, by parameters that were checked."""
         with distributed.agreed(self.distributed):
             rows, sums, squares = self._check_data(x, shards.total)
         frame = None if self.spherical else frame_of(rows, sums, squares, shards)
@@ -130,12 +135,12 @@ class KMeans:
             rows = single(rows) if frame is None else frame.enter("x", rows)
             warm = None if init is None else self._warm(init, x, frame)
         unit = 1.0 if frame is None else frame.scale**2  # of an inertia
-        told = None if callback is None else lambda i, found: callback(i, found / unit)
+        report = None if callback is None else lambda i, found: callback(i, found / unit)
         generator = torch.Generator().manual_seed(int(self.seed))
         best, least = None, math.inf
         for _ in range(self.n_init if warm is None else 1):
             start = initial_centroids(rows, self.n_clusters, generator, shards) if warm is None else warm
-            run = fill(rows, self._cluster(rows, start, told, shards), shards)
+            run = fill(rows, self._cluster(rows, start, report, shards), shards)
             inertia = inertia_of(rows, run, shards)
             if best is None or inertia < least:
                 best, least = run, inertia
@@ -176,8 +181,8 @@ class KMeans:
         centers, frame = getattr(self, "_found_in", (None, None))
         if self.spherical or centers is self.cluster_centers_:
             return frame
-        alone = Shards(len(self.cluster_centers_), self.cluster_centers_.device, together=False)
         found = self.cluster_centers_.double()
+        alone = Shards.alone(self.cluster_centers_)
         return frame_of(self.cluster_centers_, found.sum(0), found.square().sum(), alone)
 
     def _check_data(self, x: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,8 +222,8 @@ class KMeans:
 
     def _cluster(self, x: Tensor, start: Tensor, callback: Callback | None, shards: Shards) -> KMeansRun:
         if self.engine == "faiss" or (self.engine == "auto" and pick_engine(x, self.tol) == "faiss"):
-            return faiss_lloyd(x, start, self.max_iter, self.spherical, callback, shards)
-        return lloyd(x, start, self.max_iter, self.tol, self.spherical, callback, shards)
+            return faiss_lloyd(x, start, shards, self.max_iter, self.spherical, callback)
+        return lloyd(x, start, shards, self.max_iter, self.tol, self.spherical, callback)
 
 
 def outside(

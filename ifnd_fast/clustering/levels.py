@@ -19,7 +19,6 @@ from ifnd_fast.clustering.lloyd import centroids_of
 from ifnd_fast.clustering.rows import as_matrix, check_rows, single
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops import assign_clusters, checks
-from ifnd_fast.ops.chunks import operator_chunks
 from ifnd_fast.runtime import distributed as ranks
 
 Progress = Callable[[int, int, float], object]
@@ -103,35 +102,34 @@ def cluster_levels(
             _check_previous(previous, features, levels)
     found = []
     for level, n_clusters in enumerate(levels):
-        started = time.perf_counter()
         kmeans = KMeans(n_clusters, **settings | {"seed": seed + level})
-        start = None
-        if previous is not None:
-            start = centroids_of(features, previous[:, level].contiguous(), n_clusters, spherical, shards)
+        kmeans.check_parameters()
+        labels = None if previous is None else previous[:, level].contiguous()
         try:
-            kmeans.fit(features, init=start, callback=_of_level(progress, level))
+            found.append(_level(kmeans, features, labels, temperature, shards, _of_level(progress, level)))
         except TooFewDistinct as error:
             raise ValueError(
                 f"features has only {error.distinct} distinct rows, fewer than the clusters of levels={levels}: "
                 f"pass levels=scale_levels(levels, {error.distinct})"
             ) from error
-        centroids = F.normalize(kmeans.cluster_centers_)
-        result = centroids, *assign_with_confidence(features, centroids, temperature)
-        if features.device.type == "cuda":
-            torch.cuda.current_stream(features.device).synchronize()  # or the seconds would be of the launches
-        size = sum(tensor.nbytes for tensor in result)
-        found.append(Level(*result, kmeans.n_iter_, kmeans.inertia_, time.perf_counter() - started, size))
     return found
 
 
-def assign_with_confidence(features: Tensor, centroids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Label (N,) int32 and confidence (N,) float32 of unit rows among unit centroids."""
-    centroids = centroids.to(features.dtype)
-    labels = torch.empty(len(features), dtype=torch.int32, device=features.device)
-    confidence = torch.empty(len(features), dtype=torch.float32, device=features.device)
-    for part in operator_chunks(features, len(centroids), features.dtype):
-        labels[part], confidence[part] = assign_clusters(features[part], centroids, temperature=temperature)
-    return labels, confidence
+def _level(
+    kmeans: KMeans, features: Tensor, previous: Tensor | None, temperature: float, shards: Shards,
+    callback: Callable[[int, float], object] | None,
+) -> Level:
+    """The clusters of checked features, from the means of `previous` labels (N,) where there are any."""
+    started, start = time.perf_counter(), None
+    if previous is not None:
+        start = centroids_of(features, previous, kmeans.n_clusters, shards, kmeans.spherical)
+    kmeans._fit(features, shards, start, callback)
+    centroids = F.normalize(kmeans.cluster_centers_)
+    result = centroids, *assign_clusters(features, centroids.to(features.dtype), temperature=temperature)
+    if features.device.type == "cuda":
+        torch.cuda.current_stream(features.device).synchronize()  # or the seconds would be of the launches
+    size = sum(tensor.nbytes for tensor in result)
+    return Level(*result, kmeans.n_iter_, kmeans.inertia_, time.perf_counter() - started, size)
 
 
 def scale_levels(levels: Sequence[int], n: int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from ifnd_fast.clustering.distinct import TooFewDistinct, distinct_rows, first_o
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops import assign_clusters, backends
 from ifnd_fast.ops.assign_clusters import is_far
-from ifnd_fast.ops.chunks import chunk_rows, operator_chunks
+from ifnd_fast.ops.chunks import chunk_rows, chunks
 from ifnd_fast.ops.cluster_sums import cluster_sums, squared_distances
 
 Callback = Callable[[int, float], object]
@@ -31,17 +31,16 @@ class KMeansRun(NamedTuple):
 def lloyd(
     x: Tensor,
     centroids: Tensor,
+    shards: Shards,
     max_iter: int,
     tol: float = 0.0,
     spherical: bool = False,
     callback: Callback | None = None,
-    shards: Shards | None = None,
 ) -> KMeansRun:
     """Lloyd's algorithm from the given centroids; the labels are those of the centroids returned.
 
     Clusters settle long before the last one does: `Nearest` finds the labels by what has moved.
     """
-    shards = shards or Shards(len(x), x.device, together=False)
     nearest, distances = Nearest(x), None
     previous_labels, previous_inertia = None, torch.inf
     for iteration in range(1, max_iter + 1):
@@ -147,16 +146,16 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     Half-precision rows are compared with centroids rounded to their dtype, unless those lie so far from the origin
     that the operator takes both relative to a point in their midst, in float32, chunk by chunk.
     """
-    dtype = torch.float32 if is_far(centroids) else x.dtype
-    centroids = centroids.to(dtype)
+    if x.dtype == torch.float32 or not is_far(centroids):
+        return assign_clusters(x, centroids.to(x.dtype), metric="l2", return_confidence=False)
     labels = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    for part in operator_chunks(x, len(centroids), dtype, None if dtype == x.dtype else chunk_rows(x)):
-        labels[part] = assign_clusters(x[part].to(dtype), centroids, metric="l2", return_confidence=False)
+    for part in chunks(x):
+        labels[part] = assign_clusters(x[part].float(), centroids, metric="l2", return_confidence=False)
     return labels
 
 
 def centroids_of(
-    x: Tensor, labels: Tensor, n_clusters: int, spherical: bool = False, shards: Shards | None = None
+    x: Tensor, labels: Tensor, n_clusters: int, shards: Shards, spherical: bool = False
 ) -> Tensor:
     """Means (C, D) float32 of the rows that bear each label; of labels no row bears, rows far from their own mean.
 
@@ -164,7 +163,6 @@ def centroids_of(
     """
     if bool((labels < 0).any()):
         x, labels = x[labels >= 0], labels[labels >= 0]
-    shards = shards or Shards(len(x), x.device, together=False)
     nothing = torch.zeros(n_clusters, x.shape[1], dtype=torch.float32, device=x.device)
     sums, counts, _ = add_ranks(*cluster_sums(x, labels, nothing), shards)
     centroids = mean_centroids(sums, counts, nothing, spherical)
@@ -185,16 +183,13 @@ def mean_centroids(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: b
     return torch.where(kept[:, None], centroids, means.float())
 
 
-def repair(
-    x: Tensor, distances: Tensor, centroids: Tensor, counts: Tensor, shards: Shards | None = None
-) -> Tensor:
+def repair(x: Tensor, distances: Tensor, centroids: Tensor, counts: Tensor, shards: Shards) -> Tensor:
     """Put the centroid of each empty cluster on a point: the ones farthest from their own centroid.
 
     `distances` (N,) are the squared ones to the rows' own centroids, `counts` (C,) the clusters' sizes. Distinct
     points, the lowest index first among equals. Where too few differ from their centroid, the rest stay where
     they are.
     """
-    shards = shards or Shards(len(x), x.device, together=False)
     empty = (counts == 0).nonzero().flatten()
     if len(empty) == 0:
         return centroids

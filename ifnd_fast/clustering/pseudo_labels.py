@@ -13,8 +13,8 @@ from torch import Tensor
 from ifnd_fast.clustering.acceptance import accepted_count
 from ifnd_fast.clustering.kmeans import KMeans
 from ifnd_fast.clustering.levels import Progress, check_levels, cluster_levels
-from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops import checks
+from ifnd_fast.runtime import distributed
 
 
 class PseudoLabels:
@@ -112,11 +112,11 @@ class PseudoLabels:
             previous=previous,
             progress=progress,
         )
-        shards = Shards(len(features), features.device, self.distributed)
+        gather = distributed.gather_rows if self.distributed else lambda rows: rows
         self.centroids = [level.centroids for level in found]
         self.seconds, self.bytes = [level.seconds for level in found], [level.bytes for level in found]
-        self.labels = shards.gather(torch.stack([level.labels for level in found], dim=1))
-        self.confidence = shards.gather(torch.stack([level.confidence for level in found], dim=1))
+        self.labels = gather(torch.stack([level.labels for level in found], dim=1))
+        self.confidence = gather(torch.stack([level.confidence for level in found], dim=1))
         return self
 
     def accept(self, rate: float) -> Tensor:

@@ -18,9 +18,7 @@ INIT_LEAST_PER_CLUSTER = 2  # rows for each centroid
 INIT_GROWTH = 16  # a round of k-means++ adds a 16th of the centroids there already are
 
 
-def initial_centroids(
-    x: Tensor, n_clusters: int, generator: torch.Generator, shards: Shards | None = None
-) -> Tensor:
+def initial_centroids(x: Tensor, n_clusters: int, generator: torch.Generator, shards: Shards) -> Tensor:
     """Centroids (C, D) float32 to start from: distinct rows of x, drawn as k-means++ draws them.
 
     k-means++ (Arthur and Vassilvitskii, 2007) draws each centroid with probability proportional to D^2, the
@@ -33,7 +31,6 @@ def initial_centroids(
     Raises:
         ValueError: x has fewer distinct rows than clusters.
     """
-    shards = shards or Shards(len(x), x.device, together=False)
     pool, weights = _distinct_sample(x, n_clusters, generator, shards)
     squared = torch.ones(len(pool), dtype=torch.float32, device=x.device)  # the first is drawn by weight alone
     chosen = torch.zeros(len(pool), dtype=torch.bool, device=x.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ifnd_fast.runtime.distributed import all_gather, broadcast, rank, sum_over_ranks, world_size
+from ifnd_fast.runtime.distributed import all_gather, broadcast, every, gather_rows, rank, sum_over_ranks, world_size
 
 
 class Shards:
@@ -23,25 +23,22 @@ class Shards:
         self.first = sum(self.sizes[: rank()]) if self.together else 0
         self.total = sum(self.sizes)
 
+    @staticmethod
+    def alone(rows: Tensor) -> Shards:
+        """All rows are these."""
+        return Shards(len(rows), rows.device, together=False)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the ranks, in place."""
         return sum_over_ranks(tensor) if self.together else tensor
 
     def every(self, holds: bool, device: torch.device) -> bool:
         """Whether it holds on every rank."""
-        if not self.together:
-            return holds
-        return int(self.sum(torch.tensor(int(not holds), dtype=torch.int64, device=device))) == 0
+        return every(holds, device) if self.together else holds
 
     def gather(self, rows: Tensor) -> Tensor:
         """Every rank's rows (n, ...), as many as it has, in rank order."""
-        if not self.together:
-            return rows
-        sizes = all_gather(torch.tensor([len(rows)], dtype=torch.int64, device=rows.device)).tolist()
-        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        gathered = all_gather(padded).split(max(sizes)) if max(sizes) else (padded,) * len(sizes)
-        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+        return gather_rows(rows) if self.together else rows
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, in place."""

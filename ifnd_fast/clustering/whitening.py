@@ -12,7 +12,7 @@ SMALLEST_VARIANCE = 1e-6  # of the largest: directions below it hold rounding
 
 
 @torch.no_grad()
-def whiten(features: Tensor, power: float, shards: Shards | None = None) -> Tensor:
+def whiten(features: Tensor, power: float, shards: Shards) -> Tensor:
     """Unit rows of (x - mean) Q diag(v)^(-power / 2), with the covariance Q diag(v) Q^T of all rows.
 
     power 1 is PCA whitening, as DeepCluster (Caron et al., 2018) does before k-means; less leaves some of each
@@ -21,12 +21,11 @@ def whiten(features: Tensor, power: float, shards: Shards | None = None) -> Tens
     Args:
         features: (N, D) of this rank's rows; float32 or half precision.
         power: above 0 and up to 1.
-        shards: how all rows are dealt out; by default these are all.
+        shards: how all rows are dealt out.
 
     Returns:
         (N, D) in the features' dtype.
     """
-    shards = shards or Shards(len(features), features.device, together=False)
     x = features.double()
     mean = shards.sum(x.sum(0)) / shards.total
     x = x - mean

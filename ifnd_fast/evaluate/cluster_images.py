@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ifnd_fast.clustering.distinct import count_distinct
 from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.clustering.levels import cluster_levels
+from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.config import SEED, TEMPERATURE, Config, DataConfig, at_least, check, check_levels
 from ifnd_fast.data.found import tell_found
 from ifnd_fast.data.images import Images
@@ -81,7 +82,7 @@ def cluster_images(
     usable = usable & vectors.isfinite().all(dim=1) & vectors.any(dim=1)
     if not bool(usable.all()):
         warn(f"{int((~usable).sum()):,} images without features (unreadable, or all zero) are left out")
-    levels = _levels(options.levels, config.cluster.levels, count_distinct(vectors[usable]))
+    levels = _levels(options.levels, config.cluster.levels, count_distinct(vectors[usable], Shards.alone(vectors)))
     labels = torch.full((len(images), len(levels)), -1, dtype=torch.int32, device="cpu")
     confidence = torch.zeros(labels.shape, dtype=torch.float32, device="cpu")
     labels[usable.cpu()], confidence[usable.cpu()] = _cluster(vectors[usable], levels, temperature, options)

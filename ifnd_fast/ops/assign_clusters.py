@@ -15,6 +15,7 @@ FAR = 100.0  # from the origin: squared distance in squared spreads
 FAR_SAMPLE = 32  # centroids or more tell where all of them are
 SHIFTED_ELEMENTS = 1 << 22  # of the rows made relative at a time: 16 MiB;
 GPU_SHIFTED_ELEMENTS = 1 << 26  # on a GPU 256 MiB
+SIMILARITY_ELEMENTS = 1 << 26  # of the (rows, C) that the reference makes at a time
 
 
 @overload
@@ -109,8 +110,7 @@ def assign_clusters(
     backend = backends.choose(backend, "assign_clusters", features.device, features.dtype)
     features, centroids = features.detach(), centroids.detach()
     if backend == "reference":
-        features, centroids = _relative(features, centroids, metric)
-        labels, confidence = reference.assign_clusters(features, centroids, temperature, metric, return_confidence)
+        labels, confidence = _by_definition(features, centroids, temperature, metric, return_confidence)
     else:
         labels, confidence = _assign_clusters(features, centroids, temperature, metric, return_confidence, backend)
     return (labels, confidence) if return_confidence else labels
@@ -159,13 +159,24 @@ def is_far(centroids: Tensor) -> bool:
     return bool(middle_of(centroids)[1])
 
 
-def _relative(features: Tensor, centroids: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Both relative to the centroids' middle where "l2" asks for it; for the reference, which differs in no branch."""
-    if metric != "l2":
-        return features, centroids
-    middle, far = middle_of(centroids)
-    middle = torch.where(far, middle, 0.0)
-    return features.to(middle.dtype) - middle, centroids.to(middle.dtype) - middle
+def _by_definition(
+    features: Tensor, centroids: Tensor, temperature: float, metric: str, return_confidence: bool
+) -> tuple[Tensor, Tensor]:
+    """The reference, some rows at a time, as it makes (rows, C) tensors; relative to the centroids' middle where "l2"
+    asks for it, by no branch, which would wait for a GPU."""
+    middle = None
+    if metric == "l2":
+        middle, far = middle_of(centroids)
+        middle = torch.where(far, middle, 0.0)
+        centroids = centroids.to(middle.dtype) - middle
+    found = []
+    for part in features.split(max(1, SIMILARITY_ELEMENTS // len(centroids))):
+        part = part if middle is None else part.to(middle.dtype) - middle
+        found.append(reference.assign_clusters(part, centroids, temperature, metric, return_confidence))
+    if len(found) == 1:
+        return found[0]
+    labels, confidence = zip(*found, strict=True)
+    return torch.cat(labels), torch.cat(confidence)
 
 
 @_assign_clusters.register_fake

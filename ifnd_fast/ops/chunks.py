@@ -7,11 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ifnd_fast.ops import backends
-
 CHUNK_ELEMENTS = 1 << 18  # of a float32 temporary on the CPU: 1 MiB, of a core's own cache;
 GPU_CHUNK_ELEMENTS = 1 << 26  # on a GPU: 256 MiB, worth the launches
-SIMILARITY_ELEMENTS = 1 << 26  # at most, where only the reference operator runs: it makes (rows, C) tensors
 
 
 def chunk_rows(x: Tensor) -> int:
@@ -29,13 +26,3 @@ def chunks(x: Tensor, rows: int | None = None) -> Iterator[slice]:
     rows = chunk_rows(x) if rows is None else rows
     for first in range(0, len(x), max(rows, 1)):
         yield slice(first, min(first + rows, len(x)))
-
-
-def operator_chunks(
-    x: Tensor, n_clusters: int, dtype: torch.dtype, rows: int | None = None
-) -> Iterator[slice]:
-    """Rows for each assign_clusters: `rows`, or all; fewer for the reference, which makes (rows, C)."""
-    rows = len(x) if rows is None else rows
-    if backends.choose("auto", "assign_clusters", x.device, dtype) == "reference":
-        rows = min(rows, max(1, SIMILARITY_ELEMENTS // n_clusters))
-    return chunks(x, rows)

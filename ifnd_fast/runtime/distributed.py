@@ -157,6 +157,22 @@ def all_gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """Every rank's rows (n, ...), as many as it has, in rank order; no gradient."""
+    if world_size() == 1:
+        return rows
+    sizes = all_gather(torch.tensor([len(rows)], dtype=torch.int64, device=rows.device)).tolist()
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = all_gather(padded).split(max(sizes)) if max(sizes) else (padded,) * len(sizes)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+def every(holds: bool, device: torch.device) -> bool:
+    """Whether it holds on every rank."""
+    return int(sum_over_ranks(torch.tensor(int(not holds), dtype=torch.int64, device=device))) == 0
+
+
 def same_everywhere(*tensors: Tensor) -> bool:
     """Whether every rank has the same bits in these tensors, by a digest of 8 bytes; all ranks have to call it."""
     if world_size() == 1:

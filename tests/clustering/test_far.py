@@ -131,9 +131,9 @@ def test_centroids_of_float64_keep_their_digits():
 
 def test_where_data_can_stay_nothing_is_copied_or_changed():
     x = BLOBS.float()
-    assert frame_of(x, x.double().sum(0), x.double().square().sum(), Shards(len(x), x.device, together=False)) is None
+    assert frame_of(x, x.double().sum(0), x.double().square().sum(), Shards.alone(x)) is None
     fitted = KMeans(K, max_iter=4).fit(x, init=x[:K])
-    run = lloyd(x, x[:K].clone(), 4)
+    run = lloyd(x, x[:K].clone(), Shards.alone(x), 4)
     assert torch.equal(fitted.cluster_centers_, run.centroids) and torch.equal(fitted.labels_, run.labels)
 
 

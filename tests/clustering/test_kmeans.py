@@ -16,6 +16,7 @@ from ifnd_fast.clustering.faiss_engine import faiss_lloyd
 from ifnd_fast.clustering.kmeans import KMeans
 from ifnd_fast.clustering.lloyd import Nearest, assign, centroids_of, lloyd, reassign_by_movement, repair
 from ifnd_fast.clustering.seeding import initial_centroids
+from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.ops.cluster_sums import cluster_sums, squared_distances
 
 
@@ -105,7 +106,7 @@ def test_initial_centroids_are_as_good_as_scikit_learns(k):
     ours, theirs, random = [], [], []
     for seed in range(16):
         generator = torch.Generator().manual_seed(seed)
-        ours.append(inertia(x, initial_centroids(x, k, generator)))
+        ours.append(inertia(x, initial_centroids(x, k, generator, Shards.alone(x))))
         picked, _ = sklearn.cluster.kmeans_plusplus(x.numpy(), k, n_local_trials=1, random_state=seed)
         theirs.append(inertia(x, torch.from_numpy(picked)))
         random.append(inertia(x, x[torch.randperm(len(x), generator=generator)[:k]]))
@@ -116,7 +117,7 @@ def test_initial_centroids_are_as_good_as_scikit_learns(k):
 def test_initial_centroids_are_distinct_rows_of_a_sample(monkeypatch):
     monkeypatch.setattr("ifnd_fast.clustering.seeding.INIT_SAMPLE", 64)
     x = blobs(1000, 3, 5).repeat(2, 1)
-    chosen = initial_centroids(x, 30, torch.Generator().manual_seed(3))
+    chosen = initial_centroids(x, 30, torch.Generator().manual_seed(3), Shards.alone(x))
     assert len(torch.unique(chosen, dim=0)) == 30
     assert (torch.cdist(chosen, x, compute_mode="donot_use_mm_for_euclid_dist") == 0).any(1).all()
 
@@ -124,7 +125,7 @@ def test_initial_centroids_are_distinct_rows_of_a_sample(monkeypatch):
 @pytest.mark.parametrize("seed", range(5))
 def test_initial_centroids_are_distinct_even_where_squares_underflow(seed):
     x = torch.tensor([[1.0], [0.0], [1e-30], [2e-30], [3e-30]])
-    chosen = initial_centroids(x, 5, torch.Generator().manual_seed(seed))
+    chosen = initial_centroids(x, 5, torch.Generator().manual_seed(seed), Shards.alone(x))
     assert torch.equal(chosen.sort(dim=0).values, x.sort(dim=0).values)
 
 
@@ -170,7 +171,6 @@ def test_chunking_does_not_change_the_result(seed, chunk, k):
     whole = KMeans(k, seed=seed).fit(x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ifnd_fast.ops.chunks.CHUNK_ELEMENTS", chunk)
-        patch.setattr("ifnd_fast.ops.chunks.SIMILARITY_ELEMENTS", 5 * chunk)
         parts = KMeans(k, seed=seed).fit(x)
     torch.testing.assert_close(parts.cluster_centers_, whole.cluster_centers_, atol=1e-5, rtol=1e-5)
     assert (parts.labels_ == whole.labels_).all()
@@ -219,10 +219,10 @@ def test_rows_without_a_nearest_centroid_index_nothing(sums_backend):
     x = torch.randn(30, 4)
     x[7] = float("nan")
     with pytest.raises(ValueError, match="labels must be 0 to C - 1"):
-        lloyd(x, x[:5].clone(), 3)
+        lloyd(x, x[:5].clone(), Shards.alone(x), 3)
     labels = (torch.arange(30) % 3).int()
     labels[7] = -1
-    centroids = centroids_of(x, labels, 3)
+    centroids = centroids_of(x, labels, 3, Shards.alone(x))
     for j in range(3):
         torch.testing.assert_close(centroids[j], x[labels == j].mean(0))
 
@@ -245,13 +245,13 @@ def test_repair_takes_the_farthest_distinct_points():
     x = torch.tensor([[0.0], [1.0], [9.0], [9.0], [7.0], [-8.0]])
     centroids = torch.tensor([[0.0], [50.0], [60.0], [70.0]])
     distances = (x - centroids[0]).square().sum(1)
-    repaired = repair(x, distances, centroids, torch.tensor([6, 0, 0, 0]))
+    repaired = repair(x, distances, centroids, torch.tensor([6, 0, 0, 0]), Shards.alone(x))
     assert repaired.flatten().tolist() == [0.0, 9.0, -8.0, 7.0]
 
 
 def test_repair_leaves_centroids_alone_when_no_point_is_off_its_own():
     x, centroids = torch.ones(3, 1), torch.tensor([[1.0], [5.0]])
-    repaired = repair(x, torch.zeros(3), centroids, torch.tensor([3, 0]))
+    repaired = repair(x, torch.zeros(3), centroids, torch.tensor([3, 0]), Shards.alone(x))
     assert torch.equal(repaired, centroids)
 
 
@@ -299,13 +299,13 @@ def test_settled_clusters_change_nothing_but_the_time(spherical, monkeypatch):
     x, calls = normalize(blobs(2000, 8, 40)), []
     start = x[:60].clone()
     monkeypatch.setattr("ifnd_fast.clustering.lloyd.FEW_MOVED", 0.0)
-    plain = lloyd(x, start, 50, spherical=spherical)
+    plain = lloyd(x, start, Shards.alone(x), 50, spherical=spherical)
     monkeypatch.setattr("ifnd_fast.clustering.lloyd.FEW_MOVED", 1.0)
     monkeypatch.setattr(
         "ifnd_fast.clustering.lloyd.reassign_by_movement",
         lambda *given: calls.append(given[-1]) or reassign_by_movement(*given),
     )
-    quick = lloyd(x, start, 50, spherical=spherical)
+    quick = lloyd(x, start, Shards.alone(x), 50, spherical=spherical)
     calls = [moved for moved in calls if not moved.all()]
     assert len(calls) > 5 and any(0 < moved.sum() < 30 for moved in calls)
     assert torch.equal(quick.labels, plain.labels) and torch.equal(quick.centroids, plain.centroids)
@@ -384,7 +384,7 @@ def test_settling_rows_are_compared_with_few_centroids():
 def test_centroids_of_labels_are_means_and_fill_the_empty():
     x = blobs(300, 4, 6)
     labels = (torch.arange(300) % 5).int()
-    centroids = centroids_of(x, labels, 7)
+    centroids = centroids_of(x, labels, 7, Shards.alone(x))
     for label in range(5):
         torch.testing.assert_close(centroids[label], x[labels == label].mean(0))
     for added in centroids[5:]:

@@ -3,6 +3,7 @@ error rule of docs/operators.md, and how it behaves in torch."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ifnd_fast import assign_clusters
+from ifnd_fast.ops import reference
 from tests.ops.cases import DTYPES, ROUNDING
 
 METRICS = ("inner_product", "l2")
@@ -256,3 +258,22 @@ def test_wrong_arguments(wrong, error, message, backend):
     arguments = {"features": X, "centroids": C, "backend": backend} | wrong
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         assign_clusters(**arguments)
+
+
+@every_metric
+@pytest.mark.parametrize("return_confidence", [False, True])
+@pytest.mark.parametrize("away", [0.0, 1e5])
+def test_the_reference_makes_few_similarities_at_a_time(away, return_confidence, metric, monkeypatch):
+    x, c, shapes = data(50, 3, 1) + away, data(7, 3, 2) + away, []
+    how = {"metric": metric, "return_confidence": return_confidence, "backend": "reference", "temperature": 1e6}
+    whole = assign_clusters(x, c, **how)
+
+    def recorded(rows, centroids, *arguments, definition=reference.assign_clusters):
+        shapes.append((len(rows), len(centroids)))
+        return definition(rows, centroids, *arguments)
+
+    monkeypatch.setattr(importlib.import_module("ifnd_fast.ops.assign_clusters"), "SIMILARITY_ELEMENTS", 100)
+    monkeypatch.setattr(reference, "assign_clusters", recorded)
+    parts = assign_clusters(x, c, **how)
+    assert shapes == [(14, 7)] * 3 + [(8, 7)]
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)

@@ -15,8 +15,8 @@ from torch.nn.functional import normalize
 
 import ifnd_fast
 from ifnd_fast import IFNDLoss, KMeans, MoCo, NegativeQueue, PseudoLabels, cluster_levels
-from ifnd_fast.clustering.levels import assign_with_confidence
 from ifnd_fast.clustering.lloyd import centroids_of
+from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.clustering.whitening import whiten
 from ifnd_fast.contrast.encoder import Encoder
 from ifnd_fast.metrics.false_negatives import detection_by_rate
@@ -69,7 +69,7 @@ def clusterings() -> dict[str, Tensor]:
             found |= {f"{name} {engine} predicted": fitted.predict(x[:50])}
     found["array"] = KMeans(5, max_iter=6).fit(X.numpy()).labels_
     found["spherical"] = KMeans(5, spherical=True).fit(3 * X).labels_
-    found["moved"] = centroids_of(X, LABELS[:, 0].contiguous(), 6)
+    found["moved"] = centroids_of(X, LABELS[:, 0].contiguous(), 6, Shards.alone(X))
     return found
 
 
@@ -78,7 +78,6 @@ def levels() -> dict[str, Tensor]:
     warm = cluster_levels(X, (4, 12), max_iter=3, previous=LABELS)
     found = {f"warm {i} {name}": getattr(level, name) for i, level in enumerate(warm) for name in level._fields[:3]}
     found |= {"accepted": pseudo_labels.accept(0.3), **pseudo_labels.state_dict()}
-    found["one"], found["confidence"] = assign_with_confidence(X, C, 0.2)
     return found
 
 
@@ -102,7 +101,7 @@ def others() -> dict[str, Tensor]:
     by_rate = detection_by_rate(LABELS, X[:, :2].abs(), TRUTH.numpy(), [0.0, 0.5, 1.0])
     numbers = [number for level in by_rate.per_query for number in level]
     return {
-        "whitened": whiten(X, 0.5),
+        "whitened": whiten(X, 0.5, Shards.alone(X)),
         "figures": torch.tensor([accuracy, *numbers], dtype=torch.float64, device="cpu"),
     }
 

@@ -65,7 +65,7 @@ def test_a_training_tells_of_every_stage_at_once(digit_folder, tmp_path):
         "        return call(*args, **kwargs)\n"
         "    return slow\n"
         "t.Trainer._train_step = slowly(t.Trainer._train_step, 0.2)\n"
-        "l.assign_with_confidence = slowly(l.assign_with_confidence, 0.5)\n"
+        "l.assign_clusters = slowly(l.assign_clusters, 0.5)\n"
         "f.to_input = slowly(f.to_input, 0.5)\n"
         "f.knn_accuracy = slowly(f.knn_accuracy, 0.5)\n"
         "from ifnd_fast.cli import train; train()"

@@ -19,6 +19,7 @@ COLLECTIVES = """
 import torch, torch.distributed as dist
 from ifnd_fast.runtime import distributed as d
 from ifnd_fast.contrast.models import MoCo
+from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.clustering.whitening import whiten
 d.start(torch.device("cpu"))
 r, w = d.rank(), d.world_size()
@@ -30,6 +31,10 @@ half, number = x.half() / 3, torch.arange(2) + 10 * r
 halves, numbers = d.all_gather_rows(half, number)
 assert torch.equal(halves, everyone.half() / 3) and torch.equal(numbers, d.all_gather(number))
 assert d.same_everywhere(halves, numbers) and not d.same_everywhere(half) and d.same_everywhere(numbers[:0])
+some = torch.arange(r, 2 * r)[:, None].half()  # the first rank has none
+assert torch.equal(d.gather_rows(some), torch.cat([torch.arange(i, 2 * i)[:, None].half() for i in range(w)]))
+assert torch.equal(d.gather_rows(some[:0]), some[:0])
+assert d.every(True, x.device) and not d.every(r > 0, x.device) and not d.every(False, x.device)
 x.requires_grad_()
 weights = torch.arange(1.0, 2 * w + 1)[:, None] * (r + 1)
 (d.all_gather_with_grad(x) * weights).sum().backward()
@@ -48,8 +53,9 @@ for group in order.chunk(w):
 
 rows = torch.randn(10 * w, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 1.0, 0.2])
 own = d.own_share(rows)
-mine = whiten(own, 0.5, d.Shards(len(own), torch.device("cpu")))
-torch.testing.assert_close(mine @ mine.T, d.own_share(whiten(rows, 0.5)) @ d.own_share(whiten(rows, 0.5)).T)
+mine = whiten(own, 0.5, Shards(len(own), torch.device("cpu")))
+alone = d.own_share(whiten(rows, 0.5, Shards.alone(rows)))
+torch.testing.assert_close(mine @ mine.T, alone @ alone.T)
 d.stop()
 """
 
