@@ -194,7 +194,7 @@ def explain(operator: str, device: torch.device, dtype: torch.dtype) -> dict[str
 
 def _fastest_first(device: torch.device, dtype: torch.dtype) -> list[str]:
     leaders = [name for name, fused in FUSED.items() if fused.leads is not None and fused.leads(device, dtype)]
-    return leaders + [name for name in FUSED if name not in leaders]
+    return leaders + [name for name in FUSED if name not in leaders] if leaders else list(FUSED)
 
 
 def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str:
