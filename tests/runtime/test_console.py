@@ -59,6 +59,7 @@ def test_a_training_tells_of_every_stage_at_once(digit_folder, tmp_path):
     """In the log of a process that goes on; it is written as it comes, not when a buffer is full."""
     slow = (
         "import time, ifnd_fast.training.trainer as t, ifnd_fast.clustering.levels as l, ifnd_fast.data.features as f\n"
+        "import ifnd_fast.metrics.knn as k\n"
         "def slowly(call, seconds):\n"
         "    def slow(*args, **kwargs):\n"
         "        time.sleep(seconds)\n"
@@ -67,7 +68,7 @@ def test_a_training_tells_of_every_stage_at_once(digit_folder, tmp_path):
         "t.Trainer._train_step = slowly(t.Trainer._train_step, 0.2)\n"
         "l.assign_clusters = slowly(l.assign_clusters, 0.5)\n"
         "f.to_input = slowly(f.to_input, 0.5)\n"
-        "f.knn_accuracy = slowly(f.knn_accuracy, 0.5)\n"
+        "k.knn_accuracy = slowly(k.knn_accuracy, 0.5)\n"
         "from ifnd_fast.cli import train; train()"
     )
     log, args = tmp_path / "log", ["--data", digit_folder, "--out", tmp_path / "run", *TINY]
