@@ -80,8 +80,8 @@ def _run(command: Callable[[], object], interrupted: str = "interrupted") -> Non
     except CommandError as error:
         if isinstance(error, LoadingError) and error.details:
             errors.print(error.details, markup=False)
-        told_by_another = isinstance(error, PeerError) or (isinstance(error, Stopped) and distributed.rank() != 0)
-        if not told_by_another:
+        reported_by_another = isinstance(error, PeerError) or (isinstance(error, Stopped) and distributed.rank() != 0)
+        if not reported_by_another:
             errors.print(f"error: {error}", markup=False)
         code = error.exit_code
     except KeyboardInterrupt:

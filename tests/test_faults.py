@@ -18,7 +18,7 @@ import torch
 
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import Stopped
-from ifnd_fast.runtime.stop import StopSignals, explained
+from ifnd_fast.runtime.stop import StopSignals, with_resume_hint
 from tests.conftest import TINY, command
 from tests.training.test_distributed import torchrun
 from tests.training.test_trainer import new
@@ -113,7 +113,7 @@ def test_every_signal_ends_whatever_goes_on(number, where, digit_folder, tmp_pat
     trainer = new(out, digit_folder, "--epochs", 4, "--checkpoint-every", 1000, "--knn-every", 1)
     at(trainer, where, number)
     with pytest.raises(Stopped, match=f"stopped by {number.name}; the last checkpoint is .*--resume") as stopped:
-        with trainer.session.stop, explained(out, trainer.session.stop):
+        with trainer.session.stop, with_resume_hint(out, trainer.session.stop):
             trainer.fit()
     assert stopped.value.exit_code == 128 + number
     assert checkpoint.load_latest(out)["step"] == trainer.step == 7  # of 12: a step into the third epoch

@@ -119,7 +119,7 @@ class KMeans:
             TypeError, ValueError: a parameter or x is unfit: not finite, fewer rows or fewer distinct rows
                 than clusters, rows too large or too small for float32, zero rows in spherical mode.
         """
-        with distributed.agreed(self.distributed):
+        with distributed.raise_on_all_ranks(self.distributed):
             self.check_parameters()
             x = as_matrix("x", x, self.device)
         return self._fit(x, Shards(len(x), x.device, self.distributed), init, callback)
@@ -128,10 +128,10 @@ class KMeans:
         self, x: Tensor, shards: Shards, init: Tensor | np.ndarray | None, callback: Callback | None
     ) -> KMeans:
         """`fit` of a matrix, this rank's share of `shards`, by parameters that were checked."""
-        with distributed.agreed(self.distributed):
+        with distributed.raise_on_all_ranks(self.distributed):
             rows, sums, squares = self._check_data(x, shards.total)
         frame = None if self.spherical else frame_of(rows, sums, squares, shards)
-        with distributed.agreed(self.distributed):
+        with distributed.raise_on_all_ranks(self.distributed):
             rows = single(rows) if frame is None else frame.enter("x", rows)
             warm = None if init is None else self._warm(init, x, frame)
         unit = 1.0 if frame is None else frame.scale**2  # of an inertia

@@ -93,10 +93,10 @@ def cluster_levels(
         "distributed": distributed,
     }  # fmt: skip
     KMeans(1, **settings).check_parameters()
-    with ranks.agreed(distributed):
+    with ranks.raise_on_all_ranks(distributed):
         features = single(as_matrix("features", features))
     shards = Shards(len(features), features.device, distributed)
-    with ranks.agreed(distributed):
+    with ranks.raise_on_all_ranks(distributed):
         _check_features(features, levels, shards.total)
         if previous is not None:
             _check_previous(previous, features, levels)

@@ -70,9 +70,9 @@ def extract_share(
                 found |= {index: why for index, why in zip(indices.tolist(), reasons, strict=True) if why}
     finally:
         encoder.train(was_training)
-    everyones = {index: why for part in distributed.all_gather_objects(found) for index, why in part.items()}
-    refuse_none(images, everyones)
+    gathered = {index: why for part in distributed.all_gather_objects(found) for index, why in part.items()}
+    refuse_none(images, gathered)
     if unreadable is not None:
-        for index in sorted(everyones):
-            unreadable.add(index, everyones[index])
+        for index in sorted(gathered):
+            unreadable.add(index, gathered[index])
     return torch.cat(batches), readable

@@ -99,15 +99,15 @@ def agree(parts: Parts, what: str) -> Identity:
     own = identity_of(parts)
     if distributed.world_size() == 1:
         return own
-    everyones = distributed.all_gather_objects(own)
-    if all(other == own for other in everyones):
+    gathered = distributed.all_gather_objects(own)
+    if all(other == own for other in gathered):
         return own
     # only now, for of a million images they take a while
     first = distributed.all_gather_objects(dict(parts) if distributed.rank() == 0 else None)[0]
     assert first is not None
     counts = ", ".join(f"{len(listing.sizes):,} {name} images" for name, listing in first.items())
-    told = distributed.all_gather_objects("; ".join(_differences(first, parts)))
-    lines = [f"\n  rank {number}, compared with rank 0: {text}" for number, text in enumerate(told) if text]
+    differing = distributed.all_gather_objects("; ".join(_differences(first, parts)))
+    lines = [f"\n  rank {number}, compared with rank 0: {text}" for number, text in enumerate(differing) if text]
     message = f"{what}: the ranks find different images (rank 0: {counts}):" + "".join(lines)
     raise UsageError(message) if distributed.rank() == 0 else PeerError(message, UsageError.exit_code)
 

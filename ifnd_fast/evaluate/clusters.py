@@ -38,7 +38,7 @@ def clusters(
         clustered = found.labels[:, level].numpy() >= 0
         figures = agreement(truth[clustered], found.labels[:, level].numpy()[clustered])
         levels.append(figures | {key: values[level] for key, values in balance.items()})
-    subject.tell(
+    subject.write_result(
         f"Clusters of {kind} features against the classes of {subject.data.data}",
         ["clusters", *SHARES.values(), "empty"],
         [

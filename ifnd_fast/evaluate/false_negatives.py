@@ -15,7 +15,7 @@ from ifnd_fast.config import DataConfig
 from ifnd_fast.data import identity
 from ifnd_fast.data.images import Images
 from ifnd_fast.evaluate.cluster_images import ClusterOptions, cluster_images, labelled_training_images
-from ifnd_fast.evaluate.subject import Options, Subject, check_json_file, tell
+from ifnd_fast.evaluate.subject import Options, Subject, check_json_file, write_result
 from ifnd_fast.metrics.false_negatives import DetectionByRate, detection_of
 from ifnd_fast.report.detection_by_rate import draw_detection_by_rate
 from ifnd_fast.report.plots import check_file_kind, save_picture
@@ -55,7 +55,7 @@ def false_negatives(
         images, truth = labelled_training_images(data)
         _check_same(options.checkpoint, data, images, len(found.labels))
     detected = detection_of(found, truth)
-    tell(
+    write_result(
         options, data, f"Detection by {source}, {data.data}",
         ["accepted", *(f"{what} {n:,}" for n in found.levels for what in ("prec.", "recall"))],
         _rows(detected, every=5),

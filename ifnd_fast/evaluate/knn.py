@@ -27,7 +27,7 @@ def knn(
     subject = Subject(common)
     probe = KnnProbe(*open_labelled(subject.data))
     found = probe.measure(subject.features, k=k, temperature=temperature)
-    subject.tell(
+    subject.write_result(
         f"kNN on {subject.data.data}",
         ["k", "temperature", "top-1"],
         [[str(k), f"{temperature:g}", f"{found.top1:.2f} %"]],

@@ -42,14 +42,14 @@ def linear(common: tyro.conf.OmitArgPrefixes[Options], training: tyro.conf.OmitA
 
 
 def measure(subject: Subject, train: Images, test: Images, training: LinearOptions, task: str) -> None:
-    """Train the classifier, test it, and tell."""
+    """Train the classifier, test it, and write the figures."""
     if training.fast:
         figures = _by_regression(subject, train, test, training)
     else:
         figures = _by_sgd(subject, train, test, training, task)
     how = "L-BFGS on centre views" if training.fast else f"SGD, {training.epochs} epochs"
     columns = [name for name in ("top1", "top5") if name in figures]
-    subject.tell(
+    subject.write_result(
         f"Linear classification of {subject.data.data}",
         ["classifier", *(f"{name[:3]}-{name[3:]}" for name in columns)],
         [[how, *(f"{figures[name]:.2f} %" for name in columns)]],

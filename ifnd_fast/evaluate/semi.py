@@ -62,7 +62,7 @@ def semi(common: tyro.conf.OmitArgPrefixes[Options], training: tyro.conf.OmitArg
         lists = {f"{share:g}": balanced_share(train.labels, share) for share in training.shares}
     figures = {name: _fine_tune(subject, train, test, training, name, rows) for name, rows in lists.items()}
     columns = [name for name in ("top1", "top5") if all(name in found for found in figures.values())]
-    subject.tell(
+    subject.write_result(
         f"Fine-tuning on few labels of {subject.data.data}",
         ["labels", "images", *(f"{name[:3]}-{name[3:]}" for name in columns)],
         [

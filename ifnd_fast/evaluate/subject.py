@@ -1,4 +1,4 @@
-"""What is common to all evaluations: the options, the network that is measured, and how figures are told."""
+"""What is common to all evaluations: the options, the network that is measured, and how figures are written."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ class Subject:
         known = {one["image"] for one in self.unreadable}
         self.unreadable += [one for one in unreadable.listed() if one["image"] not in known]
 
-    def tell(self, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]) -> None:
-        """See `tell`."""
-        tell(self.options, self.data, title, columns, rows, {**figures, "unreadable": self.unreadable})
+    def write_result(self, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]) -> None:
+        """See `write_result`."""
+        write_result(self.options, self.data, title, columns, rows, {**figures, "unreadable": self.unreadable})
 
 
 def check_json_file(path: Path | None) -> None:
@@ -121,7 +121,7 @@ def check_json_file(path: Path | None) -> None:
         refuse_folder("--json-file", path)
 
 
-def tell(
+def write_result(
     options: Options, data: DataConfig, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]
 ) -> None:
     """Print a table, and write the figures with what they are of to --json-file.

@@ -38,7 +38,7 @@ class SvmOptions:
     """positive images a class for the low-shot figures, beside (classes - 1) times as many negatives; each with the C
     that was chosen for the class on all training images. Give none to leave them out: --shots"""
     samplings: Annotated[int, at_least(1)] = 5
-    """random choices of the low-shot images, of which mean and standard deviation are told"""
+    """random choices of the low-shot images, of which mean and standard deviation are written"""
     seed: Annotated[int, SEED] = 0
     """of the samplings"""
 
@@ -213,7 +213,7 @@ def _in_parallel(function: Callable[..., Any], jobs: list[tuple], description: s
     return list(track(results, description, len(jobs)))
 
 
-# ---- what is told ----
+# ---- what is written ----
 
 
 def _tell(subject: Subject, problem: Problem, full: dict, low_shot: dict, chosen: dict) -> None:
@@ -228,5 +228,5 @@ def _tell(subject: Subject, problem: Problem, full: dict, low_shot: dict, chosen
         "classes": problem.names, **full, "low_shot": low_shot, **chosen,
     }  # fmt: skip
     title = f"Linear SVMs on {subject.data.data}"
-    subject.tell(title, ["images a class", *(titles[name] for name in columns)], rows, figures)
+    subject.write_result(title, ["images a class", *(titles[name] for name in columns)], rows, figures)
     say("± is the standard deviation over the samplings of the low-shot images")

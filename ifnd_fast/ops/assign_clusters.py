@@ -73,8 +73,8 @@ def assign_clusters(
     Where centroids lie far from the origin, "l2" takes rows and centroids relative to a point in their midst (float32
     for half precision): that changes every s_ij of a row alike, and digits are not lost to |c_j|^2.
 
-    Products have to be float32's, as in the reference: rows of length 1e-18 to 1e18 are told apart, and others need to be
-    scaled first (`KMeans` does that itself).
+    Products have to be float32's, as in the reference: rows of length 1e-18 to 1e18 are told apart, and others need to
+    be scaled first (`KMeans` does that itself).
 
     A similarity that is NaN is never the largest: a row that has no other gets label -1. The confidence of a row with
     any NaN among its similarities, or with an infinite one as its largest, is NaN.

@@ -33,7 +33,7 @@ class Background:
     def _run(self) -> None:
         torch.set_num_threads(self.n_threads)  # OpenMP keeps that number for each thread
         try:
-            with distributed.over(self.group), torch.cuda.stream(self.stream) if self.stream else nullcontext():
+            with distributed.use_group(self.group), torch.cuda.stream(self.stream) if self.stream else nullcontext():
                 self.call()
             if self.stream is not None:
                 self.stream.synchronize()

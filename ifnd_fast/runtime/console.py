@@ -109,7 +109,7 @@ class Lines:
         )  # fmt: skip
         self.note = ""
         self.started = time.monotonic()
-        self.last = self.started, completed  # when the last line was told, and the steps done by then
+        self.last = self.started, completed  # when the last line was printed, and the steps done by then
         self.speed: float | None = None  # steps a second, between the last two lines with a step between them
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)

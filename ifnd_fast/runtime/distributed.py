@@ -123,7 +123,7 @@ def new_group() -> dist.ProcessGroup | None:
 
 
 @contextmanager
-def over(group: dist.ProcessGroup | None) -> Iterator[None]:
+def use_group(group: dist.ProcessGroup | None) -> Iterator[None]:
     """This thread's collectives go over that group (None: the default one)."""
     _of_thread.group = group
     try:
@@ -150,10 +150,10 @@ def all_gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     if world_size() == 1:
         return tensors
     parts = [tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8) for tensor in tensors]
-    everyones = all_gather(torch.cat(parts, dim=1)).split([part.shape[1] for part in parts], dim=1)
+    gathered = all_gather(torch.cat(parts, dim=1)).split([part.shape[1] for part in parts], dim=1)
     return tuple(
         rows.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
-        for rows, tensor in zip(everyones, tensors, strict=True)
+        for rows, tensor in zip(gathered, tensors, strict=True)
     )
 
 
@@ -210,9 +210,9 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        everyones = torch.stack(grads)
-        dist.all_reduce(everyones)
-        return everyones[rank()]
+        gathered = torch.stack(grads)
+        dist.all_reduce(gathered)
+        return gathered[rank()]
 
 
 def own_share(tensor: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ def lost_contact(error: RuntimeError, patience: float = 5.0) -> str | None:
 
 
 @contextmanager
-def agreed(together: bool) -> Iterator[None]:
+def raise_on_all_ranks(together: bool) -> Iterator[None]:
     """A ValueError, TypeError or CommandError of one rank is raised on all: none waits for a rank that gave up."""
     error: Exception | None = None
     try:
@@ -277,9 +277,9 @@ def agreed(together: bool) -> Iterator[None]:
         error = own
     if together and world_size() > 1:
         code = error.exit_code if isinstance(error, CommandError) else None
-        told = all_gather_objects(None if error is None else (str(error), code))
+        failures = all_gather_objects(None if error is None else (str(error), code))
         if error is None:
-            for number, failed in enumerate(told):
+            for number, failed in enumerate(failures):
                 if failed is not None:
                     message, code = f"on rank {number}: {failed[0]}", failed[1]
                     raise ValueError(message) if code is None else PeerError(message, code)

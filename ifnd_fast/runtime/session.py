@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from ifnd_fast.runtime import checkpoint, distributed, run_folder
 from ifnd_fast.runtime.console import say
 from ifnd_fast.runtime.errors import Stopped, UsageError
-from ifnd_fast.runtime.stop import StopSignals, explained
+from ifnd_fast.runtime.stop import StopSignals, with_resume_hint
 
 
 class Resumable(Protocol):
@@ -61,13 +61,13 @@ class Session:
             CommandError: OUT can't be written, or none of its checkpoints can be read.
             Stopped: a signal came.
         """
-        with self.stop, explained(self.out, self.stop), ExitStack() as held:
-            with distributed.agreed(True):
+        with self.stop, with_resume_hint(self.out, self.stop), ExitStack() as held:
+            with distributed.raise_on_all_ranks(True):
                 if distributed.rank() == 0:
                     if not self.resume:
                         run_folder.refuse_a_run(self.out)
                     held.enter_context(run_folder.locked(self.out))
-            with distributed.agreed(True):
+            with distributed.raise_on_all_ranks(True):
                 if self.resume:
                     self.go_on(training)
                 if distributed.rank() == 0:

@@ -57,7 +57,7 @@ class StopSignals:
 
 
 @contextmanager
-def explained(out: Path, stop: StopSignals) -> Iterator[None]:
+def with_resume_hint(out: Path, stop: StopSignals) -> Iterator[None]:
     """What ends a run from outside becomes a message that says how to go on with the run in `out`."""
     how = "to go on, add --resume to the same command"
     try:

@@ -30,14 +30,14 @@ class RunImages:
     """
 
     def __init__(self, config: Config):
-        with distributed.agreed(True):  # one may have no such folder
+        with distributed.raise_on_all_ranks(True):  # one may have no such folder
             with stage("finding images"):
                 images, self.tests = open_for_run(config.data)
             self.train = precheck.checked(images, config)
         data = f"--data {config.data.data}"
         found = identity.agree(self.listings(), data)
         if config.run.resume:
-            with distributed.agreed(True):
+            with distributed.raise_on_all_ranks(True):
                 identity.check(config.run.out, config.identity, self.listings(), data)
         config.identity = found
         tell_found(config.data, self.train, self.tests)

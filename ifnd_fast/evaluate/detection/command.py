@@ -37,10 +37,10 @@ def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
     with tuning.open():
         figures = tuning.fit()
     if distributed.rank() == 0:
-        _tell(figures, options.json_file)
+        _write_result(figures, options.json_file)
 
 
-def _tell(figures: dict[str, Any], json_file: Path | None) -> None:
+def _write_result(figures: dict[str, Any], json_file: Path | None) -> None:
     rows = [
         [kind, *("-" if (value := figures[f"{kind}_{name}"]) is None else f"{value:.2f}" for name in NAMES)]
         for kind in ("box", "mask")

@@ -50,7 +50,7 @@ class FineTuning:
         self.compute, self.device = compute, compute.device
         start = options.checkpoint
         self.out = options.out or (start if start.is_dir() else start.parent) / "detection"
-        with distributed.agreed(True):  # one may have no such folder
+        with distributed.raise_on_all_ranks(True):  # one may have no such folder
             train = coco.find("train", options.data, options.train_images, options.train_annotations)
             val = coco.find("val", options.data, options.val_images, options.val_annotations)
             self.train, self.val = (coco.CocoImages(*where, options.max_size) for where in (train, val))
@@ -79,7 +79,7 @@ class FineTuning:
         )  # fmt: skip
         self.scaler = compute.scaler()
         self.step, self.seconds = 0, 0.0
-        self.told_at, self.recent = 0, 0.0  # when the last line was told, and seconds of the iterations since
+        self.reported_at, self.recent = 0, 0.0  # the step of the last line, and seconds of the iterations since
         self.sums: dict[str, float] = {}  # of each loss, and the steps, since the last line
         self.session = Session(self.out, options.resume)
 
@@ -154,9 +154,9 @@ class FineTuning:
         with self.compute.autocast():
             losses = model(images, targets)
         loss = sum(losses.values())
-        told = torch.stack([*losses.values(), loss]).detach().double()
-        asked = told.new_tensor([self.session.asked()])
-        *values, asked_ranks = distributed.sum_over_ranks(torch.cat([told, asked])).tolist()
+        own_losses = torch.stack([*losses.values(), loss]).detach().double()
+        asked = own_losses.new_tensor([self.session.asked()])
+        *values, asked_ranks = distributed.sum_over_ranks(torch.cat([own_losses, asked])).tolist()
         names = [*losses, "loss"]
         means = {name: value / distributed.world_size() for name, value in zip(names, values, strict=True)}
         self._refuse_non_finite(means)
@@ -203,8 +203,8 @@ class FineTuning:
         steps = self.sums.pop("steps")
         means = {name: value / steps for name, value in self.sums.items()}
         self.sums = {}
-        rate, self.recent = self.recent / max(1, self.step - self.told_at), 0.0
-        self.told_at = self.step
+        rate, self.recent = self.recent / max(1, self.step - self.reported_at), 0.0
+        self.reported_at = self.step
         left = datetime.timedelta(seconds=round(rate * (self.options.iterations - self.step)))
         lr, speed = self.optimizer.param_groups[0]["lr"], self.options.batch_size / rate
         parts = ", ".join(f"{name[5:]} {value:.3f}" for name, value in means.items() if name.startswith("loss_"))
@@ -225,7 +225,7 @@ class FineTuning:
         share = distributed.share(len(self.val))
         loader = make_loader(coco.MeasuredImages(self.val), self.options.workers, batch_size=None, sampler=share)
         results, unreadable = [], {}
-        with distributed.agreed(True), running(loader) as loaded:
+        with distributed.raise_on_all_ranks(True), running(loader) as loaded:
             for index, image in track(loaded, "measuring", len(share), images=1):
                 if isinstance(image, str):
                     unreadable[index] = image
@@ -233,17 +233,17 @@ class FineTuning:
                 with self.compute.autocast():
                     (output,) = self.model([image.to(self.device).float() / 255])
                 results += to_results(self.val.image_ids[index], output, self.train.category_ids)
-        everyones = [result for part in distributed.all_gather_objects(results) for result in part]
+        gathered = [result for part in distributed.all_gather_objects(results) for result in part]
         reasons = {index: why for part in distributed.all_gather_objects(unreadable) for index, why in part.items()}
         refuse_none(self.val, reasons)
         for index in sorted(reasons):
             self.unreadable[1].add(index, reasons[index])
         if distributed.rank() != 0:
             return {}
-        run_folder.write_json(self.out / "detections.json", everyones, indent=None)
+        run_folder.write_json(self.out / "detections.json", gathered, indent=None)
         counted = [image_id for index, image_id in enumerate(self.val.image_ids) if index not in reasons]
         with stage("average precision"):
-            return average_precision(self.val.coco, everyones, counted)
+            return average_precision(self.val.coco, gathered, counted)
 
     def _finish(self, figures: dict[str, float | None]) -> dict[str, Any]:
         """Write the model and the result; the figures, with what they are of."""
@@ -285,7 +285,7 @@ class FineTuning:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            self.step = self.told_at = state["step"]
+            self.step = self.reported_at = state["step"]
             self.seconds, self.sums = state["seconds"], dict(state["sums"])
             self.unreadable[0].load_state(state.get("unreadable", {}))
         except (KeyError, ValueError, RuntimeError) as error:
