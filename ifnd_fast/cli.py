@@ -16,7 +16,7 @@ import tyro
 
 from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config
-from ifnd_fast.runtime import distributed
+from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.console import errors, guard_output, say, stage, table, warn
 from ifnd_fast.runtime.errors import CommandError, LoadingError, PeerError, Stopped, UsageError
 from ifnd_fast.runtime.paths import expand_home, refuse_file, refuse_folder
@@ -120,7 +120,7 @@ def parse_train(args: list[str]) -> Config:
     early.add_argument("--out", type=Path, default=default.run.out)
     early.add_argument("--resume", action="store_true")
     known, _ = early.parse_known_args(args)
-    saved = configs.load(known.out / "config.yaml") if known.resume else None
+    saved = configs.load(known.out / run_folder.CONFIG) if known.resume else None
     if saved is not None:
         default = copy.deepcopy(saved)
         default.run.out = known.out

@@ -12,12 +12,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from ifnd_fast import config as configs
 from ifnd_fast.config import PRESETS, Config, ModelConfig
 from ifnd_fast.contrast.encoder import resnet
 from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime.console import warn
 from ifnd_fast.runtime.errors import CommandError
+from ifnd_fast.training import saved_run
 
 WRAPPERS = ("state_dict", "model")  # keys under which training scripts keep the weights beside other things
 QUERY_ENCODERS = ("encoder_q.", "query_encoder.")  # of the two encoders in a MoCo checkpoint, the one to measure
@@ -46,9 +46,9 @@ def load_backbone(checkpoint: Path, arch: str | None = None) -> Backbone:
         CommandError: the file is missing, broken or something else, or its weights fit no such network.
         UsageError: `arch` is not the name of a ResNet.
     """
-    path = checkpoint / "backbone.pt" if checkpoint.is_dir() else checkpoint
-    of_a_run = checkpoint.is_dir() or (path.name == "backbone.pt" and (path.parent / "config.yaml").exists())
-    config = configs.load(path.parent / "config.yaml") if of_a_run else copy.deepcopy(PRESETS["imagenet"][1])
+    path = checkpoint / saved_run.BACKBONE if checkpoint.is_dir() else checkpoint
+    of_a_run = checkpoint.is_dir() or (path.name == saved_run.BACKBONE and saved_run.is_run(path.parent))
+    config = saved_run.config_of(path.parent) if of_a_run else copy.deepcopy(PRESETS["imagenet"][1])
     if not path.is_file():
         wait = f": the run in {checkpoint} has not ended yet" if checkpoint.is_dir() else ""
         raise CommandError(f"{path} is missing{wait}")

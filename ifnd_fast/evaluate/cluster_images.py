@@ -20,10 +20,9 @@ from ifnd_fast.data.found import tell_found
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.evaluate.subject import Subject
-from ifnd_fast.runtime.checkpoint import list_checkpoints
 from ifnd_fast.runtime.console import progress, warn
 from ifnd_fast.runtime.errors import CommandError, UsageError
-from ifnd_fast.training.saved_run import load_encoder
+from ifnd_fast.training.saved_run import has_checkpoint, load_encoder
 from ifnd_fast.training.schedule import IMAGES_PER_CLUSTER, fit_levels
 
 
@@ -74,7 +73,7 @@ def cluster_images(
     if options.levels is not None:
         check_levels(options.levels)
     out = subject.options.checkpoint
-    kind = options.features or ("encoder" if out.is_dir() and list_checkpoints(out) else "backbone")
+    kind = options.features or ("encoder" if has_checkpoint(out) else "backbone")
     if kind == "encoder":
         subject.network = load_encoder(out, config).to(subject.compute.device)
     vectors, usable = subject.features(images)

@@ -19,11 +19,11 @@ from ifnd_fast.evaluate.subject import Options, Subject, check_json_file, write_
 from ifnd_fast.metrics.false_negatives import DetectionByRate, detection_of
 from ifnd_fast.report.detection_by_rate import draw_detection_by_rate
 from ifnd_fast.report.plots import check_file_kind, save_picture
-from ifnd_fast.runtime.checkpoint import list_checkpoints, load_latest
 from ifnd_fast.runtime.console import say
 from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.runtime.paths import refuse_folder
-from ifnd_fast.training.saved_run import clustering_in
+from ifnd_fast.training.saved_run import config_of, has_checkpoint
+from ifnd_fast.training.saved_state import SavedState
 
 
 def false_negatives(
@@ -73,19 +73,19 @@ def false_negatives(
 def _own_clustering(options: Options) -> tuple[ImageClusters | None, DataConfig | None, str]:
     """The last clustering of the run that CHECKPOINT is the folder of, its data and what to call it; or None."""
     out = options.checkpoint
-    if not out.is_dir() or not list_checkpoints(out):
+    if not has_checkpoint(out):
         return None, None, ""
-    data = configs.load(out / "config.yaml").data
+    data = config_of(out).data
     if options.data is not None and configs.full_data(options.data) != configs.full_data(data.data):
         return None, None, ""
     data.data_root = options.data_root or data.data_root
-    state = load_latest(out)
-    return clustering_in(state), data, f"the run's own labels of epoch {state['epoch']}"
+    state = SavedState.latest(out)
+    return state.clustering(), data, f"the run's own labels of epoch {state.epoch}"
 
 
 def _check_same(out: Path, data: DataConfig, images: Images, labelled: int) -> None:
     """Raises UsageError: the images are not those that the run's labels are of."""
-    then = load_latest(out)["config"].get("identity")
+    then = SavedState.latest(out).identity
     text = identity.changes(out, then, {"train": images.listing()}) if then else ""
     if len(images) != labelled and not text:
         text = f"it has {len(images):,} training images, the run's labels are of {labelled:,}"

@@ -55,11 +55,7 @@ def write_comparison(outs: Sequence[Path], path: Path) -> Path:
 def _read_slim(out: Path) -> Run:
     """The run without its checkpoint's weights: of many runs they would fill the memory."""
     run = read_run(out)
-    labels = run.state.get("pseudo_labels", {})
-    run.state = {
-        "result": run.state.get("result", {}),
-        "pseudo_labels": {"levels": labels["levels"]} if "levels" in labels else {},
-    }
+    run.state = run.state.without_tensors()
     return run
 
 

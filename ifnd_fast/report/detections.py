@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.data.images import Images
 from ifnd_fast.report.thumbnails import Row, Sheet, class_name, describe, spread, thumbnail, thumbnails
+from ifnd_fast.training.saved_state import SavedState
 
 IN_BATCH_SAMPLE = 4096
 
 
 def detection_sheets(
-    images: Images, state: Mapping[str, Any], clustering: ImageClusters | None, levels: Sequence[str]
+    images: Images, state: SavedState, clustering: ImageClusters | None, levels: Sequence[str]
 ) -> tuple[list[Sheet], str]:
     """The contact sheets of a checkpoint and an explanation of what they show, or none and the reason why.
 
@@ -25,13 +25,14 @@ def detection_sheets(
         clustering: The checkpoint's, where there is one.
         levels: Names of the L levels.
     """
-    epoch, labels = state["epoch"], state["accepted"].numpy()
+    assert state.accepted is not None
+    epoch, labels = state.epoch, state.accepted.numpy()
     if labels.max(initial=-1) < 0:
         return [], f"No contact sheets: no pseudo label was accepted by epoch {epoch}."
     confidence = None
-    if clustering is not None and clustering.explains(state["accepted"]):
+    if clustering is not None and clustering.explains(state.accepted):
         confidence = clustering.confidence.numpy()
-    candidates, source = _candidates(state.get("negatives"), len(images))
+    candidates, source = _candidates(state.queued, len(images))
     groups = "clusters" if images.labels is None else "classes"
     order = "in order" if confidence is None else "from the most to the least confident"
     explanation = (
@@ -40,7 +41,7 @@ def detection_sheets(
         f"same ones), spread over the {groups}; images with detections at more levels come first."
     )
     unreadable = np.zeros(len(labels), dtype=bool)
-    unreadable[list(state.get("unreadable", []))] = True
+    unreadable[list(state.unreadable)] = True
     return contact_sheets(images, labels, confidence, candidates, levels, unreadable=unreadable), explanation
 
 
@@ -141,10 +142,10 @@ def _row(
     return Row(first, class_name(images, anchor) or f"image {anchor}", note, shown)
 
 
-def _candidates(negatives: Mapping[str, Any] | None, n: int) -> tuple[np.ndarray, str]:
+def _candidates(queued: np.ndarray | None, n: int) -> tuple[np.ndarray, str]:
     """Distinct indices that may be detected, and where they come from."""
-    if negatives is not None:
-        indices = np.unique(np.asarray(negatives["indices"], dtype=np.int64))
+    if queued is not None:
+        indices = np.unique(queued)
         indices = indices[(indices >= 0) & (indices < n)]
         return indices, f"among the {len(indices):,} in the queue"
     if n <= IN_BATCH_SAMPLE:

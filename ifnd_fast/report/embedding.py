@@ -12,7 +12,7 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from ifnd_fast.report.plots import GRID, SERIES, Texts, shortened
-from ifnd_fast.training.saved_run import StoredFeatures
+from ifnd_fast.training.saved_state import StoredFeatures
 
 FEWEST_FOR_TSNE = 50
 MARKERS = "o^"

@@ -17,7 +17,7 @@ from ifnd_fast.report.embedding import draw_embedding
 from ifnd_fast.report.html import flatten, inline, render_template, write_page
 from ifnd_fast.report.plots import Picture, draw_picture
 from ifnd_fast.report.thumbnails import Sheet, name_of_class
-from ifnd_fast.training.saved_run import Run, clustering_in, duration, images_of, number, read_run, stored_features
+from ifnd_fast.training.saved_run import Run, duration, images_of, number, read_run
 
 Sheets = tuple[list[Sheet], str]
 """Contact sheets and what they show; or none, and why."""
@@ -43,7 +43,7 @@ def write_report(out: Path, path: Path | None = None) -> Path:
 def render(run: Run) -> str:
     """The page as HTML."""
     images, missing = images_of(run)
-    clustering = clustering_in(run.state)
+    clustering = run.state.clustering()
     detections, explanation = _detections(run, images, missing, clustering)
     clusters, clusters_explanation = _clusters(run, images, missing, clustering)
     return render_template(
@@ -66,9 +66,8 @@ def unreadable_images(run: Run, images: Images | None) -> list[tuple[str, str]]:
     """(image, reason) of those that the run left out, as its result or its checkpoint says."""
     if isinstance(listed := run.result.get("unreadable"), list):
         return [(str(one.get("image")), str(one.get("reason"))) for one in listed if isinstance(one, dict)]
-    noted = run.state.get("unreadable", {})  # in older checkpoints a list
-    reasons = noted if isinstance(noted, dict) else dict.fromkeys(noted, "")
-    return [(images.name(index) if images else f"image {index}", why) for index, why in reasons.items()]
+    reasons = run.state.unreadable.items()
+    return [(images.name(index) if images else f"image {index}", why) for index, why in reasons]
 
 
 def _detections(run: Run, images: Images | None, missing: str, clustering: ImageClusters | None) -> Sheets:
@@ -85,7 +84,7 @@ def _clusters(run: Run, images: Images | None, missing: str, clustering: ImageCl
     if images is None:
         return [], f"No contact sheets: {missing}"
     if clustering is None:
-        return [], f"No contact sheets: nothing was clustered by epoch {run.state['epoch']}."
+        return [], f"No contact sheets: nothing was clustered by epoch {run.state.epoch}."
     return cluster_sheets(images, clustering, run.levels)
 
 
@@ -93,11 +92,11 @@ def _detection_picture(run: Run, images: Images | None, clustering: ImageCluster
     if images is None or images.labels is None or clustering is None:
         return None
     found = detection_of(clustering, images.labels)
-    return draw_picture("by-rate", draw_detection_by_rate, found, run.levels, run.state["acceptance_rate"])
+    return draw_picture("by-rate", draw_detection_by_rate, found, run.levels, run.state.acceptance_rate)
 
 
 def _embedding(run: Run, images: Images | None, clustering: ImageClusters | None) -> Picture | None:
-    stored = stored_features(run.state)
+    stored = run.state.features()
     if stored is None:
         return None
     groups, names, what = None, [], "nothing"

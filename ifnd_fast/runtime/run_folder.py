@@ -13,6 +13,8 @@ import filelock
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
@@ -39,12 +41,12 @@ def locked(out: Path) -> Iterator[None]:
 
 def create(out: Path, config: str) -> None:
     """Make OUT and write its config.yaml. Raises CommandError: OUT can't be made or written."""
-    checkpoint.write_atomically(out / "config.yaml", lambda file: file.write(config.encode()))
+    checkpoint.write_atomically(out / CONFIG, lambda file: file.write(config.encode()))
 
 
 def refuse_a_run(out: Path) -> None:
     """Raises UsageError: OUT already holds a run; nothing in it is touched."""
-    if any((out / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
+    if any((out / name).exists() for name in (CONFIG, METRICS, "checkpoints")):
         raise UsageError(
             f"--out {out} already holds a run: add --resume to go on with it, or choose another folder"
         )
@@ -61,7 +63,7 @@ def go_back(out: Path, count: str, last: int) -> None:
 
 def truncate_metrics(out: Path, count: str, last: int) -> None:
     """Keep the lines up to that "epoch" or "step": what a killed run wrote after its last checkpoint goes."""
-    path = out / "metrics.jsonl"
+    path = out / METRICS
     if path.exists():
         kept = [line for line in _complete_lines(path) if json.loads(line)[count] <= last]
         text = "".join(f"{line}\n" for line in kept)
@@ -75,7 +77,7 @@ def _complete_lines(path: Path) -> list[str]:
 
 def append_metrics(out: Path, metrics: dict[str, Any]) -> None:
     """A line of metrics.jsonl. Raises CommandError: the disk is full or not writable."""
-    path = out / "metrics.jsonl"
+    path = out / METRICS
     try:
         with open(path, "a") as file:
             file.write(json.dumps(metrics) + "\n")

@@ -1,29 +1,32 @@
-"""What a run's folder tells a report."""
+"""A run's folder: what training writes into it, and what it tells whoever reads it.
+
+config.yaml, metrics.jsonl, result.json and backbone.pt; of the checkpoints in it see `saved_state`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import nn
 
-from ifnd_fast.clustering.image_clusters import ImageClusters
+from ifnd_fast import config as configs
 from ifnd_fast.config import Config, DataConfig, to_yaml
 from ifnd_fast.contrast.encoder import build
 from ifnd_fast.data import identity
 from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.runtime import checkpoint, run_folder
-from ifnd_fast.runtime.checkpoint import load_latest
 from ifnd_fast.runtime.errors import CommandError, UsageError
+from ifnd_fast.training.saved_state import SavedState
 
+RESULT, BACKBONE = "result.json", "backbone.pt"
 Epochs = list[dict[str, Any]]
 """The lines of metrics.jsonl, in order of "epoch"."""
 SECONDS = {"training": "seconds", "features": "feature_seconds", "clustering": "cluster_seconds"}
@@ -38,7 +41,7 @@ class Run:
     epochs: Epochs  # never empty
     config: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)  # empty: the run did not end (yet)
-    state: dict[str, Any] = field(default_factory=dict)  # the latest checkpoint
+    state: SavedState = field(default_factory=SavedState)  # of the latest checkpoint
     notes: list[str] = field(default_factory=list)
 
     def option(self, section: str, name: str, default: Any = None) -> Any:
@@ -48,7 +51,7 @@ class Run:
     @property
     def accuracies(self) -> dict[str, Any]:
         """The kNN accuracies known: before training from the checkpoint, and all from the result."""
-        return {**self.state.get("result", {}), **self.result}
+        return {**self.state.accuracies, **self.result}
 
     @property
     def trained(self) -> tuple[float | None, int | None]:
@@ -85,7 +88,8 @@ class Run:
             return []
         if self.detection == "oracle":
             return ["true classes"]
-        clusters = self.state.get("pseudo_labels", {}).get("levels", self.option("cluster", "levels", []))
+        found = self.state.levels
+        clusters = self.option("cluster", "levels", []) if found is None else found
         return [f"{int(count):,} clusters" for count in clusters]
 
 
@@ -93,7 +97,7 @@ def read_run(out: Path) -> Run:
     """metrics.jsonl, config.yaml, result.json and the latest checkpoint. Raises as `write_report` does."""
     if not out.is_dir():
         raise FileNotFoundError(f"{out} is not a folder: give the --out folder of a run")
-    metrics = out / "metrics.jsonl"
+    metrics = out / run_folder.METRICS
     if not metrics.is_file():
         raise FileNotFoundError(f"{metrics} is missing: {out} holds no run that has finished an epoch")
     epochs, broken = _read_metrics(metrics)
@@ -102,12 +106,12 @@ def read_run(out: Path) -> Run:
     run = Run(out.resolve().name, out, epochs)
     if broken:
         run.notes.append(f"metrics.jsonl: {broken} incomplete line{'s' if broken > 1 else ''} left out.")
-    run.config = _read_mapping(out / "config.yaml", yaml.safe_load, run.notes)
+    run.config = _read_mapping(out / run_folder.CONFIG, yaml.safe_load, run.notes)
     if not run.config:
         run.notes.append("There is no readable config.yaml, so the page shows no settings.")
-    run.result = _read_mapping(out / "result.json", json.loads, run.notes)
+    run.result = _read_mapping(out / RESULT, json.loads, run.notes)
     try:
-        run.state = load_latest(out)
+        run.state = SavedState.latest(out)
     except CommandError as error:
         run.notes.append(f"Checkpoint: {error}.")
     return run
@@ -163,6 +167,20 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"
 
 
+def config_of(out: Path) -> Config:
+    """What the run was started with. Raises CommandError: OUT holds no run, or its config.yaml can't be read."""
+    return configs.load(out / run_folder.CONFIG)
+
+
+def is_run(out: Path) -> bool:
+    """Whether OUT is the folder of a run, or of one that is set up."""
+    return (out / run_folder.CONFIG).exists()
+
+
+def has_checkpoint(out: Path) -> bool:
+    return out.is_dir() and bool(checkpoint.list_checkpoints(out))
+
+
 def load_encoder(out: Path, config: Config) -> nn.Module:
     """The momentum encoder of a run's newest checkpoint, on the CPU; of an in-batch run its only encoder.
 
@@ -171,36 +189,19 @@ def load_encoder(out: Path, config: Config) -> nn.Module:
     """
     if not out.is_dir():
         raise UsageError(f"--features encoder: {out} is not the folder of a run; --features backbone works on it")
-    weights = load_latest(out)["model"]
-    prefix = "key_encoder." if any(name.startswith("key_encoder.") for name in weights) else "query_encoder."
-    encoder = build(config.model)()
+    weights, encoder = SavedState.latest(out).encoder, build(config.model)()
     try:
-        encoder.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        )
+        encoder.load_state_dict(weights)
     except RuntimeError as error:
         raise CommandError(f"the newest checkpoint in {out} does not fit its config.yaml: {error}") from error
     return encoder
 
 
-def clustering_in(state: Mapping[str, Any]) -> ImageClusters | None:
-    """The clustering that a checkpoint (see `Labeller.state_dict`) holds; None before the first and where there is
-    none (keep, oracle)."""
-    found = state.get("pseudo_labels", {})
-    usable = state.get("cluster_waiting", {}).get("usable")
-    if "labels" not in found or usable is None or int(usable.sum()) != len(found["labels"]):
-        return None
-    labels = torch.full((len(usable), len(found["levels"])), -1, dtype=torch.int32, device="cpu")
-    confidence = torch.zeros(labels.shape, dtype=torch.float32, device="cpu")
-    labels[usable], confidence[usable] = found["labels"], found["confidence"]
-    return ImageClusters(tuple(found["levels"].tolist()), labels, confidence)
-
-
 def images_of(run: Run) -> tuple[Images | None, str]:
     """The images that the run's checkpoint is of, if they are there and the same; or None and the reason."""
-    if "accepted" not in run.state:
+    if run.state.accepted is None:
         return None, "there is no readable checkpoint with accepted labels."
-    then = len(run.state["accepted"])
+    then = len(run.state.accepted)
     try:
         data = run.option("data", "data")
         if not data:
@@ -213,43 +214,10 @@ def images_of(run: Run) -> tuple[Images | None, str]:
         return None, f"the images can't be read now: {error}"
     if len(images) != then:
         return None, f"the data set has {len(images):,} images now, {then:,} when the run was made."
-    known = run.state.get("config", {}).get("identity", {})
+    known = run.state.identity
     if known and (text := identity.changes(run.folder, known, {"train": images.listing()})):
         return None, f"the images are not those that the run was made of: {text}."
     return images, ""
-
-
-POINTS = 1000  # t-SNE takes some seconds for them
-
-
-class StoredFeatures(NamedTuple):
-    """Unit features of n different images that a checkpoint holds."""
-
-    features: np.ndarray  # (n, D) float32
-    indices: np.ndarray  # (n,) int64, of the images
-    source: str
-
-
-def stored_features(state: Mapping[str, Any], most: int = POINTS, seed: int = 0) -> StoredFeatures | None:
-    """Of at most `most` images, always the same ones: their newest keys in the queue, else what the bank holds of them;
-    None where the checkpoint has neither."""
-    queue, bank = state.get("negatives"), state.get("bank")
-    if queue is not None and "features" in queue:
-        features, indices = queue["features"], queue["indices"].numpy()
-        pointer = int(queue["_extra_state"][0]) if "_extra_state" in queue else 0
-        newest_first = (pointer - 1 - np.arange(len(indices))) % len(indices)
-        newest_first = newest_first[indices[newest_first] >= 0]
-        distinct, at = np.unique(indices[newest_first], return_index=True)
-        rows, source = newest_first[at], "newest key in the queue"
-    elif bank is not None:
-        features, source = bank, "newest key in the bank"
-        distinct = rows = bank.any(dim=1).nonzero().flatten().numpy()
-    else:
-        return None
-    kept = np.sort(np.random.default_rng(seed).permutation(len(rows))[:most])
-    found = features[torch.from_numpy(rows[kept])].float().numpy()
-    finite = np.isfinite(found).all(axis=1)
-    return StoredFeatures(found[finite], distinct[kept][finite], source)
 
 
 def begin(config: Config, images: identity.Parts) -> None:
@@ -271,5 +239,5 @@ def write_result(out: Path, backbone: nn.Module, result: dict[str, Any]) -> None
         CommandError: the disk is full or not writable.
     """
     weights = {name: value.cpu() for name, value in backbone.state_dict().items()}
-    checkpoint.write_atomically(out / "backbone.pt", lambda file: torch.save(weights, file))
-    run_folder.write_json(out / "result.json", result)
+    checkpoint.write_atomically(out / BACKBONE, lambda file: torch.save(weights, file))
+    run_folder.write_json(out / RESULT, result)

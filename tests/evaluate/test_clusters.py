@@ -29,7 +29,8 @@ from ifnd_fast.metrics.false_negatives import detection_statistics
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.errors import UsageError
-from ifnd_fast.training.saved_run import clustering_in, load_encoder
+from ifnd_fast.training.saved_run import load_encoder
+from ifnd_fast.training.saved_state import SavedState
 from tests.conftest import TINY, command
 
 
@@ -175,8 +176,8 @@ def test_a_runs_clustering_knows_which_images_had_features():
                           "confidence": torch.tensor([[0.9], [0.8]])},
         "cluster_waiting": {"usable": torch.tensor([True, False, True])},
     }  # fmt: skip
-    found = clustering_in(state)
+    found = SavedState(state).clustering()
     assert found.levels == (2,) and found.labels.tolist() == [[1], [-1], [0]]
     assert found.confidence.flatten().tolist() == pytest.approx([0.9, 0.0, 0.8])
     assert found.explains(torch.tensor([[1], [-1], [-1]])) and not found.explains(torch.tensor([[0], [-1], [-1]]))
-    assert clustering_in({"pseudo_labels": {"levels": torch.tensor([2])}}) is None
+    assert SavedState({"pseudo_labels": {"levels": torch.tensor([2])}}).clustering() is None

@@ -7,7 +7,7 @@ import torch
 from ifnd_fast.report.embedding import draw_embedding, embed
 from ifnd_fast.report.page import write_report
 from ifnd_fast.report.plots import draw_picture
-from ifnd_fast.training.saved_run import stored_features
+from ifnd_fast.training.saved_state import SavedState
 from tests.report.runs import clustered, figure_titles
 
 
@@ -30,26 +30,26 @@ def test_features_in_the_plane(make_run):
 def test_the_queues_newest_key_of_each_image_counts():
     features = torch.arange(12.0).reshape(6, 2)
     full = {"features": features, "indices": torch.tensor([4, 7, 4, 9, 7, 4]), "_extra_state": torch.tensor([3, 6])}
-    found = stored_features({"negatives": full})  # slots from oldest to newest: 3 4 5 0 1 2
+    found = SavedState({"negatives": full}).features()  # slots from oldest to newest: 3 4 5 0 1 2
     assert found.indices.tolist() == [4, 7, 9]
     assert torch.equal(torch.from_numpy(found.features), features[[2, 1, 3]])
     indices = torch.tensor([4, 7, 4, -1, -1, -1])
     filling = {"features": features, "indices": indices, "_extra_state": torch.tensor([3, 3])}
-    assert torch.equal(torch.from_numpy(stored_features({"negatives": filling}).features), features[[2, 1]])
+    assert torch.equal(torch.from_numpy(SavedState({"negatives": filling}).features().features), features[[2, 1]])
 
 
 def test_the_bank_stands_in_for_a_queue():
     bank = torch.eye(3).bfloat16()
     bank[1] = 0  # not seen yet
-    found = stored_features({"negatives": None, "bank": bank})
+    found = SavedState({"negatives": None, "bank": bank}).features()
     assert found.indices.tolist() == [0, 2] and found.features.dtype == np.float32 and "bank" in found.source
-    assert stored_features({"negatives": None, "bank": None}) is None
+    assert SavedState({"negatives": None, "bank": None}).features() is None
 
 
 def test_many_keys_are_sampled_always_alike():
     queue = {"features": torch.rand(5000, 4), "indices": torch.arange(5000), "_extra_state": torch.tensor([0, 5000])}
     queue["features"][17] = torch.nan
-    first, second = (stored_features({"negatives": queue}, most=4999) for _ in range(2))
+    first, second = (SavedState({"negatives": queue}).features(most=4999) for _ in range(2))
     assert len(set(first.indices.tolist())) == len(first.indices) <= 4999 and 17 not in first.indices
     assert np.array_equal(first.indices, second.indices) and np.array_equal(first.features, second.features)
     assert np.array_equal(first.features, queue["features"].numpy()[first.indices])
@@ -78,11 +78,12 @@ def test_the_commonest_groups_are_coloured():
     queue = {"features": torch.rand(40, 4), "indices": torch.arange(40), "_extra_state": torch.tensor([0, 40])}
     groups = np.minimum(np.arange(40), 20)  # 20 of one image each, and one of twenty
     names = [f"a name of {i} that is long" for i in range(21)]
-    picture = draw_picture("embedding", draw_embedding, stored_features({"negatives": queue}), groups, names, "class")
+    features = SavedState({"negatives": queue}).features()
+    picture = draw_picture("embedding", draw_embedding, features, groups, names, "class")
     assert picture.title == "Features in the plane (PCA)" and "the 12 commonest" in picture.caption
     assert "a name of 20 …" in picture.svg and "others" in picture.svg and "a name of 15" not in picture.svg
 
 
 def test_no_picture_of_two_points():
     queue = {"features": torch.rand(2, 4), "indices": torch.arange(2), "_extra_state": torch.tensor([0, 2])}
-    assert draw_picture("embedding", draw_embedding, stored_features({"negatives": queue}), None, [], "") is None
+    assert draw_picture("embedding", draw_embedding, SavedState({"negatives": queue}).features(), None, [], "") is None
