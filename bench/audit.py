@@ -140,24 +140,28 @@ class CudaKernel:
 
 
 def cuda_kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, CudaKernel]:
-    """Every kernel of csrc/cuda, by name. float32 runs those of fp16."""
-    if dtype == torch.float32 or (dtype == torch.bfloat16 and card < 80):
+    """Every kernel of csrc/cuda, by name."""
+    if dtype == torch.bfloat16 and card < 80:
         return {}
-    chunk, bfloat16 = 64 if size.dim <= 64 else 128, dtype == torch.bfloat16
-    of_type = f"ifnd::cuda::{'Bfloat16' if bfloat16 else 'Half'}, {chunk}, ifnd::cuda"
+    chunk, float32 = 64 if size.dim <= 64 else 128, dtype == torch.float32
+    of_type = {torch.float16: "Half", torch.bfloat16: "Bfloat16", torch.float32: "TwoTerms"}[dtype]
+    of_type = f"ifnd::cuda::{of_type}, {chunk}, ifnd::cuda"
     row = 2 * (chunk + 8)  # bytes in shared memory
     out = {}
-    for mode in ("LABELS", "CONFIDENCE") + (() if bfloat16 else ("SCREEN",)):
+    for mode in ("LABELS", "CONFIDENCE") + (("SCREEN",) if float32 else ()):
         kernel = f"ifnd::cuda::assign_kernel<{of_type}::Assign::{mode}>"
         out[f"cuda assign {mode.lower()}"] = CudaKernel("assign.h", kernel, 8, 2 * 16 * row)
     for step in ("DENSE", "MARKED_SUMS", "MARKED_GRAD", "NEGATIVES"):
         kernel = f"ifnd::cuda::info_nce_kernel<{of_type}::Pass::{step}>"
         warps = 4 if size.levels <= 4 else 2
-        shared = (32 * warps + 32) * (row + 8 + 4 * size.levels) + 32 * 8
+        shared = (32 * warps + 32) * (row + 8 + 4 * size.levels) + 32 * (20 if float32 else 12)
         shared += 32 * warps * size.levels * 12 if step == "MARKED_SUMS" else 0
         out[f"cuda info_nce {step.lower()}"] = CudaKernel("info_nce.h", kernel, warps, shared)
     out["cuda info_nce normalise"] = CudaKernel("normalise.h", "ifnd::cuda::normalise_kernel", 4, 0)
     out["cuda info_nce add_splits"] = CudaKernel("normalise.h", "ifnd::cuda::add_splits_kernel", 8, 1024)
+    if float32:
+        out["cuda two_terms"] = CudaKernel("two_terms.h", "ifnd::cuda::two_terms_kernel", 8, 0)
+        out["cuda assign exact"] = CudaKernel("assign.h", "ifnd::cuda::exact_kernel", 8, 0)
     return out
 
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ifnd_fast.kernels.marked import marked_weights
 from ifnd_fast.kernels.pairs import excluded_pairs, ids_of, labels_of, marked_pairs_held
-from ifnd_fast.kernels.products import LOG2E, load_column, load_rows, similarities
+from ifnd_fast.kernels.products import LOG2E, LOG2E_REST, load_column, load_rows, similarities
 
 SMALLEST_LOSS_GRAD = tl.constexpr(2.0**-100)  # of the largest: its inverse is finite
 
@@ -39,10 +39,16 @@ def negatives_grad_kernel(
         lse = tl.load(log_normalizer + tl.cast(row, tl.int64) * N_LOSSES + at, mask=inside, other=float("inf"))
         least = tl.where(valid, tl.min(lse, 1), 0.0)
         mean = tl.sum(tl.exp2((least[:, None] - lse) * LOG2E), 1) / N_LOSSES
+        # Of a moderate lse all goes into the factor, else all but an integer: a small logit's exponent is exact then.
+        whole = tl.floor(least * LOG2E)
+        rest = tl.fma(least, LOG2E_REST, tl.fma(least, LOG2E, -whole))
+        moderate = tl.abs(whole) < 32.0
+        mean *= tl.exp2(-rest) * tl.where(moderate, tl.exp2(-whole), 1.0)
+        shift, most = tl.where(moderate, 0.0, whole), tl.where(moderate, whole + rest, rest)
         s = similarities(query, row, valid, negatives, key, exists, D, CHUNK, CHUNKS, PRECISION) * scale
         own = ids_of(query_ids, row, valid, HAS_IDS)
         s = tl.where(excluded_pairs(own, negative_ids, key, exists, HAS_IDS), float("-inf"), s)
-        weights = tl.exp2(tl.minimum(s - (least * LOG2E)[:, None], 0.0)) * mean[:, None]
+        weights = tl.exp2(tl.minimum(s - shift[:, None], most[:, None])) * mean[:, None]
         if HAS_LABELS:
             y = labels_of(query_labels, row, valid, L)
             marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, key, exists, L, ALL)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_REST = tl.constexpr(1.9259629911266175e-8)  # what its rounding to float32 leaves
 LN2 = tl.constexpr(0.6931471805599453)
 
 

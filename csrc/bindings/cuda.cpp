@@ -34,31 +34,55 @@ struct Named {
     return values.contains(name) ? reinterpret_cast<T*>(nb::cast<uintptr_t>(values[name])) : nullptr;
   }
   bool is(const char* name, const char* value) const { return number<std::string>(name) == value; }
+  Numbers numbers() const {
+    return is("numbers", "two_terms") ? Numbers::TWO_TERMS : is("numbers", "bfloat16") ? Numbers::BFLOAT16 : Numbers::FLOAT16;
+  }
   Stream stream() const { return reinterpret_cast<Stream>(number<uintptr_t>("stream")); }
 };
 
-void assign(const nb::kwargs& values) {
+void terms(const nb::kwargs& values) {
   const Named n{values};
+  TwoTermsArguments p{};
+  p.rows = n.at<float>("rows"), p.terms = n.at<u16>("terms"), p.units = n.at<float>("units");
+  p.lengths = n.at<float>("lengths"), p.summary = n.at<float>("summary");
+  p.count = n.number<int>("count"), p.columns = n.number<int>("columns"), p.D = n.number<int>("D");
+  two_terms(p, n.stream());
+}
+
+AssignArguments assign_arguments(const Named& n) {
   AssignArguments p{};
   p.features = n.at<u16>("features"), p.centroids = n.at<u16>("centroids");
-  p.half_norms = n.at<float>("half_norms"), p.unit = n.at<float>("unit");
+  p.half_norms = n.at<float>("half_norms");
+  p.feature_units = n.at<float>("feature_units"), p.centroid_units = n.at<float>("centroid_units");
+  p.exact_features = n.at<float>("exact_features"), p.exact_centroids = n.at<float>("exact_centroids");
+  p.centroid_summary = n.at<float>("centroid_summary");
   p.rows = n.at<int>("rows"), p.row_count = n.at<int>("row_count"), p.margins = n.at<float>("margins");
   p.labels = n.at<int>("labels"), p.confidence = n.at<float>("confidence");
   p.near_rows = n.at<int>("near_rows"), p.near_count = n.at<int>("near_count");
   p.N = n.number<int>("N"), p.C = n.number<int>("C"), p.D = n.number<int>("D");
-  p.terms = n.number<int>("terms"), p.stored_terms = n.number<int>("stored_terms");
-  p.scale = n.number<float>("scale");
+  p.columns = n.number<int>("columns"), p.scale = n.number<float>("scale");
+  return p;
+}
+
+void assign(const nb::kwargs& values) {
+  const Named n{values};
   const Assign mode = n.is("mode", "confidence") ? Assign::CONFIDENCE
                       : n.is("mode", "screen")   ? Assign::SCREEN
                                                  : Assign::LABELS;
-  assign_clusters(p, n.number<bool>("bfloat16"), mode, n.stream());
+  assign_clusters(assign_arguments(n), n.numbers(), mode, n.stream());
+}
+
+void exactly(const nb::kwargs& values) {
+  const Named n{values};
+  assign_exactly(assign_arguments(n), n.stream());
 }
 
 void loss_pass(const nb::kwargs& values) {
   const Named n{values};
-  const Side queries{n.at<u16>("query"), n.at<int>("query_labels"), n.at<long long>("query_ids"), n.number<int>("B")};
-  const Side negatives{n.at<u16>("negatives"), n.at<int>("negative_labels"), n.at<long long>("negative_ids"),
-                       n.number<int>("K")};
+  const Side queries{n.at<u16>("query"), n.at<float>("query_units"), n.at<float>("query_summary"),
+                     n.at<int>("query_labels"), n.at<long long>("query_ids"), n.number<int>("B")};
+  const Side negatives{n.at<u16>("negatives"), n.at<float>("negative_units"), n.at<float>("negative_summary"),
+                       n.at<int>("negative_labels"), n.at<long long>("negative_ids"), n.number<int>("K")};
   const Pass pass = n.is("step", "dense")         ? Pass::DENSE
                     : n.is("step", "marked_sums") ? Pass::MARKED_SUMS
                     : n.is("step", "marked_grad") ? Pass::MARKED_GRAD
@@ -66,9 +90,7 @@ void loss_pass(const nb::kwargs& values) {
   InfoNceArguments p{};
   p.rows = pass == Pass::NEGATIVES ? negatives : queries;
   p.columns = pass == Pass::NEGATIVES ? queries : negatives;
-  p.unit = n.at<float>("unit"), p.column_unit = n.at<float>("column_unit");
   p.D = n.number<int>("D"), p.L = n.number<int>("L"), p.grad_columns = n.number<int>("grad_columns");
-  p.terms = n.number<int>("terms"), p.stored_terms = n.number<int>("stored_terms");
   p.split_columns = n.number<int>("split_columns"), p.tiles = n.number<int>("tiles");
   p.scale = n.number<float>("scale"), p.shift = n.number<float>("shift");
   p.n_losses = n.number<int>("n_losses"), p.all_levels = n.number<bool>("all_levels");
@@ -79,7 +101,7 @@ void loss_pass(const nb::kwargs& values) {
   p.level_count = n.at<int>("level_count"), p.split_factor = n.at<float>("split_factor");
   p.log_normalizer = n.at<float>("log_normalizer"), p.false_negative_counts = n.at<int>("false_negative_counts");
   p.loss_grad = n.at<float>("loss_grad"), p.negatives_grad = n.at<float>("negatives_grad");
-  info_nce(p, n.number<bool>("bfloat16"), pass, n.number<int>("warps"), n.number<int>("splits"), n.stream());
+  info_nce(p, n.numbers(), pass, n.number<int>("warps"), n.number<int>("splits"), n.stream());
 }
 
 NormaliseArguments normalise_arguments(const Named& n) {
@@ -128,6 +150,8 @@ NB_MODULE(IFND_MODULE_NAME, m) {
   m.def("device", &device_properties, "index"_a,
         "name, compute_capability (major, minor), multiprocessors and memory (bytes) of one GPU.");
   // Arguments by name, as in the struct of each kernel.
+  m.def("two_terms", &terms, "csrc/cuda/two_terms.h");
+  m.def("assign_exactly", &exactly, "csrc/cuda/assign.h: exact_kernel");
   m.def("assign_clusters", &assign, "csrc/cuda/assign.h; mode is \"labels\", \"confidence\" or \"screen\".");
   m.def("info_nce", &loss_pass,
         "csrc/cuda/info_nce.h; step is \"dense\", \"marked_sums\", \"marked_grad\" or \"negatives\".");

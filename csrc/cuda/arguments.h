@@ -7,26 +7,40 @@ typedef unsigned short u16;  // a float16 or bfloat16
 
 constexpr int MAX_LEVELS = 16;
 
+enum class Numbers { FLOAT16, BFLOAT16, TWO_TERMS };  // of operands; the last are float32, two terms of float16 each
+
+struct TwoTermsArguments {
+  const float* rows;  // (count, columns)
+  u16* terms;         // (count, 2 * D): high and low terms, each filled up to D, which divides by 8
+  float* units;       // (count,): how many times its terms a row is; NaN where it has a number that is not finite
+  float* lengths;     // (count, 3): of the row, its high terms, and what these leave; or null
+  float* summary;     // the largest unit, and 1 where one is NaN; zeros before
+  int count, columns, D;
+};
+
 enum class Assign { LABELS, CONFIDENCE, SCREEN };
 
 struct AssignArguments {
-  const u16 *features, *centroids;  // rows of terms * D numbers; D divides by 8
+  const u16 *features, *centroids;  // rows of D numbers of one or two terms; D divides by 8
   const float* half_norms;          // h, or null for 0
-  const float* unit;                // on the device, or null for 1
+  const float *feature_units, *centroid_units;  // of two terms
   const int* rows;                  // LABELS: the rows to do, *row_count of them, or null for all N
   const int* row_count;
   const float* margins;  // SCREEN, (N,)
   int* labels;
   float* confidence;  // CONFIDENCE
   int *near_rows, *near_count;  // SCREEN: the rows to do again
-  int N, C, D, terms, stored_terms;  // multiplied, and held by a row
+  const float *exact_features, *exact_centroids;  // assign_exactly: (N, columns), (C, columns)
+  const float* centroid_summary;                  // that of TwoTermsArguments
+  int N, C, D, columns;
   float scale;
 };
 
 enum class Pass { DENSE, MARKED_SUMS, MARKED_GRAD, NEGATIVES };
 
 struct Side {  // of the matrix of pairs: queries or negatives
-  const u16* features;  // (count, terms * D)
+  const u16* features;  // (count, D), or (count, 2 * D)
+  const float *units, *largest_unit;  // of two terms: (count,), and (1,)
   const int* labels;    // (count, L)
   const long long* ids;
   int count;
@@ -34,9 +48,7 @@ struct Side {  // of the matrix of pairs: queries or negatives
 
 struct InfoNceArguments {
   Side rows, columns;        // queries and negatives; for NEGATIVES the other way round
-  const float* unit;         // on the device, of a product; or null for 1
-  const float* column_unit;  // of a column's features
-  int D, L, terms, stored_terms, split_columns, tiles;  // a split is a multiple of a tile; `tiles` in all
+  int D, L, split_columns, tiles;  // a split is a multiple of a tile; `tiles` in all
   int grad_columns;  // D, less what fills rows up to pieces of 16 bytes
   int n_losses;  // L, or 1 whose false negatives are those of any level, or of all
   float scale, shift;  // log2(e) / tau; weights are multiplied by 2^shift, else small ones lose digits in 16 bits

@@ -1,7 +1,5 @@
 #include "assign.h"
 
-#include <type_traits>
-
 #include "api.h"
 #include "launch.h"
 
@@ -26,14 +24,20 @@ void run(const AssignArguments& p, Assign mode, Stream stream) {
     run<T, Assign::CONFIDENCE>(p, stream);
   else if (mode == Assign::LABELS)
     run<T, Assign::LABELS>(p, stream);
-  else if constexpr (!std::is_same_v<T, Bfloat16>)  // bfloat16 numbers are no terms of a float32
+  else if constexpr (Terms<T>::STORED == 2)
     run<T, Assign::SCREEN>(p, stream);
 }
 
 }  // namespace
 
-void assign_clusters(const AssignArguments& p, bool bfloat16, Assign mode, Stream stream) {
-  bfloat16 ? run<Bfloat16>(p, mode, stream) : run<Half>(p, mode, stream);
+void assign_clusters(const AssignArguments& p, Numbers numbers, Assign mode, Stream stream) {
+  if (numbers == Numbers::FLOAT16) run<Half>(p, mode, stream);
+  if (numbers == Numbers::BFLOAT16) run<Bfloat16>(p, mode, stream);
+  if (numbers == Numbers::TWO_TERMS) run<TwoTerms>(p, mode, stream);
+}
+
+void assign_exactly(const AssignArguments& p, Stream stream) {
+  launch("exact_kernel", exact_kernel, dim3((p.N + ASSIGN_WARPS - 1) / ASSIGN_WARPS), ASSIGN_THREADS, 0, stream, p);
 }
 
 }  // namespace ifnd::cuda

@@ -13,7 +13,7 @@ void run(const InfoNceArguments& p, int warps, int splits, Stream stream) {
   const int rows = warps * WARP_ROWS, chunks = PASS == Pass::MARKED_SUMS || !p.with_grad ? 1 : (p.D + CHUNK - 1) / CHUNK;
   launch("info_nce_kernel", info_nce_kernel<T, CHUNK, PASS>,
          dim3((p.rows.count + rows - 1) / rows, splits, chunks), 32 * warps,
-         LossShared<CHUNK>::bytes(warps, p.L, PASS == Pass::MARKED_SUMS), stream, p);
+         LossShared<T, CHUNK>::bytes(warps, p.L, PASS == Pass::MARKED_SUMS), stream, p);
 }
 
 template <class T, int CHUNK>
@@ -31,8 +31,10 @@ void run(const InfoNceArguments& p, Pass pass, int warps, int splits, Stream str
 
 }  // namespace
 
-void info_nce(const InfoNceArguments& p, bool bfloat16, Pass pass, int warps, int splits, Stream stream) {
-  bfloat16 ? run<Bfloat16>(p, pass, warps, splits, stream) : run<Half>(p, pass, warps, splits, stream);
+void info_nce(const InfoNceArguments& p, Numbers numbers, Pass pass, int warps, int splits, Stream stream) {
+  if (numbers == Numbers::FLOAT16) run<Half>(p, pass, warps, splits, stream);
+  if (numbers == Numbers::BFLOAT16) run<Bfloat16>(p, pass, warps, splits, stream);
+  if (numbers == Numbers::TWO_TERMS) run<TwoTerms>(p, pass, warps, splits, stream);
 }
 
 void info_nce_normalise(const NormaliseArguments& p, Stream stream) {

@@ -13,7 +13,7 @@
 //
 // A warp holds 32 rows' gradient in registers and walks the columns, 32 at a time; a block's warps share the tile. Which
 // pairs are false negatives is a word of 32 bits a lane, one for each of its sums. Logits carry a factor log2(e).
-// float32 comes as two terms of 16 bits (csrc/cuda/assign.h); so do the weights then.
+// float32 comes as two terms of float16 (csrc/cuda/two_terms.h); so do the weights then.
 #pragma once
 
 #include "loss_weights.h"
@@ -24,7 +24,7 @@ namespace ifnd::cuda {
 template <class T, int CHUNK>
 __device__ __forceinline__ void add_products(TileSums& s, const u16* rows, const u16* columns, int lane) {
   constexpr int STRIDE = CHUNK + PAD;
-#pragma unroll
+#pragma unroll (Terms<T>::STORED == 1 ? CHUNK / 16 : 1)
   for (int k = 0; k < CHUNK / 16; ++k) {
     u32 a[8];
     Core::load_a(a, [&](int row) { return rows + row * STRIDE + 16 * k; }, 16, lane);
@@ -32,59 +32,50 @@ __device__ __forceinline__ void add_products(TileSums& s, const u16* rows, const
     for (int block = 0; block < TILE_BLOCKS; ++block) {
       u32 b[Core::B_WORDS];
       Core::load_b(b, columns + 8 * block * STRIDE + 16 * k, STRIDE, lane);
-      Core::mma(T(), s[block], a, b);
+      add_product<T>(s[block], [&](float (&sums)[8]) { Core::mma(T(), sums, a, b); });
     }
   }
 }
 
-// grad += weights . columns, of the weights' first term of 16 bits, or of what that leaves.
+// grad += weights, rounded to 16 bits, . columns.
 template <class T, int CHUNK, int GRAD_BLOCKS>
 __device__ __forceinline__ void add_weighted(float (&grad)[GRAD_BLOCKS][8], const TileSums& weights, const u16* columns,
-                                             bool second_term, int lane) {
+                                             int lane) {
   constexpr int STRIDE = CHUNK + PAD;
 #pragma unroll
   for (int k = 0; k < TILE_COLUMNS / 16; ++k) {
     u32 a[8];
-    if (!second_term) {
-      Core::as_a(T(), a, weights[2 * k], weights[2 * k + 1], lane);
-    } else {
-      float left[8], right[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        left[i] = weights[2 * k][i] - unpack(T(), (u16)pack(T(), weights[2 * k][i], 0));
-        right[i] = weights[2 * k + 1][i] - unpack(T(), (u16)pack(T(), weights[2 * k + 1][i], 0));
-      }
-      Core::as_a(T(), a, left, right, lane);
-    }
+    Core::as_a(T(), a, weights[2 * k], weights[2 * k + 1], lane);
 #pragma unroll
     for (int block = 0; block < GRAD_BLOCKS; ++block) {
       u32 b[Core::B_WORDS];
       Core::load_b_rows(b, columns + 16 * k * STRIDE + 8 * block, STRIDE, lane);
-      Core::mma_rows(T(), grad[block], a, b);
+      add_product<T>(grad[block], [&](float (&sums)[8]) { Core::mma_rows(T(), sums, a, b); });
+      if (Terms<T>::STORED == 2) __syncwarp();  // else too many products are begun for the registers
     }
   }
 }
 
 // MARKED_SUMS: the block's sums, from shared memory to the split's.
-template <int CHUNK>
-__device__ __forceinline__ void store_level_sums(const InfoNceArguments& p, const LossShared<CHUNK>& shared, int count,
-                                                 float product_unit) {
+template <class T, int CHUNK>
+__device__ __forceinline__ void store_level_sums(const InfoNceArguments& p, const LossShared<T, CHUNK>& shared,
+                                                 int count) {
   const int block_row = blockIdx.x * count;
   __syncthreads();
   for (int i = threadIdx.x; i < count * p.n_losses; i += blockDim.x)
     if (block_row + i / p.n_losses < p.rows.count) {
       const long long at = ((long long)blockIdx.y * p.rows.count + block_row) * p.n_losses + i;
-      p.level_max[at] = shared.level_max[i] * product_unit;
-      p.level_sum[at] = p.attract ? shared.level_sum[i] * product_unit : shared.level_sum[i];
+      p.level_max[at] = shared.level_max[i];
+      p.level_sum[at] = shared.level_sum[i];
       p.level_count[at] = shared.level_count[i];
     }
 }
 
 // One row of a lane's part of the gradient.
-template <Pass PASS, int GRAD_BLOCKS>
+template <class T, Pass PASS, int GRAD_BLOCKS>
 __device__ __forceinline__ void store_grad(const InfoNceArguments& p, const float (&grad)[GRAD_BLOCKS][8], int r,
                                            long long at, float highest, int grad_at, int lane) {
-  const float column_unit = p.column_unit ? *p.column_unit : 1.f;
+  const float column_unit = Terms<T>::STORED == 1 ? 1.f : *p.columns.largest_unit;
   const float factor = PASS == Pass::MARKED_GRAD ? p.split_factor[at] : 0.f;
   const float unit = PASS == Pass::NEGATIVES ? column_unit * exp2_fast(1 - p.shift) * highest * p.scale * LN2
                                              : column_unit * exp2_fast(-p.shift);
@@ -110,12 +101,12 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
     constexpr int STRIDE = CHUNK + PAD;
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, count = WARP_ROWS * warps;
     const Lane own{(int)threadIdx.x % 32};
-    const LossShared<CHUNK> shared(shared_memory, warps, p.L);
+    const LossShared<T, CHUNK> shared(shared_memory, warps, p.L);
     const int block_row = blockIdx.x * count, warp_row = block_row + warp * WARP_ROWS, split = blockIdx.y;
-    const int chunks = (p.D + CHUNK - 1) / CHUNK, steps = p.terms * chunks, stride = p.stored_terms * p.D;
+    constexpr int STORED = Terms<T>::STORED;
+    const int chunks = (p.D + CHUNK - 1) / CHUNK, steps = Terms<T>::PRODUCTS * chunks, stride = STORED * p.D;
     const int grad_at = blockIdx.z * CHUNK, first_column = split * p.split_columns;
     const int end = p.columns.count < first_column + p.split_columns ? p.columns.count : first_column + p.split_columns;
-    const float product_unit = p.unit ? *p.unit : 1.f, scale = p.scale * product_unit;
     const bool active = warp_row < p.rows.count;  // the warp has rows; without any it only helps to stage
 
     stage_labels(shared.row_labels, shared.row_ids, p.rows, count, block_row, p.rows.count, p.L, -2);
@@ -141,10 +132,12 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
         __syncthreads();  // the tile before was read
       }
       stage_labels(shared.column_labels, shared.column_ids, p.columns, TILE_COLUMNS, first, end, p.L, -1);
+      if (STORED == 2) stage_units(shared, p.columns, first, end);
       if (PASS == Pass::NEGATIVES) stage_query_factors(p, shared, first, end);
 
       // 1. Products.
       TileSums s = {};
+#pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const Step at = Step::of<CHUNK>(step, p.D);
         if (step > 0) __syncthreads();
@@ -156,41 +149,47 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
 
       // 2. Weights, in their place.
       if (visit) {
-        const Pairs<CHUNK> pairs(p, shared, own, warp, first, end);
+        const Pairs<T, CHUNK> pairs(p, shared, own, warp, first, end);
+        multiply_units(pairs, s, warp_row);
         float rescale[Core::ROWS];
         if constexpr (PASS == Pass::DENSE) {
           const bool any = __any_sync(0xffffffffu, pairs.marked != 0);
           if (flag && own.lane == 0) *flag = any;
-          dense_weights(pairs, s, scale, highest, total, rescale);
+          dense_weights(pairs, s, p.scale, highest, total, rescale);
           if (p.with_grad) multiply_rows(grad, rescale);
         } else if constexpr (PASS == Pass::MARKED_SUMS) {
-          add_marked(pairs, s, scale);
+          add_marked(pairs, s, p.scale);
         } else if constexpr (PASS == Pass::MARKED_GRAD) {
-          marked_grad_weights(pairs, s, scale, warp_row);
+          marked_grad_weights(pairs, s, p.scale, warp_row);
         } else {
-          negatives_weights(pairs, s, scale, warp_row, highest, rescale);
+          negatives_weights(pairs, s, p.scale, warp_row, highest, rescale);
           multiply_rows(grad, rescale);
         }
+        if (PASS == Pass::DENSE || PASS == Pass::MARKED_GRAD) multiply_shares(pairs, s);
       }
 
       // 3. The weighted sum of the columns' features.
       if constexpr (GRAD) {
         if (!p.with_grad) continue;
-        for (int term = 0; term < (p.terms == 1 ? 1 : 2); ++term) {
+#pragma unroll 1
+        for (int term = STORED - 1; term >= 0; --term) {
           if (steps > 1) {
             __syncthreads();
             stage<CHUNK>(shared.tile, p.columns, TILE_COLUMNS, first, end, stride, term * p.D + grad_at, p.D - grad_at);
             __syncthreads();
           }
           if (!visit) continue;
-          for (int weight_term = 0; weight_term < (p.terms == 1 ? 1 : 2 - term); ++weight_term)
-            add_weighted<T, CHUNK>(grad, s, shared.tile, weight_term == 1, own.lane);
+#pragma unroll 1
+          for (int weight_term = 0; weight_term < STORED - term; ++weight_term) {
+            if (weight_term == 1) keep_rests<T>(s);
+            add_weighted<T, CHUNK>(grad, s, shared.tile, own.lane);
+          }
         }
       }
     }
 
     // 4. What the split's rows have come to.
-    if (PASS == Pass::MARKED_SUMS) store_level_sums(p, shared, count, product_unit);
+    if (PASS == Pass::MARKED_SUMS) store_level_sums(p, shared, count);
 #pragma unroll
     for (int r = 0; r < Core::ROWS; ++r) {
       const int row = warp_row + Core::row(own.lane, r);
@@ -198,9 +197,9 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
       if (PASS == Pass::DENSE) {
         const float sum = sum_of_row(total[r]) * exp2_fast(-p.shift);
         if (row < p.rows.count && blockIdx.z == 0 && (own.lane & (4 - Core::FIRST_PARTNER)) == 0)
-          p.split_max[at] = highest[r] * product_unit, p.split_sum[at] = sum;
+          p.split_max[at] = highest[r], p.split_sum[at] = sum;
       }
-      if (GRAD && p.with_grad && row < p.rows.count) store_grad<PASS>(p, grad, r, at, highest[r], grad_at, own.lane);
+      if (GRAD && p.with_grad && row < p.rows.count) store_grad<T, PASS>(p, grad, r, at, highest[r], grad_at, own.lane);
     }
   }
 }

@@ -9,22 +9,24 @@
 namespace ifnd::cuda {
 
 constexpr int TILE_COLUMNS = 32, TILE_BLOCKS = TILE_COLUMNS / 8, MAX_LOSS_WARPS = 4;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float LOG2E = 1.4426950408889634f, LOG2E_REST = 1.9259629911e-8f;  // what its rounding leaves
+constexpr float LN2 = 0.6931471805599453f;
 
 // What one block keeps in shared memory.
-template <int CHUNK>
+template <class T, int CHUNK>
 struct LossShared {
   static constexpr int STRIDE = CHUNK + PAD;
   u16 *rows, *tile;                 // (32 * warps, STRIDE), (32, STRIDE)
   long long *row_ids, *column_ids;  // (32 * warps,), (32,)
   int *row_labels, *column_labels;  // (L, .): a lane then reads its columns at fixed distances
-  float *column_shift, *column_factor;  // NEGATIVES: min_l lse_l, and g mean_l e^{min - lse_l}
+  float *column_shift, *column_most, *column_factor;  // NEGATIVES: of queries' exponentials
   float *level_max, *level_sum;         // MARKED_SUMS: (32 * warps, n_losses), L at most
   int* level_count;
+  float *column_units, *column_shares;  // of two terms, and relative to the largest
 
   __host__ __device__ static constexpr int bytes(int warps, int L, bool level_sums) {
-    const int rows = WARP_ROWS * warps, both = rows + TILE_COLUMNS;
-    return both * (STRIDE * 2 + 8 + 4 * L) + TILE_COLUMNS * 8 + (level_sums ? rows * L * 12 : 0);
+    const int rows = WARP_ROWS * warps, both = rows + TILE_COLUMNS, of_columns = Terms<T>::STORED == 1 ? 12 : 20;
+    return both * (STRIDE * 2 + 8 + 4 * L) + TILE_COLUMNS * of_columns + (level_sums ? rows * L * 12 : 0);
   }
   __device__ LossShared(unsigned char* memory, int warps, int L) {
     const int count = WARP_ROWS * warps;
@@ -35,8 +37,11 @@ struct LossShared {
     row_labels = (int*)(column_ids + TILE_COLUMNS);
     column_labels = row_labels + count * L;
     column_shift = (float*)(column_labels + TILE_COLUMNS * L);
-    column_factor = column_shift + TILE_COLUMNS;
-    level_max = column_factor + TILE_COLUMNS;
+    column_most = column_shift + TILE_COLUMNS;
+    column_factor = column_most + TILE_COLUMNS;
+    column_units = column_factor + TILE_COLUMNS;
+    column_shares = column_units + TILE_COLUMNS;
+    level_max = Terms<T>::STORED == 1 ? column_units : column_shares + TILE_COLUMNS;
     level_sum = level_max + count * L;
     level_count = (int*)(level_sum + count * L);
   }
@@ -68,6 +73,15 @@ __device__ __forceinline__ void stage_labels(int* labels, long long* ids, const 
       const long long id = first + i < last ? side.ids[first + i] : -1;
       ids[i] = id < 0 ? none : id;
     }
+}
+
+// Of two terms: their units, and relative to the largest; 0 from `end` on, and where weights are NaN anyway.
+template <class T, int CHUNK>
+__device__ __forceinline__ void stage_units(const LossShared<T, CHUNK>& shared, const Side& side, int first, int end) {
+  if (threadIdx.x >= TILE_COLUMNS) return;
+  const float unit = first + threadIdx.x < end ? side.units[first + threadIdx.x] : 0.f;
+  shared.column_units[threadIdx.x] = unit;
+  shared.column_shares[threadIdx.x] = unit > 0 ? unit / *side.largest_unit : 0.f;
 }
 
 // One lane's sums of a tile, and words with a bit for each of them: number i is row r(i) and column c(i).
@@ -132,15 +146,15 @@ __device__ __forceinline__ void multiply_rows(float (&grad)[BLOCKS][8], const fl
 
 // One warp's pairs of a tile: which are of one image or past the end (`excluded`), and which are false negatives at
 // some level, or at all (`marked`).
-template <int CHUNK>
+template <class T, int CHUNK>
 struct Pairs {
   const InfoNceArguments& p;
-  const LossShared<CHUNK>& shared;
+  const LossShared<T, CHUNK>& shared;
   const Lane own;
   const int warp, first, end;  // columns [first, end) are the split's, the tile's the first of them
   u32 excluded = 0, marked = 0;
 
-  __device__ __forceinline__ Pairs(const InfoNceArguments& p, const LossShared<CHUNK>& shared, Lane own, int warp,
+  __device__ __forceinline__ Pairs(const InfoNceArguments& p, const LossShared<T, CHUNK>& shared, Lane own, int warp,
                                    int first, int end)
       : p(p), shared(shared), own(own), warp(warp), first(first), end(end) {
     const long long* ids = shared.row_ids + warp * WARP_ROWS;

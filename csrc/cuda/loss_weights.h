@@ -12,8 +12,8 @@ using TileSums = float[TILE_BLOCKS][8];
 
 // The online softmax of each row (`highest`, without the scale, and `total`) with a tile more; `rescale` is what its
 // gradient so far is to be multiplied by.
-template <int CHUNK>
-__device__ __forceinline__ void dense_weights(const Pairs<CHUNK>& pairs, TileSums& s, float scale,
+template <class T, int CHUNK>
+__device__ __forceinline__ void dense_weights(const Pairs<T, CHUNK>& pairs, TileSums& s, float scale,
                                               float (&highest)[Core::ROWS], float (&total)[Core::ROWS],
                                               float (&rescale)[Core::ROWS]) {
   const float shift = pairs.p.shift;
@@ -40,10 +40,10 @@ __device__ __forceinline__ void dense_weights(const Pairs<CHUNK>& pairs, TileSum
 
 // Into shared memory: |F_l|, and each level's online softmax over the keys in another level's F alone; or the sum of the
 // products in F_l, where these attract.
-template <int CHUNK>
-__device__ __forceinline__ void add_marked(const Pairs<CHUNK>& pairs, const TileSums& s, float scale) {
+template <class T, int CHUNK>
+__device__ __forceinline__ void add_marked(const Pairs<T, CHUNK>& pairs, const TileSums& s, float scale) {
   const InfoNceArguments& p = pairs.p;
-  const LossShared<CHUNK>& shared = pairs.shared;
+  const LossShared<T, CHUNK>& shared = pairs.shared;
   const int lane = pairs.own.lane;
   for (int loss = 0; loss < p.n_losses; ++loss) {
     const u32 here = pairs.of_loss(loss), kept = pairs.marked & ~here;
@@ -75,6 +75,34 @@ __device__ __forceinline__ void add_marked(const Pairs<CHUNK>& pairs, const Tile
   }
 }
 
+// Of two terms: products that are sums of terms' times their units, and weights of columns that are their terms alone.
+template <class T, int CHUNK>
+__device__ __forceinline__ void multiply_units(const Pairs<T, CHUNK>& pairs, TileSums& s, int warp_row) {
+  if constexpr (Terms<T>::STORED == 2)
+#pragma unroll
+    for (int r = 0; r < Core::ROWS; ++r) {
+      const int row = warp_row + Core::row(pairs.own.lane, r);
+      const float unit = row < pairs.p.rows.count ? pairs.p.rows.units[row] : 0.f;
+      FOR_ROW(i, r) s[i / 8][i % 8] = s[i / 8][i % 8] * unit * pairs.shared.column_units[pairs.own.column(block_, v_)];
+    }
+}
+template <class T, int CHUNK>
+__device__ __forceinline__ void multiply_shares(const Pairs<T, CHUNK>& pairs, TileSums& weights) {
+  if constexpr (Terms<T>::STORED == 2)
+#pragma unroll
+    for (int r = 0; r < Core::ROWS; ++r)
+      FOR_ROW(i, r) weights[i / 8][i % 8] *= pairs.shared.column_shares[pairs.own.column(block_, v_)];
+}
+
+// What rounding weights to 16 bits, their first term, leaves of them.
+template <class T>
+__device__ __forceinline__ void keep_rests(TileSums& weights) {
+#pragma unroll
+  for (int block = 0; block < TILE_BLOCKS; ++block)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) weights[block][i] -= unpack(T(), (u16)pack(T(), weights[block][i], 0));
+}
+
 // e^{s - lse} by their logarithms to base 2. Rounded, a large lse may be below s: none is more than 1.
 __device__ __forceinline__ float exponential(float s, float lse) { return exp2_fast(fminf(s - lse, 0.f)); }
 
@@ -87,8 +115,8 @@ __device__ __forceinline__ void multiply_all(TileSums& s, float factor) {
 
 // n_losses times d loss / d s of the marked pairs, 0 of others, of logits s: the sum over l of [k not in F_l] e^{s -
 // lse_l}, or where false negatives attract of -[k in F_l] / (1 + |F_l|), to which NEGATIVES, itself dense, adds e^{s - lse}.
-template <Pass PASS, int CHUNK>
-__device__ __forceinline__ void marked_weights(const Pairs<CHUNK>& pairs, const TileSums& s, int warp_row,
+template <Pass PASS, class T, int CHUNK>
+__device__ __forceinline__ void marked_weights(const Pairs<T, CHUNK>& pairs, const TileSums& s, int warp_row,
                                                TileSums& weights) {
   const InfoNceArguments& p = pairs.p;
   for (int loss = 0; pairs.marked && loss < p.n_losses; ++loss) {
@@ -105,10 +133,11 @@ __device__ __forceinline__ void marked_weights(const Pairs<CHUNK>& pairs, const 
       if (p.attract && inside) w -= 1.f / (1 + p.false_negative_counts[at]);
     }
   }
+  __syncwarp();  // lanes without marked pairs left the loop early, and products need them all together
 }
 
-template <int CHUNK>
-__device__ __forceinline__ void marked_grad_weights(const Pairs<CHUNK>& pairs, TileSums& s, float scale, int warp_row) {
+template <class T, int CHUNK>
+__device__ __forceinline__ void marked_grad_weights(const Pairs<T, CHUNK>& pairs, TileSums& s, float scale, int warp_row) {
   multiply_all(s, scale);
   TileSums weights = {};
   marked_weights<Pass::MARKED_GRAD>(pairs, s, warp_row, weights);
@@ -119,9 +148,11 @@ __device__ __forceinline__ void marked_grad_weights(const Pairs<CHUNK>& pairs, T
     for (int i = 0; i < 8; ++i) s[block][i] = weights[block][i] * unit;
 }
 
-// In shared memory, for each of the tile's queries: a = min_l lse_l, to base 2, and its factor g mean_l e^{a - lse_l}.
-template <int CHUNK>
-__device__ __forceinline__ void stage_query_factors(const InfoNceArguments& p, const LossShared<CHUNK>& shared, int first,
+// In shared memory, for each of the tile's queries, with a = min_l lse_l: e^{s - a} g mean_l e^{a - lse_l} is a power of 2
+// whose exponent is the logit less `column_shift`, times `column_factor`. Where a is moderate the shift is 0, else an
+// integer: the exponent of a small logit is then as exact as that logit.
+template <class T, int CHUNK>
+__device__ __forceinline__ void stage_query_factors(const InfoNceArguments& p, const LossShared<T, CHUNK>& shared, int first,
                                                     int end) {
   if (threadIdx.x >= TILE_COLUMNS) return;
   const int i = first + threadIdx.x;
@@ -129,15 +160,19 @@ __device__ __forceinline__ void stage_query_factors(const InfoNceArguments& p, c
   float least = infinity(), mean = 0;
   for (int loss = 0; i < end && loss < p.n_losses; ++loss) least = fminf(least, lse[loss]);
   for (int loss = 0; i < end && loss < p.n_losses; ++loss) mean += exp2_fast((least - lse[loss]) * LOG2E);
-  shared.column_shift[threadIdx.x] = i < end ? least * LOG2E : 0.f;
-  shared.column_factor[threadIdx.x] = i < end ? p.loss_grad[i] * mean / p.n_losses : 0.f;
+  const float a = i < end ? least : 0.f, whole = rintf(a * LOG2E), rest = fmaf(a, LOG2E_REST, fmaf(a, LOG2E, -whole));
+  const bool moderate = fabsf(whole) < 32;
+  shared.column_shift[threadIdx.x] = moderate ? 0.f : whole;
+  shared.column_most[threadIdx.x] = moderate ? whole + rest : rest;
+  shared.column_factor[threadIdx.x] =
+      i < end ? p.loss_grad[i] * mean / p.n_losses * exp2_fast(-rest) * (moderate ? exp2_fast(-whole) : 1.f) : 0.f;
 }
 
 // g d loss / d s of each pair, rows being keys: of pairs that are not marked one exponential, e^{s - a} times a query's
 // factor. A key may be far from every query: its weights are relative to `highest`, a power of 2, of which the largest so
 // far is 1 to 2 times.
-template <int CHUNK>
-__device__ __forceinline__ void negatives_weights(const Pairs<CHUNK>& pairs, TileSums& s, float scale, int warp_row,
+template <class T, int CHUNK>
+__device__ __forceinline__ void negatives_weights(const Pairs<T, CHUNK>& pairs, TileSums& s, float scale, int warp_row,
                                                   float (&highest)[Core::ROWS], float (&rescale)[Core::ROWS]) {
   const InfoNceArguments& p = pairs.p;
   multiply_all(s, scale);
@@ -148,9 +183,11 @@ __device__ __forceinline__ void negatives_weights(const Pairs<CHUNK>& pairs, Til
     float raised = 0;
     FOR_ROW(i, r) {
       const int column = pairs.own.column(block_, v_);
-      float w = exponential(s[i / 8][i % 8], pairs.shared.column_shift[column]) * pairs.shared.column_factor[column];
+      const float power = fminf(s[i / 8][i % 8] - pairs.shared.column_shift[column], pairs.shared.column_most[column]);
+      float w = exp2_fast(power) * pairs.shared.column_factor[column];
       if (pairs.marked >> i & 1) w = weights[i / 8][i % 8] * p.loss_grad[pairs.first + column] / p.n_losses;
       if (pairs.excluded >> i & 1) w = 0;
+      if constexpr (Terms<T>::STORED == 2) w *= pairs.shared.column_shares[column];
       s[i / 8][i % 8] = w;
       raised = fmaxf(raised, fabsf(w));
     }

@@ -142,6 +142,31 @@ using Core = Turing;
 using Core = Ampere;
 #endif
 
+// Numbers of a float32: two terms of float16, high + low, whose products are high.high + high.low + low.high.
+struct TwoTerms : Half {};
+template <class T>
+struct Terms {
+  static constexpr int STORED = 1, PRODUCTS = 1;
+};
+template <>
+struct Terms<TwoTerms> {
+  static constexpr int STORED = 2, PRODUCTS = 3;
+};
+
+// sums += A B. Tensor cores cut off what they add up, towards 0, for which the error of float32 has no room: of two terms
+// each product starts at zero, and is added outside, rounded to nearest (Ootomo and Yokota 2022).
+template <class T, class Multiply>
+__device__ __forceinline__ void add_product(float (&sums)[8], Multiply multiply) {
+  if constexpr (Terms<T>::STORED == 1) {
+    multiply(sums);
+  } else {
+    float product[8] = {};
+    multiply(product);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i] += product[i];
+  }
+}
+
 template <class T>
 struct Supports {
   static constexpr bool value = true;

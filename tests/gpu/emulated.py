@@ -28,11 +28,11 @@ def build(folder: Path, flags: str = "-O2", cores: tuple[str, ...] = tuple(CAPAB
 
 def use(patch, module, core: str) -> None:
     """Until the pytest.MonkeyPatch is undone, backend "cuda" is this module, on tensors of the CPU."""
-    from ifnd_fast.ops import backends, cuda
+    from ifnd_fast.ops import backends, launch
 
-    patch.setattr(cuda, "_cuda", module)
-    patch.setattr(cuda, "_stream", lambda device: 0)
-    patch.setattr(cuda, "_multiprocessors", lambda device: 2)
+    patch.setattr(launch, "_cuda", module)
+    patch.setattr(launch, "stream", lambda device: 0)
+    patch.setattr(launch, "multiprocessors", lambda device: 2)
     emulated = backends.FUSED["cuda"]._replace(
         refuses=lambda _, dtype: backends._old_card_refusal(CAPABILITIES[core], dtype)
     )

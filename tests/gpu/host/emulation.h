@@ -105,6 +105,7 @@ inline bool __any_sync(unsigned mask, bool x) {
 inline void __syncwarp() { __any_sync(0xffffffffu, true); }
 
 inline int atomicAdd(int* x, int y) { return *x += y, *x - y; }
+inline int atomicMax(int* x, int y) { const int before = *x; return *x = y > before ? y : before, before; }
 inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline int __float_as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
 inline float infinity() { return INFINITY; }
