@@ -76,7 +76,7 @@ class Loss:
         rows = 128 if card.backend == "cuda" else 64
         blocks = -(-self.B // min(rows, -(-self.B // 32) * 32))
         resident = 4 if card.backend == "cuda" and self.B <= 32 else 2
-        splits = -(-resident * card.multiprocessors // blocks)
+        splits = max(1, resident * card.multiprocessors // blocks)
         return 2 * splits * self.B * (2 * 4 * self.D + 12 * self.L + 12)
 
 

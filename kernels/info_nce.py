@@ -51,10 +51,11 @@ class Plan(NamedTuple):
 
 
 def plan_of(B: int, K: int, tile: Tile, chunks: int, multiprocessors: int) -> Plan:
-    """Splits of the queue so that even one block of queries fills the card."""
+    """Splits of the queue so that even one block of queries fills the card, and no program waits for another's end: as
+    a few more than run at a time would take as long again."""
     tiles = max(1, triton.cdiv(K, tile.columns))
     programs = triton.cdiv(B, tile.rows) * chunks
-    splits = min(tiles, triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, programs))
+    splits = max(1, min(tiles, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs))
     split_tiles = triton.cdiv(tiles, splits)
     return Plan(triton.cdiv(tiles, split_tiles), split_tiles * tile.columns, tiles)
 

@@ -49,6 +49,19 @@ def _warps(rows: int, levels: int) -> int:
     return min(MAX_WARPS if levels <= 4 else MAX_WARPS // 2, -(-rows // WARP_ROWS))
 
 
+def resident_blocks(warps: int, device: torch.device) -> int:
+    """Blocks of so many warps that the GPU holds at a time."""
+    return BLOCKS_PER_MULTIPROCESSOR * (2 if warps == 1 else 1) * launch.multiprocessors(device)
+
+
+def splits_of(columns: int, blocks: int, resident: int) -> tuple[int, int, int]:
+    """Splits of the columns, columns in each, and tiles in all: as many blocks as run at a time, as a few more would
+    take as long again."""
+    tiles = max(1, -(-columns // TILE_COLUMNS))
+    split_tiles = -(-tiles // max(1, min(tiles, resident // blocks)))
+    return -(-tiles // split_tiles), split_tiles * TILE_COLUMNS, tiles
+
+
 def info_nce_forward(
     query: Tensor,
     positive: Tensor,
@@ -66,13 +79,8 @@ def info_nce_forward(
     both = _pass_arguments(*operands, labels, temperature, false_negatives, level_combination)
     L, n_losses, dim, warps = both["L"], both["n_losses"], both["D"], _warps(B, both["L"])
     has_marked_pass = L > 0 and (both["attract"] or n_losses > 1)  # tiles with false negatives, once more
-
-    tiles = max(1, -(-K // TILE_COLUMNS))
     blocks = -(-B // (warps * WARP_ROWS)) * (-(-dim // 128) if with_grad else 1)
-    resident = BLOCKS_PER_MULTIPROCESSOR * (2 if warps == 1 else 1) * launch.multiprocessors(query.device)
-    splits = min(tiles, -(-resident // blocks))
-    split_tiles = -(-tiles // splits)
-    splits = -(-tiles // split_tiles)
+    splits, split_columns, tiles = splits_of(K, blocks, resident_blocks(warps, query.device))
 
     def floats(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
@@ -89,7 +97,7 @@ def info_nce_forward(
         "flags": query.new_empty((-(-B // WARP_ROWS), tiles), dtype=torch.uint8) if has_marked_pass else None,
         "log_normalizer": log_normalizer, "false_negative_counts": false_negative_counts,
     }  # fmt: skip
-    cut = {"split_columns": split_tiles * TILE_COLUMNS, "splits": splits, "tiles": tiles, "warps": warps}
+    cut = {"split_columns": split_columns, "splits": splits, "tiles": tiles, "warps": warps}
     passes = {**both, **sums, **cut, "with_grad": with_grad, "grad_columns": D}
     joins: dict[str, Any] = {
         **sums, "query": query.contiguous(), "positive": positive.contiguous(), "loss": loss,
@@ -123,17 +131,20 @@ def info_nce_negatives_grad(
     (B, D), K = query.shape, len(negatives)
     operands = Operand.of(query), Operand.of(negatives)
     both = _pass_arguments(*operands, labels, temperature, false_negatives, level_combination)
-    out = query.new_empty(negatives.shape, dtype=torch.float32)
+    warps = _warps(K, both["L"])
+    blocks = max(1, -(-K // (warps * WARP_ROWS)) * -(-both["D"] // 128))
+    splits, split_columns, _ = splits_of(B, blocks, resident_blocks(warps, query.device))
+    out = query.new_empty((splits, K, D), dtype=torch.float32)
     of_queries = {
         "log_normalizer": log_normalizer.contiguous(), "false_negative_counts": false_negative_counts.contiguous(),
         "loss_grad": loss_grad.contiguous(), "negatives_grad": out,
     }  # fmt: skip
-    cut = {"split_columns": B, "splits": 1, "tiles": 0, "warps": _warps(K, both["L"])}
+    cut = {"split_columns": split_columns, "splits": splits, "tiles": 0, "warps": warps}
     if K:
         launch.kernel(
             "info_nce", query.device, **both, **of_queries, **cut, with_grad=True, grad_columns=D, step="negatives"
         )
-    return out
+    return out.sum(0) if splits > 1 else out[0]
 
 
 def assign_clusters(
