@@ -244,6 +244,8 @@ class Options:
     """compilations at a time"""
     size: Shape = Shape()
     """compiled in; with D=128 and the mean of levels the table's rows are renewed, others are printed alone"""
+    compile_only: bool = False
+    """write nothing: whether another Triton or toolkit takes the kernels"""
     check: bool = False
     """compare with audit.json, fail where a kernel is worse, and write nothing"""
 
@@ -293,6 +295,8 @@ def main(options: Options) -> None:
         check(audits)
     text = table(audits, options.size)
     print(text)
+    if options.compile_only:
+        return
     if (options.size.dim, options.size.combination) != (Shape().dim, Shape().combination):
         return
     everything = list({**recorded(), **{audit.key: audit for audit in audits}}.values())
