@@ -42,3 +42,15 @@ def audit(*arguments: str) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="NVRTC's wheel is for Linux")
+@pytest.mark.parametrize("numbers", ["Half", "TwoTerms"])
+def test_lanes_meet_before_they_multiply(numbers):
+    """After the loop over levels, which lanes without false negatives leave early: mma.sync needs the whole warp."""
+    kernel = f"ifnd::cuda::info_nce_kernel<ifnd::cuda::{numbers}, 64, ifnd::cuda::Pass::MARKED_GRAD>"
+    code = f"from nvrtc import ptx_of; print(ptx_of('info_nce.h', {kernel!r}, 70))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=AUDIT.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    entry = next(part for part in done.stdout.split(".entry")[1:] if "MARKED_GRAD" in part or "Pass" in part)
+    assert "bar.warp.sync" in entry and "mma.sync" in entry.partition("bar.warp.sync")[2]
