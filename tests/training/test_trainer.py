@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ifnd_fast.cli import parse_train
-from ifnd_fast.config import OptimConfig, to_yaml
+from ifnd_fast.config import OptimConfig, to_dict, to_yaml
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, UsageError
@@ -224,8 +224,11 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resume(digit_folder, tmp_pa
 def test_a_checkpoint_of_another_model_or_data_is_refused(digit_folder, tmp_path):
     new(tmp_path / "a", digit_folder, "--epochs", 1).fit()
     other = new(tmp_path / "b", digit_folder, "--dim", 8)
+    state = checkpoint.load_latest(tmp_path / "a")
+    with pytest.raises(UsageError, match="--dim: the run has 16, asked for 8"):
+        other.load_state_dict(state)
     with pytest.raises(CommandError, match="does not fit"):
-        other.load_state_dict(checkpoint.load_latest(tmp_path / "a"))
+        other.load_state_dict({**state, "config": to_dict(other.config)})
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(digit_folder, tmp_path, capsys):
