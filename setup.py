@@ -50,9 +50,7 @@ class BuildWithCMake(build_ext):
             return
         try:
             architectures = cuda_architectures(nvcc)
-            self.run_cmake(
-                ext, [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
-            )
+            self.run_cmake(ext, [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"])
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             print(f"ifnd_fast: building with {nvcc} failed ({error}): installing without ifnd_fast._cuda")
 

@@ -137,9 +137,7 @@ def parse_train(args: list[str]) -> Config:
     if saved is not None:
         differences = configs.differences(saved, settings)
         if differences:
-            raise UsageError(
-                f"--resume: {known.out} was started with other options:\n  " + "\n  ".join(differences)
-            )
+            raise UsageError(f"--resume: {known.out} was started with other options:\n  " + "\n  ".join(differences))
     refuse_file("--out", settings.run.out)
     return configs.with_full_paths(settings)
 

@@ -58,9 +58,7 @@ def _gpus() -> list[str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
-        report.append(
-            f"GPU {index}: {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
-        )
+        report.append(f"GPU {index}: {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
     return report
 
 

@@ -32,7 +32,7 @@ def test_train_writes_the_whole_run(run):
     assert str(out / "report.html") in done.stdout
     result = json.loads((out / "result.json").read_text())
     assert set(result) == {"knn_top1_raw_pixels", "knn_top1_untrained", "knn_top1", "seconds", "unreadable"}
-    assert "src=\"http" not in (out / "report.html").read_text()
+    assert 'src="http' not in (out / "report.html").read_text()
 
 
 def test_eval_measures_what_training_measured(run, tmp_path):

@@ -77,8 +77,7 @@ def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
     assert process.returncode == 128 + number, told
     path = checkpoint.list_checkpoints(out)[-1]
     assert told == (
-        f"error: stopped by {number.name}; the last checkpoint is {path}; "
-        "to go on, add --resume to the same command\n"
+        f"error: stopped by {number.name}; the last checkpoint is {path}; to go on, add --resume to the same command\n"
     )
     assert checkpoint.load(path)["epoch"] >= 4
     done = command("train", "--resume", "--out", out)

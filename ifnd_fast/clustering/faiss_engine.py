@@ -38,9 +38,7 @@ def faiss_lloyd(
     return KMeansRun(centroids, assign(x, centroids), int(shards.from_first(n_iter)))
 
 
-def _faiss_kmeans(
-    x: Tensor, centroids: Tensor, max_iter: int, spherical: bool
-) -> tuple[Tensor, list[float]]:
+def _faiss_kmeans(x: Tensor, centroids: Tensor, max_iter: int, spherical: bool) -> tuple[Tensor, list[float]]:
     """Centroids, and the inertia of each iteration."""
     faiss = _import_faiss()
     n, d = x.shape

@@ -15,6 +15,5 @@ class ImageClusters(NamedTuple):
     confidence: Tensor  # (N, L) float32; 0 for those
 
     def explains(self, accepted: Tensor) -> bool:
-        """Whether the accepted labels (N, L) are of this clustering: with --cluster-async the ones in use can be older.
-        """
+        """Whether the accepted labels (N, L) are of this clustering: with --cluster-async those in use can be older."""
         return bool((accepted == self.labels)[accepted >= 0].all())

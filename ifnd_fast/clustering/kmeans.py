@@ -124,9 +124,7 @@ class KMeans:
             x = as_matrix("x", x, self.device)
         return self._fit(x, Shards(len(x), x.device, self.distributed), init, callback)
 
-    def _fit(
-        self, x: Tensor, shards: Shards, init: Tensor | np.ndarray | None, callback: Callback | None
-    ) -> KMeans:
+    def _fit(self, x: Tensor, shards: Shards, init: Tensor | np.ndarray | None, callback: Callback | None) -> KMeans:
         """`fit` of a matrix, this rank's share of `shards`, by parameters that were checked."""
         with distributed.raise_on_all_ranks(self.distributed):
             rows, sums, squares = self._check_data(x, shards.total)
@@ -226,9 +224,7 @@ class KMeans:
         return lloyd(x, start, shards, self.max_iter, self.tol, self.spherical, callback)
 
 
-def outside(
-    rows: Tensor, run: KMeansRun, frame: Frame, dtype: torch.dtype, shards: Shards
-) -> tuple[Tensor, KMeansRun]:
+def outside(rows: Tensor, run: KMeansRun, frame: Frame, dtype: torch.dtype, shards: Shards) -> tuple[Tensor, KMeansRun]:
     """The centroids in the coordinates that the data came in, rounded to their dtype (float32 for half precision), and
     the run with the labels of those, as `KMeans.predict` finds them."""
     centers = frame.leave(run.centroids).to(torch.float64 if dtype == torch.float64 else torch.float32)

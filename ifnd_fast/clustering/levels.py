@@ -116,7 +116,11 @@ def cluster_levels(
 
 
 def _level(
-    kmeans: KMeans, features: Tensor, previous: Tensor | None, temperature: float, shards: Shards,
+    kmeans: KMeans,
+    features: Tensor,
+    previous: Tensor | None,
+    temperature: float,
+    shards: Shards,
     callback: Callable[[int, float], object] | None,
 ) -> Level:
     """The clusters of checked features, from the means of `previous` labels (N,) where there are any."""

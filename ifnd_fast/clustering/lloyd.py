@@ -154,9 +154,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     return labels
 
 
-def centroids_of(
-    x: Tensor, labels: Tensor, n_clusters: int, shards: Shards, spherical: bool = False
-) -> Tensor:
+def centroids_of(x: Tensor, labels: Tensor, n_clusters: int, shards: Shards, spherical: bool = False) -> Tensor:
     """Means (C, D) float32 of the rows that bear each label; of labels no row bears, rows far from their own mean.
 
     What to start from when rows (N, D) have moved since they got their labels (N,) int32, -1 for none.

@@ -54,9 +54,7 @@ def initial_centroids(x: Tensor, n_clusters: int, generator: torch.Generator, sh
     return pool[torch.cat(picks)]
 
 
-def _distinct_sample(
-    x: Tensor, n_clusters: int, generator: torch.Generator, shards: Shards
-) -> tuple[Tensor, Tensor]:
+def _distinct_sample(x: Tensor, n_clusters: int, generator: torch.Generator, shards: Shards) -> tuple[Tensor, Tensor]:
     """At least C distinct rows of a sample of x, in float32, and how often each occurs there, float64."""
     most = max(shards.total // INIT_SHARE, INIT_LEAST_PER_CLUSTER * n_clusters)
     size = max(INIT_SAMPLE, min(INIT_ROWS_PER_CLUSTER * n_clusters, most))

@@ -52,9 +52,7 @@ class InputViews:
             images, numbers = loaded
             images = images.to(self.device, non_blocking=True)
             loaded = [self.draw(images, numbers[:, view]) for view in range(2)]
-        return tuple(
-            to_input(view, self.config, self.device).contiguous(memory_format=self.layout) for view in loaded
-        )
+        return tuple(to_input(view, self.config, self.device).contiguous(memory_format=self.layout) for view in loaded)
 
 
 class BatchViews:

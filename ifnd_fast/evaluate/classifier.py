@@ -231,8 +231,7 @@ class ClassifierTraining:
         return np.setdiff1d(np.arange(len(self.images)), list(self.unreadable.reasons))
 
     def test(self, images: Images) -> dict[str, float]:
-        """Top-1 and top-5 on centre views, percent, and of how many images: unreadable ones are warned of and left out.
-        """
+        """Top-1 and top-5 on centre views, percent, and of how many images: unreadable ones are left out."""
         assert images.labels is not None
         logits, rows = self.subject.readable_features(images, "test images", self.model)
         accuracies = top_accuracies(torch.from_numpy(logits), torch.from_numpy(images.labels[rows]))

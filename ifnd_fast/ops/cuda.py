@@ -27,7 +27,11 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _pass_arguments(
-    query: Operand, negatives: Operand, labels: PairLabels, temperature: float, false_negatives: str,
+    query: Operand,
+    negatives: Operand,
+    labels: PairLabels,
+    temperature: float,
+    false_negatives: str,
     level_combination: str,
 ) -> dict[str, Any]:
     """What every pass over the pairs takes."""

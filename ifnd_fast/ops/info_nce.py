@@ -234,9 +234,7 @@ _negatives_grad.register_vmap(one_by_one(_negatives_grad))
 def _save(ctx, inputs, output) -> None:
     query, positive, negatives, *labels, temperature, false_negatives, level_combination, backend, _ = inputs
     _, query_grad, positive_weight, log_normalizer, false_negative_counts = output
-    ctx.save_for_backward(
-        query, negatives, *labels, query_grad, positive_weight, log_normalizer, false_negative_counts
-    )
+    ctx.save_for_backward(query, negatives, *labels, query_grad, positive_weight, log_normalizer, false_negative_counts)
     ctx.scalars = (temperature, false_negatives, level_combination, backend)
 
 

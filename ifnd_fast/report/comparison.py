@@ -191,8 +191,12 @@ def _detection(figure: Figure, groups: Sequence[Group], level: int) -> Texts | N
     for axes, what in zip(panels, ("precision", "recall"), strict=True):
         alts.append(
             _plot_groups(
-                axes, groups, lambda line, key=f"false_negative_{what}": _of_level(line, key, level),  # type: ignore[misc]
-                "{:.0%}", what.capitalize(), True,
+                axes,
+                groups,
+                lambda line, key=f"false_negative_{what}": _of_level(line, key, level),  # type: ignore[misc]
+                "{:.0%}",
+                what.capitalize(),
+                True,
             )  # fmt: skip
         )
         percent_axis(axes, what)

@@ -66,9 +66,7 @@ def _loss(figure: Figure, epochs: Epochs) -> Texts | None:
     plot_line(top, epoch, loss, 0)
     top.set_ylabel("loss (nats)")
     epoch_axis(bottom, epochs)
-    caption = (
-        f"Mean contrastive loss of each epoch{', and the learning rate at its end' if lr_epoch else ''}."
-    )
+    caption = f"Mean contrastive loss of each epoch{', and the learning rate at its end' if lr_epoch else ''}."
     return "Loss", caption, alt_text("loss", epoch, loss, "{:.3f}")
 
 

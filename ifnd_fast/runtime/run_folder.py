@@ -47,9 +47,7 @@ def create(out: Path, config: str) -> None:
 def refuse_a_run(out: Path) -> None:
     """Raises UsageError: OUT already holds a run; nothing in it is touched."""
     if any((out / name).exists() for name in (CONFIG, METRICS, "checkpoints")):
-        raise UsageError(
-            f"--out {out} already holds a run: add --resume to go on with it, or choose another folder"
-        )
+        raise UsageError(f"--out {out} already holds a run: add --resume to go on with it, or choose another folder")
 
 
 def go_back(out: Path, count: str, last: int) -> None:

@@ -36,9 +36,7 @@ class Measuring:
         result: accuracies by name, percent, for result.json.
     """
 
-    def __init__(
-        self, config: Config, images: Images, tests: Images | None, unreadable: Unreadable, compute: Compute
-    ):
+    def __init__(self, config: Config, images: Images, tests: Images | None, unreadable: Unreadable, compute: Compute):
         self.config, self.images, self.compute = config, images, compute
         self.unreadable = unreadable
         self.unreadable_tests = unreadable if tests is None else Unreadable(tests, config.data.strict)
@@ -76,9 +74,7 @@ class Measuring:
 
         def features_of(images: Images) -> tuple[Tensor, Tensor]:
             unreadable = self.unreadable if images is self.images else self.unreadable_tests
-            return features.extract(
-                network, images, self.config.data, compute, "kNN features", unreadable=unreadable
-            )
+            return features.extract(network, images, self.config.data, compute, "kNN features", unreadable=unreadable)
 
         try:
             return {name: self.probe.measure(features_of).top1}

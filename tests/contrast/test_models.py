@@ -24,9 +24,7 @@ def test_backbone_state_loads_into_torchvision(arch, n_features):
     assert n == n_features
     if arch == "resnet-small":
         return
-    missing, unexpected = torchvision.models.get_model(arch).load_state_dict(
-        backbone.state_dict(), strict=False
-    )
+    missing, unexpected = torchvision.models.get_model(arch).load_state_dict(backbone.state_dict(), strict=False)
     assert sorted(missing) == ["fc.bias", "fc.weight"] and not unexpected
 
 
@@ -58,9 +56,7 @@ def test_momentum_is_the_moving_average_of_parameters():
         for parameter in model.query_encoder.parameters():
             parameter.add_(torch.randn_like(parameter))
     model.update_key_encoder()
-    for old, new, query in zip(
-        before, model.key_encoder.parameters(), model.query_encoder.parameters(), strict=True
-    ):
+    for old, new, query in zip(before, model.key_encoder.parameters(), model.query_encoder.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * query)
         assert not new.requires_grad
 

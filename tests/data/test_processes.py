@@ -242,8 +242,25 @@ def test_commands_end_within_seconds_with_a_message_and_nobody_left(
         ["evaluate", ["svm", run, *small]],
         ["evaluate", ["clusters", run, *small, "--levels", "3", "--features", "backbone"]],
         ["evaluate", ["transfer", run, *small, "--fast"]],
-        ["evaluate", ["detection", run, "--data", str(coco_folder), "--workers", "2", "--batch-size", "2",
-                      "--iterations", "2", "--min-size", "64", "--out", str(tmp_path / "detection")]],
+        [
+            "evaluate",
+            [
+                "detection",
+                run,
+                "--data",
+                str(coco_folder),
+                "--workers",
+                "2",
+                "--batch-size",
+                "2",
+                "--iterations",
+                "2",
+                "--min-size",
+                "64",
+                "--out",
+                str(tmp_path / "detection"),
+            ],
+        ],
     ]
     done = subprocess.run(
         [sys.executable, "-c", FAULTS[message] + RUN_ALL, json.dumps(commands)], capture_output=True, text=True,

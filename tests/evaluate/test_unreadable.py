@@ -72,9 +72,7 @@ def flat(figures: dict) -> tuple[list[str], list[float]]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_figures_are_those_of_the_readable_images(
-    task, untrained_run, class_folders, broken_folders, tmp_path, capsys
-):
+def test_figures_are_those_of_the_readable_images(task, untrained_run, class_folders, broken_folders, tmp_path, capsys):
     """The same bits as without the broken files, and not those with black pictures among the images."""
     figures = []
     for name, data in (("whole", class_folders), ("broken", broken_folders)):

@@ -125,7 +125,7 @@ def test_a_tree_that_was_never_built(operator, monkeypatch):
 
 
 def test_a_fifth_backend_is_one_entry(monkeypatch):
-    """"auto", messages and `python -m ifnd_fast.info` know it, and its module's function is called."""
+    """ "auto", messages and `python -m ifnd_fast.info` know it, and its module's function is called."""
     called = []
 
     def assign(*rows, **how):

@@ -162,9 +162,7 @@ def test_only_the_gradients_that_are_required(wanted):
 def in_batch(z: Tensor, case: Case, backend: str) -> tuple[Tensor, Tensor]:
     """SimCLR's loss of two views (2, B, D): each row against all rows, its own image's left out by the ids."""
     z = z.detach().clone().requires_grad_()
-    loss = case.loss(
-        torch.cat([z[0], z[1]]), torch.cat([z[1], z[0]]), torch.cat([z[0], z[1]]), backend=backend
-    )
+    loss = case.loss(torch.cat([z[0], z[1]]), torch.cat([z[1], z[0]]), torch.cat([z[0], z[1]]), backend=backend)
     (gradient,) = torch.autograd.grad((loss * case.upstream).sum(), z)
     return loss.detach(), gradient
 

@@ -85,9 +85,7 @@ def test_equals_the_literal_definition(case):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("extras", [True, False], ids=["labels and ids", "plain"])
 def test_gradients_first_and_second(strategy, extras):
-    case = make_case(
-        3, 7, 4, 2, dtype=torch.float64, clusters=2, labels=extras, ids=extras, false_negatives=strategy
-    )
+    case = make_case(3, 7, 4, 2, dtype=torch.float64, clusters=2, labels=extras, ids=extras, false_negatives=strategy)
     inputs = tuple(getattr(case, name).requires_grad_() for name in INPUTS)
 
     def losses(*inputs):

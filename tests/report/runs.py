@@ -52,9 +52,7 @@ class MakeRun:
             Image.fromarray(rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)).save(path)
         return data
 
-    def __call__(
-        self, *, lines=None, tail="", config=(), result=True, data=None, queue=True, state=()
-    ) -> Path:
+    def __call__(self, *, lines=None, tail="", config=(), result=True, data=None, queue=True, state=()) -> Path:
         out = self.folder / "my run"
         out.mkdir(exist_ok=True)
         settings = {

@@ -58,16 +58,11 @@ def test_numbers_that_are_not_finite_are_left_out(make_run):
 
 
 def test_figures_tell_the_numbers():
-    pictures = draw_figures(
-        [epoch_line(1), epoch_line(2)], {"knn_top1_raw_pixels": 93.1}, ["3 clusters", "6 clusters"]
-    )
+    pictures = draw_figures([epoch_line(1), epoch_line(2)], {"knn_top1_raw_pixels": 93.1}, ["3 clusters", "6 clusters"])
     told = {picture.title: picture.alt for picture in pictures}
     assert told["Loss"] == "Loss: 4.833 at epoch 1, 4.667 at epoch 2."
     assert told["kNN accuracy"] == "KNN top-1 accuracy: 82.0% at epoch 2. Raw pixels: 93.1%."
-    assert (
-        "recall at 6 clusters: 25% at epoch 1, 25% at epoch 2."
-        in told["Precision and recall of detection"].lower()
-    )
+    assert "recall at 6 clusters: 25% at epoch 1, 25% at epoch 2." in told["Precision and recall of detection"].lower()
     assert told["Precision and recall of detection"].startswith("Precision at 3 clusters: 80% at epoch 2.")
     assert told["Balance and agreement of clusters"].endswith("Agreement with the last at 6 clusters: 20% at epoch 2.")
     assert told["Inertia of the last clustering"] == (
@@ -79,9 +74,7 @@ def test_figures_tell_the_numbers():
 
 def test_the_result_is_the_last_point_of_the_knn_curve():
     (picture,) = [
-        p
-        for p in draw_figures([epoch_line(e) for e in (1, 2, 3)], {"knn_top1": 90.0}, [])
-        if "kNN" in p.title
+        p for p in draw_figures([epoch_line(e) for e in (1, 2, 3)], {"knn_top1": 90.0}, []) if "kNN" in p.title
     ]
     assert picture.alt == "KNN top-1 accuracy: 82.0% at epoch 2, 90.0% at epoch 3."
 

@@ -47,9 +47,7 @@ def test_anchors(seed, n, levels, known):
     assert np.array_equal(chosen, choose_anchors(labels, candidates, truth, count))
     assert len(chosen) == len(set(chosen.tolist())) == min(count, n)
 
-    has = np.array(
-        [any(len(detected(labels[:, level], candidates, i)) for level in range(levels)) for i in range(n)]
-    )
+    has = np.array([any(len(detected(labels[:, level], candidates, i)) for level in range(levels)) for i in range(n)])
     assert has[chosen].sum() == min(count, has.sum())  # those with detections first
     group = truth if known else labels[:, 0]
     picked, all_of = group[chosen[has[chosen]]], group[has]
@@ -85,9 +83,7 @@ def test_sheets_count_and_mark_by_the_true_class():
     candidates = np.arange(0, 100, 3)
     sheets = contact_sheets(Grey(), labels, confidence, candidates, ["a", "b"], anchors=8, columns=4)
     assert [sheet.title for sheet in sheets] == ["a", "b"]
-    anchors = [
-        [re.search(r"image (\d+)", row.anchor.text).group(1) for row in sheet.rows] for sheet in sheets
-    ]
+    anchors = [[re.search(r"image (\d+)", row.anchor.text).group(1) for row in sheet.rows] for sheet in sheets]
     assert anchors[0] == anchors[1] and len(anchors[0]) == 8
     for level, sheet in enumerate(sheets):
         assert sheet.note.startswith(f"{(labels[:, level] >= 0).sum()} of 100 labels accepted")

@@ -44,9 +44,7 @@ def test_the_page_needs_nothing_else_and_describes_its_pictures(make_run):
     links = [value for _, attributes in parsed.elements for key, value in attributes.items() if "href" in key]
     assert links and all(link.startswith("#") for link in links)
     assert not re.search(r"url\((?!#)|@import", page)
-    pictures = [
-        attributes for tag, attributes in parsed.elements if tag == "div" and attributes.get("role") == "img"
-    ]
+    pictures = [attributes for tag, attributes in parsed.elements if tag == "div" and attributes.get("role") == "img"]
     assert len(pictures) == len(FIGURES) and all(re.search(r"\d", p["aria-label"]) for p in pictures)
 
 
@@ -70,29 +68,18 @@ def test_one_epoch_without_labels(make_run):
 
 def test_modes_without_clustering(make_run):
     page = write_report(make_run(config={"contrast": {"false_negatives": "keep"}})).read_text()
-    assert (
-        figure_titles(page) == ["Loss", "kNN accuracy", "Time"] and "This run keeps false negatives" in page
-    )
+    assert figure_titles(page) == ["Loss", "kNN accuracy", "Time"] and "This run keeps false negatives" in page
 
     truth = torch.arange(N).div(PER_CLASS, rounding_mode="floor").int()[:, None]
     oracle = {"pseudo_labels": {"levels": torch.tensor([CLASSES])}, "accepted": truth}
-    page = write_report(
-        make_run(config={"contrast": {"false_negatives": "oracle"}}, state=oracle)
-    ).read_text()
+    page = write_report(make_run(config={"contrast": {"false_negatives": "oracle"}}, state=oracle)).read_text()
     assert "true classes" in page and "100% right" in page and 'class="thumb wrong"' not in page
 
 
 def test_metrics_of_killed_and_resumed_runs(make_run):
     late = epoch_line(2) | {"loss": 1.5}
     glued = json.dumps(epoch_line(3))[:40] + json.dumps(epoch_line(3)) + "\n"
-    tail = (
-        json.dumps(late)
-        + "\n\n"
-        + glued
-        + '[1]\n{"step": 4}\n'
-        + json.dumps(epoch_line(4))
-        + '\n{"epoch": 5, "lo'
-    )
+    tail = json.dumps(late) + "\n\n" + glued + '[1]\n{"step": 4}\n' + json.dumps(epoch_line(4)) + '\n{"epoch": 5, "lo'
     out = make_run(lines=[epoch_line(1), epoch_line(2)], tail=tail)
     run = read_run(out)
     assert [line["epoch"] for line in run.epochs] == [1, 2, 4]

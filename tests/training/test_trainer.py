@@ -170,7 +170,10 @@ def test_backbone_is_torchvisions(digit_folder, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        [], ["--features", "bank"], ["--negatives", "in-batch"], ["--false-negatives", "attract", "--workers", 1],
+        [],
+        ["--features", "bank"],
+        ["--negatives", "in-batch"],
+        ["--false-negatives", "attract", "--workers", 1],
         ["--cluster-async", "--epochs", 4],
         ["--augment", "device", "--color-jitter", 0.4, "--flip", "--workers", 1],
     ],
@@ -206,9 +209,7 @@ def test_a_resumed_run_ends_with_the_same_bits(options, digit_folder, tmp_path):
     assert torch.equal(whole.labeller.labels.accepted, resumed.labeller.labels.accepted)
     ignored = {"images_per_second", "seconds", "feature_seconds", "cluster_seconds", "cluster_level_seconds"}
     for a, b in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "stopped"), strict=True):
-        assert {k: v for k, v in a.items() if k not in ignored} == {
-            k: v for k, v in b.items() if k not in ignored
-        }
+        assert {k: v for k, v in a.items() if k not in ignored} == {k: v for k, v in b.items() if k not in ignored}
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(digit_folder, tmp_path):

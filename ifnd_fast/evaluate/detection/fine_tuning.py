@@ -173,8 +173,7 @@ class FineTuning:
                 self.unreadable[0].add(index, reason)
         images = [image.to(self.device, non_blocking=True).float() / 255 for image, *_ in batch]
         targets = [
-            {name: value.to(self.device, non_blocking=True) for name, value in target.items()}
-            for _, target, _ in batch
+            {name: value.to(self.device, non_blocking=True) for name, value in target.items()} for _, target, _ in batch
         ]
         return images, targets
 
