@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests import scenes
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with OpenMP threads each share the cores: don't spin
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if not torch.cuda.is_available():  # for tests/gpu; read when Triton is imported, which any test may do before them
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

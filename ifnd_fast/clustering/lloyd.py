@@ -125,7 +125,7 @@ def reassign_by_movement(x: Tensor, labels: Tensor, distances: Tensor, centroids
     rounding = length.square_().mul_(4 * x.shape[1] * torch.finfo(torch.float32).eps)
     unsure = (moved[labels] | ((to_nearest - distances).abs() <= rounding)).nonzero().flatten()
     nearest = torch.where(to_nearest < distances, nearest, labels)
-    for part in unsure.split(chunk_rows(x)):
+    for part in unsure.split(chunk_rows(x)) if len(unsure) else ():  # of none, split makes one part
         nearest[part] = assign(x[part], centroids)
     return nearest
 

@@ -133,6 +133,8 @@ def info_nce_negatives_grad(
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
     (B, D), K = query.shape, len(negatives)
+    if K == 0:
+        return query.new_empty((0, D), dtype=torch.float32)
     operands = Operand.of(query), Operand.of(negatives)
     both = _pass_arguments(*operands, labels, temperature, false_negatives, level_combination)
     warps = _warps(K, both["L"])
@@ -144,10 +146,9 @@ def info_nce_negatives_grad(
         "loss_grad": loss_grad.contiguous(), "negatives_grad": out,
     }  # fmt: skip
     cut = {"split_columns": split_columns, "splits": splits, "tiles": 0, "warps": warps}
-    if K:
-        launch.kernel(
-            "info_nce", query.device, **both, **of_queries, **cut, with_grad=True, grad_columns=D, step="negatives"
-        )
+    launch.kernel(
+        "info_nce", query.device, **both, **of_queries, **cut, with_grad=True, grad_columns=D, step="negatives"
+    )
     return out.sum(0) if splits > 1 else out[0]
 
 

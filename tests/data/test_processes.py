@@ -175,7 +175,7 @@ def test_there_is_one_door():
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id != "DataLoader" or path.name == "loading.py", path
+                assert node.func.id != "DataLoader" or path.name == "processes.py", path
             if isinstance(node, ast.For | ast.comprehension):
                 names = {part.id for part in ast.walk(node.iter) if isinstance(part, ast.Name)}
                 over_a_loader = names & (makes_loaders | {"loader"}) and "loaded" not in names
@@ -212,16 +212,16 @@ def deadly(self, index):
     raise OSError("not here")
 """
 RAISED = """
-from ifnd_fast.data import images
+from ifnd_fast.data import loading
 from ifnd_fast.evaluate.detection import coco
 def deadly(self, index):
     raise ZeroDivisionError("injected")
 """
 FAULTS = {
     # the process dies as it opens a picture; an error that is no picture's, where both kinds of dataset attempt one
-    "a loading process died (SIGKILL": KILLED + "data.FileImages.image = coco.CocoImages.image = deadly\n",
+    "a loading process died (SIGKILL": KILLED + "images.FileImages.image = coco.CocoImages.image = deadly\n",
     "loading images failed: ZeroDivisionError: injected": RAISED
-    + "data.attempt = lambda *args: deadly(*args[:2])\ncoco.TrainingExamples.__getitem__ = deadly\n",
+    + "loading.attempt = lambda *args: deadly(*args[:2])\ncoco.TrainingExamples.__getitem__ = deadly\n",
 }
 
 
@@ -277,9 +277,9 @@ def test_commands_end_within_seconds_with_a_message_and_nobody_left(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_an_evaluation_ends_its_processes(number, untrained_run, class_folders, tmp_path):
-    slow = "import time\nfrom ifnd_fast import data\nopen_picture = data.open_picture\n"
+    slow = "import time\nfrom ifnd_fast.data import images\n"
     slow += f"def sleepy(path):\n    open({str(tmp_path / 'begun')!r}, 'w').close()\n    time.sleep(100)\n"
-    slow += "data.open_picture = sleepy\nfrom ifnd_fast.cli import evaluate; evaluate()"
+    slow += "images.open_picture = sleepy\nfrom ifnd_fast.cli import evaluate; evaluate()"
     process = subprocess.Popen(
         [sys.executable, "-c", slow, "knn", str(untrained_run), "--data", str(class_folders), "--workers", "2"],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import sys
 from types import SimpleNamespace
 
@@ -13,9 +12,6 @@ import pytest
 import torch
 
 from tests.gpu import emulated
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which only their first call does
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ifnd_fast.ops import backends
+from ifnd_fast.ops.assign_clusters import middle_of
 from ifnd_fast.ops.pair_labels import PairLabels
 from tests.gpu.test_operators import DEVICE, assign_by, case_of, data, every_dtype, every_metric, every_strategy, taken
 from tests.ops.cases import Case
@@ -168,10 +169,14 @@ def columns_of(first: list[float], rest: float = 1.0, at: dict[int, float] | Non
     ],
 )
 def test_infinite_similarities(backend, metric, dtype, c):
-    """The lowest index of the largest, of infinities too; a softmax of which is no number."""
+    """The lowest index of the largest, of infinities too; a softmax of which is no number. "l2" is relative to the
+    centroids' middle where they lie far from the origin: for an infinite row that is another thing."""
     x = torch.tensor([1.0, -1.0, INF, -INF, 2.0, NAN, 0.0])[:, None]
     centroids = torch.tensor(c)[:, None]
-    s = x.double() * centroids.double().T - (centroids.double().T.square() / 2 if metric == "l2" else 0)
+    middle, far = middle_of(centroids)
+    shift = middle.double() if metric == "l2" and far else 0.0
+    moved = (centroids.double() - shift).T
+    s = (x.double() - shift) * moved - (moved.square() / 2 if metric == "l2" else 0)
     best = torch.where(s.isnan(), -INF, s).amax(1, keepdim=True)
     right = torch.where((s == best).any(1), (s == best).int().argmax(1), -1).int()
     how_sure = 1 / ((s - best) / 0.2).exp().sum(1)

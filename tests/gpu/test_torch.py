@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ifnd_fast.ops import backends
+from ifnd_fast.ops.pair_labels import PairLabels
 from tests.gpu.test_operators import DEVICE, case_of, data
 from tests.ops.cases import INPUTS
 
@@ -19,7 +20,7 @@ DIMS = (8, 13)  # as it is, and filled up to pieces of 16 bytes
 def test_opcheck_of_the_loss(backend, dim, requires_grad):
     case = case_of(6, 10, dim, 2)
     matrices = [getattr(case, name).requires_grad_(requires_grad) for name in INPUTS]
-    extra = (case.query_labels, case.negative_labels, case.query_ids, case.negative_ids)
+    extra = PairLabels(case.query_labels, case.negative_labels, case.query_ids, case.negative_ids)
     forward = torch.ops.ifnd_fast.info_nce.default
     settings = (0.2, "eliminate", "mean", backend)
     torch.library.opcheck(forward, (*matrices, *extra, *settings, requires_grad))
@@ -87,7 +88,7 @@ def test_the_queue_is_not_copied(backend, dtype):
     need_own_memory(backend)
     case = case_of(4, 4096, 64, 2, dtype=dtype)
     queue = case.negatives.nbytes
-    extra = (case.query_labels, case.negative_labels, case.query_ids, case.negative_ids)
+    extra = PairLabels(case.query_labels, case.negative_labels, case.query_ids, case.negative_ids)
     module = backends.module_of(backend, "info_nce")
     with Allocated() as allocated:
         module.info_nce_forward(case.query, case.positive, case.negatives, extra, 0.2, "eliminate", "mean", True)
