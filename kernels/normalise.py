@@ -87,7 +87,7 @@ def normalise_kernel(
         losses += (M - s_positive) * LN2 + log_Z
         weight -= rest / Z  # e^{s+ - lse} - 1
         factor += tl.exp2(dense_max - M) / Z
-        if ATTRACT:
+        if HAS_MARKED_PASS and ATTRACT:
             n = count.to(tl.float64)
             attracted = add_up(level_sum, at_level, valid, stride * N_LOSSES, splits, SPLITS, tl.float64) * scale
             losses -= (attracted - n * s_positive) * LN2 / (1.0 + n)

@@ -65,6 +65,13 @@ def test_ragged_shapes(backend, B, K, D, L, seed, dtype, strategy, clusters, lab
 
 @every_strategy
 @every_dtype
+def test_without_labels(backend, strategy, dtype):
+    """There is nothing to take out or to attract, and no second pass has left sums to read."""
+    case_of(40, 150, 24, 3, dtype=taken(dtype, backend), labels=False, false_negatives=strategy).check(backend)
+
+
+@every_strategy
+@every_dtype
 def test_every_key_a_false_negative(backend, strategy, dtype):
     case = case_of(20, 150, 24, 3, dtype=taken(dtype, backend), ids=False, false_negatives=strategy).with_all_labels(4)
     case.check(backend)
