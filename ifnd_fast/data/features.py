@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.images import Images, refuse_none
 from ifnd_fast.data.loading import centre_loader
@@ -39,8 +38,7 @@ def extract(
         LoadingError: a process that loads them failed.
     """
     features, readable = extract_share(encoder, images, config, compute, description, batch_size, unreadable)
-    shards = Shards(len(features), compute.device)
-    return shards.gather(features), shards.gather(readable)
+    return distributed.gather_rows(features), distributed.gather_rows(readable)
 
 
 @torch.inference_mode()

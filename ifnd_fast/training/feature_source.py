@@ -68,10 +68,10 @@ class FeatureSource:
         """
         with span("features"):
             vectors, own_usable = self._own_features(encoder, unreadable)
-        vectors, shards = vectors[own_usable], Shards(len(own_usable), self.compute.device)
-        if not shards.every(bool(torch.isfinite(vectors).all()), self.compute.device):
+        vectors = vectors[own_usable]
+        if not distributed.every(bool(torch.isfinite(vectors).all()), self.compute.device):
             raise NonFiniteError(f"the features are not finite after epoch {epoch}")
-        usable = shards.gather(own_usable)
+        usable = distributed.gather_rows(own_usable)
         if not usable.any():
             raise CommandError(f"clustering failed after epoch {epoch}: no image has features")
         return Features(self._unit_rows(vectors), usable)
@@ -86,11 +86,10 @@ class FeatureSource:
 
     def _unit_rows(self, vectors: Tensor) -> Tensor:
         """This rank's features (n, D), whitened if asked for; no rank is left without a row."""
-        device = self.compute.device
+        shards = Shards(len(vectors), self.compute.device)
         if self.config.cluster.whiten:
-            vectors = whiten(vectors, self.config.cluster.whiten, Shards(len(vectors), device))
+            vectors = whiten(vectors, self.config.cluster.whiten, shards)
         vectors = F.normalize(vectors.float(), dim=1).to(self.compute.contrast_dtype)
-        shards = Shards(len(vectors), device)
         if min(shards.sizes) == 0:  # a rank none of whose images can be read: the others' are shared out anew
             share = distributed.share(shards.total)
             vectors = shards.gather(vectors)[share.start : share.stop]
@@ -98,7 +97,7 @@ class FeatureSource:
 
     def state(self) -> Tensor | None:
         """The bank of all images, (N, dim); every rank has to call it: any number of ranks can go on from it."""
-        return None if self.bank is None else Shards(len(self.own), self.compute.device).gather(self.bank[:-1])
+        return None if self.bank is None else distributed.gather_rows(self.bank[:-1])
 
     def load_state(self, bank: Tensor | None) -> None:
         """From what `state` gave."""
