@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def number_as(train: Images, test: Images) -> None:
     test.class_names = names
 
 
-def rank_in_class(labels: np.ndarray, seed: int) -> np.ndarray:
+def rank_in_class(labels: np.ndarray, seed: int | Sequence[int]) -> np.ndarray:
     """Place (N,) of each image, from 0, among those with its label, in a random order that the seed fixes."""
     order = np.random.default_rng(seed).permutation(len(labels))
     rank = np.empty(len(labels), dtype=np.int64)

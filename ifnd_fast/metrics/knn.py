@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ifnd_fast.data.images import Images
+from ifnd_fast.metrics.rows import check_count, check_pair, check_tests, unit_rows
 from ifnd_fast.ops import checks
 from ifnd_fast.ops.reference import no_autocast
 from ifnd_fast.runtime.console import stage, warn
@@ -59,21 +58,9 @@ def knn_classify(
         >>> knn_classify(train, torch.tensor([0, 0, 1]), torch.tensor([[5.0, 1.0], [0.0, 2.0]]), k=1)
         tensor([0, 1])
     """
-    _check_features("train_features", train_features)
-    _check_features("test_features", test_features)
-    if len(train_features) == 0:
-        raise ValueError("train_features has no rows: give at least one labelled training row")
-    if train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(
-            f"test_features has {test_features.shape[1]} columns, but train_features has "
-            f"{train_features.shape[1]}: both must come from the same encoder"
-        )
-    if train_features.device != test_features.device:
-        devices = f"test_features is on {test_features.device}, train_features on {train_features.device}"
-        raise ValueError(f"{devices}: move them to one device")
-    _check_labels("train_labels", train_labels, len(train_features))
-    _check_count("k", k)
-    _check_count("chunk", chunk)
+    check_pair(train_features, train_labels, test_features)
+    check_count("k", k)
+    check_count("chunk", chunk)
     if not checks.number("temperature", temperature) > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if n_classes is None:
@@ -82,11 +69,11 @@ def knn_classify(
         raise ValueError(f"train_labels has label {int(train_labels.max())}, but n_classes is {n_classes}")
 
     dtype = torch.promote_types(torch.promote_types(train_features.dtype, test_features.dtype), torch.float32)
-    train = _normalize(train_features.to(dtype))
+    train = unit_rows(train_features.to(dtype))
     labels = train_labels.to(train.device, torch.int64)
     predictions = []
     for test in test_features.split(chunk):
-        similarity, index = _nearest(_normalize(test.to(dtype)), train, k, chunk)
+        similarity, index = _nearest(unit_rows(test.to(dtype)), train, k, chunk)
         predictions.append(_vote(similarity, labels[index], temperature, n_classes))
     return torch.cat(predictions)
 
@@ -109,10 +96,7 @@ def knn_accuracy(
 
     The other arguments, and what is raised, are those of :func:`knn_classify`.
     """
-    _check_features("test_features", test_features)
-    if len(test_features) == 0:
-        raise ValueError("test_features has no rows: an accuracy needs at least one")
-    _check_labels("test_labels", test_labels, len(test_features))
+    check_tests(test_features, test_labels)
     predictions = knn_classify(
         train_features,
         train_labels,
@@ -163,42 +147,6 @@ def _vote(similarity: Tensor, labels: Tensor, temperature: float, n_classes: int
     for weight, label in zip(weights.T, labels.T, strict=True):
         votes[rows, label] += weight
     return votes.argmax(dim=1)
-
-
-def _normalize(features: Tensor) -> Tensor:
-    # The largest entry goes first, so that squares neither overflow nor vanish.
-    largest = features.abs().amax(dim=1, keepdim=True)
-    return F.normalize(features / torch.where(largest > 0, largest, 1.0), dim=1)
-
-
-def _check_features(name: str, features: Tensor) -> None:
-    if not isinstance(features, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-    if not features.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {features.dtype}")
-    if features.ndim != 2 or features.shape[1] == 0:
-        raise ValueError(f"{name} must have shape (rows, D) with D >= 1, got {tuple(features.shape)}")
-    if not features.isfinite().all():
-        rows = int((~features.isfinite()).any(dim=1).sum())
-        raise ValueError(f"{name} holds NaN or infinity in {rows} rows")
-
-
-def _check_labels(name: str, labels: Tensor, rows: int) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must hold integers, got {labels.dtype}")
-    if labels.shape != (rows,):
-        raise ValueError(f"{name} must have shape ({rows},), a label for each row, got {tuple(labels.shape)}")
-    if int(labels.min()) < 0:
-        raise ValueError(f"{name} must be 0 or more, got {int(labels.min())}: leave unlabelled rows out")
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 class KnnFigures(NamedTuple):
