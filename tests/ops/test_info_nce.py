@@ -119,6 +119,12 @@ def test_the_rule_notices_small_mistakes(strategy):
             case.judge(slightly_off)
 
 
+@pytest.mark.parametrize("seed", [218, 250, 259])
+def test_a_normalizer_larger_than_every_logit(seed):
+    """log Z is 8 and no logit above 0.05: what float32 leaves out of log Z is more than all else, in every weight."""
+    make_case(3, 3200, 1, labels=False, ids=False, seed=seed, temperature=20.0, false_negatives="keep").check()
+
+
 @every_strategy
 def test_inputs_need_not_be_contiguous(strategy):
     case = make_case(24, 200, 20, 3, false_negatives=strategy)
