@@ -66,6 +66,7 @@ def render_comparison(runs: Sequence[Run]) -> str:
     curves = [
         draw_picture("loss", _curves, groups, "loss", "Loss", "loss (nats)", "{:.3f}"),
         draw_picture("knn", _curves, groups, "knn_top1", "kNN accuracy", "kNN top-1 (%)", "{:.1f}%"),
+        draw_picture("rank", _curves, groups, "feature_rank", "Effective rank", "effective rank", "{:.1f}"),
         draw_picture("acceptance", _acceptance, groups),
     ]
     levels = range(max(len(group.runs[0].levels) for group in groups))

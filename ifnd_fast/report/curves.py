@@ -38,7 +38,12 @@ def draw_figures(epochs: Epochs, result: Mapping[str, Any], levels: Sequence[str
         result: kNN accuracies as in result.json, those that are known.
         levels: Names of the levels of clustering, for the legends. Empty: nothing detects false negatives.
     """
-    pictures = [draw_picture("loss", _loss, epochs), draw_picture("knn", _knn, epochs, result)]
+    pictures = [
+        draw_picture("loss", _loss, epochs),
+        draw_picture("knn", _knn, epochs, result),
+        draw_picture("spread", _spread, epochs),
+        draw_picture("uniformity", _uniformity, epochs),
+    ]
     if levels:
         pictures += [
             draw_picture("acceptance", _acceptance, epochs),
@@ -93,6 +98,42 @@ def _knn(figure: Figure, epochs: Epochs, result: Mapping[str, Any]) -> Texts | N
     add_legend(axes)
     epoch_axis(axes, epochs)
     return "kNN accuracy", "Weighted k-nearest-neighbour top-1 on held-out images, higher is better.", alt
+
+
+def _spread(figure: Figure, epochs: Epochs) -> Texts | None:
+    whats = {"effective rank": ("feature_rank", "{:.1f}"), "standard deviation": ("feature_std", "{:.3f}")}
+    caption = (
+        "Of the queries that each epoch ended with: in how many directions they spread (RankMe), and their standard "
+        "deviation, mean over the dimensions. Near 1, or near 0, they have collapsed; higher is better as a rule."
+    )
+    alt = _panels_below(figure, epochs, whats)
+    return ("Spread of the features", caption, alt) if alt else None
+
+
+def _uniformity(figure: Figure, epochs: Epochs) -> Texts | None:
+    whats = {"alignment": ("alignment", "{:.2f}"), "uniformity": ("uniformity", "{:.2f}")}
+    caption = (
+        "Mean squared distance of two views' features, and the log of how close those of different images are "
+        "(Wang and Isola, 2020); lower is better for both together."
+    )
+    alt = _panels_below(figure, epochs, whats)
+    return ("Alignment and uniformity", caption, alt) if alt else None
+
+
+def _panels_below(figure: Figure, epochs: Epochs, whats: Mapping[str, tuple[str, str]]) -> str:
+    """A panel for each of `whats`, {name: (key, format)}, that has numbers, one below the other; the text, empty where
+    none has."""
+    series = {what: (_series(epochs, key), form) for what, (key, form) in whats.items()}
+    shown = {what: found for what, found in series.items() if found[0][0]}
+    if not shown:
+        return ""
+    grid = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for style, (axes, (what, ((epoch, values), _))) in enumerate(zip(grid, shown.items(), strict=True)):
+        plot_line(axes, epoch, values, style)
+        axes.set_ylabel(what)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    epoch_axis(grid[-1], epochs)
+    return " ".join(alt_text(what, *found, form) for what, (found, form) in shown.items())
 
 
 def _acceptance(figure: Figure, epochs: Epochs) -> Texts | None:

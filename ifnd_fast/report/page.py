@@ -9,6 +9,7 @@ import numpy as np
 from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.data.images import Images
 from ifnd_fast.metrics.false_negatives import detection_of
+from ifnd_fast.metrics.feature_quality import collapse
 from ifnd_fast.report.clusters import cluster_sheets
 from ifnd_fast.report.curves import draw_figures
 from ifnd_fast.report.detection_by_rate import draw_detection_by_rate
@@ -128,6 +129,12 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     rate, loss, speed = (number(last.get(key)) for key in ("acceptance_rate", "loss", "images_per_second"))
     if rate is not None and run.levels and not run.result:
         cards.append(("Accepted labels", f"{rate:.0%}", f"epoch {last['epoch']}"))
+    rank, std, dim = (
+        number(value) for value in (last.get("feature_rank"), last.get("feature_std"), run.option("model", "dim"))
+    )
+    if rank is not None and std is not None and dim:
+        remark = f"of {dim:.0f} dimensions, epoch {last['epoch']}"
+        cards.append(("Effective rank", f"{rank:.1f}", "collapsed" if collapse(rank, std, int(dim)) else remark))
     if loss is not None:
         cards.append(("Loss", f"{loss:.3f}", f"epoch {last['epoch']}"))
     if run.seconds:

@@ -23,6 +23,7 @@ from ifnd_fast.runtime.errors import CommandError
 from ifnd_fast.runtime.session import Session, refuse_differences
 from ifnd_fast.runtime.spans import span
 from ifnd_fast.training import precheck, saved_run
+from ifnd_fast.training.feature_watch import FeatureWatch
 from ifnd_fast.training.labeller import Labeller
 from ifnd_fast.training.measuring import Measuring, report_epoch
 from ifnd_fast.training.objective import across_ranks, build_objective, memory_format
@@ -63,7 +64,7 @@ class Trainer:
         self.epoch = self.step_in_epoch = self.step = 0
         self.totals = {"loss": 0.0, "seconds": 0.0, "skipped": 0.0}  # of this epoch
         self.seconds = 0.0  # of all epochs so far, also before a resume
-        self.watch = Watch(self.session, self.device)
+        self.watch, self.feature_watch = Watch(self.session, self.device), FeatureWatch(config)
 
     # ---- the loop ----
 
@@ -149,6 +150,7 @@ class Trainer:
             self.objective.after_step(keys, indices, self.labeller.labels.accepted)
             self.labeller.observe(keys, indices)
         with span("watch"):
+            self.feature_watch.note(query, key)
             return self.watch.note(self.step + 1, query, key, loss), indices
 
     def _end_epoch(self, last_indices: Tensor) -> None:
@@ -183,6 +185,7 @@ class Trainer:
             **self.labeller.seconds,
             **({"skipped_steps": int(self.totals["skipped"])} if self.optimization.scaler.is_enabled() else {}),
             **labels.quality,
+            **self.feature_watch.figures(self.epoch),
         }
 
     def _finish(self) -> dict[str, float]:
@@ -220,6 +223,7 @@ class Trainer:
             **self.optimization.state_dict(),
             "negatives": self.objective.state_dict(),
             **self.labeller.state_dict(),
+            "recent_pairs": self.feature_watch.state(),
             "rng": random_state(self.device),
         }
 
@@ -231,6 +235,7 @@ class Trainer:
             self.optimization.load_state_dict(state)
             self.objective.load_state_dict(state["negatives"])
             self.labeller.load_state_dict(state)
+            self.feature_watch.load_state(state.get("recent_pairs", []), self.device)  # not in earlier versions'
             set_random_state(state["rng"], self.device)
         except (KeyError, ValueError, RuntimeError) as error:
             raise CommandError(f"the checkpoint does not fit this run: {error}") from error

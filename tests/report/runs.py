@@ -16,7 +16,8 @@ from PIL import Image
 from ifnd_fast.runtime import checkpoint
 
 FIGURES = [
-    "Loss", "kNN accuracy", "Acceptance rate", "False negatives per query",
+    "Loss", "kNN accuracy", "Spread of the features", "Alignment and uniformity", "Acceptance rate",
+    "False negatives per query",
     "Precision and recall of detection", "Balance and agreement of clusters", "Inertia of the last clustering", "Time",
 ]  # fmt: skip
 CLASSES, PER_CLASS, LEVELS = 3, 20, (3, 6)
@@ -32,6 +33,7 @@ def epoch_line(epoch: int, epochs: int = 6) -> dict:
         "feature_seconds": 1.0, "cluster_seconds": 0.5,
         "false_negative_precision": [None if epoch == 1 else 0.8, 0.9],
         "false_negative_recall": [0.5, 0.25], **({"knn_top1": 80 + epoch} if epoch % 2 == 0 else {}),
+        "feature_rank": 30 + epoch, "feature_std": 0.1, "alignment": 1 / epoch, "uniformity": -3.0 - rate,
         "cluster_largest": [0.4, 0.2], **({"cluster_agreement": [0.6, min(1.0, 0.1 * epoch)]} if epoch > 1 else {}),
         "cluster_inertia": [[0.5, 0.3, 0.25], [0.4, 0.2]],
     }  # fmt: skip

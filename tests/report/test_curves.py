@@ -33,6 +33,8 @@ def test_figures_are_sound_svg_with_ids_of_their_own(make_run):
         (["loss"], ["Loss"]),
         (["lr"], []),
         (["knn_top1"], []),  # the result has one number
+        (["feature_rank"], []),
+        (["feature_rank", "feature_std"], ["Spread of the features"]),
         (["acceptance_rate"], ["Acceptance rate"]),
         (["false_negatives_per_query"], ["False negatives per query"]),
         (["false_negative_precision"], []),
@@ -62,6 +64,8 @@ def test_figures_tell_the_numbers():
     told = {picture.title: picture.alt for picture in pictures}
     assert told["Loss"] == "Loss: 4.833 at epoch 1, 4.667 at epoch 2."
     assert told["kNN accuracy"] == "KNN top-1 accuracy: 82.0% at epoch 2. Raw pixels: 93.1%."
+    assert told["Spread of the features"].startswith("Effective rank: 31.0 at epoch 1, 32.0 at epoch 2. Standard")
+    assert told["Alignment and uniformity"].startswith("Alignment: 1.00 at epoch 1, 0.50 at epoch 2. Uniformity: -3.17")
     assert "recall at 6 clusters: 25% at epoch 1, 25% at epoch 2." in told["Precision and recall of detection"].lower()
     assert told["Precision and recall of detection"].startswith("Precision at 3 clusters: 80% at epoch 2.")
     assert told["Balance and agreement of clusters"].endswith("Agreement with the last at 6 clusters: 20% at epoch 2.")

@@ -56,6 +56,19 @@ own = d.own_share(rows)
 mine = whiten(own, 0.5, Shards(len(own), torch.device("cpu")))
 alone = d.own_share(whiten(rows, 0.5, Shards.alone(rows)))
 torch.testing.assert_close(mine @ mine.T, alone @ alone.T)
+
+from ifnd_fast.config import Config
+from ifnd_fast.metrics.feature_quality import alignment, effective_rank
+from ifnd_fast.training.feature_watch import FeatureWatch
+watch, again = FeatureWatch(Config()), FeatureWatch(Config())
+steps = [torch.nn.functional.normalize(rows + i, dim=1) for i in range(3)]
+for first, second in zip(steps, steps[1:]):
+    watch.note(d.own_share(first), d.own_share(second))
+again.load_state(watch.state(), x.device)
+found = watch.figures(1)
+assert d.all_gather_objects(found) == [found] * w and again.figures(1) == found
+assert abs(found["feature_rank"] - effective_rank(torch.cat(steps[:2]))) < 1e-6
+assert abs(found["alignment"] - alignment(torch.cat(steps[:2]), torch.cat(steps[1:]))) < 1e-6
 d.stop()
 """
 
