@@ -120,7 +120,7 @@ def scratch_and_warm(options: Options, noise: float) -> list[tuple[str, ...]]:
     start = model.cluster_centers_
     (warm, warm_model), (faiss_again, by_faiss) = median_seconds(
         options.rounds,
-        lambda: KMeans(options.clusters, max_iter=ITERATIONS, tol=1e-3).fit(y, init=start),
+        lambda: KMeans(options.clusters, max_iter=ITERATIONS, tol=1e-3, init=start).fit(y),
         lambda: faiss_kmeans(y, options.clusters),
     )
     warm_excess = inertia(y, warm_model.cluster_centers_) / inertia(y, by_faiss) - 1

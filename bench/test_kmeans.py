@@ -29,7 +29,7 @@ def test_kmeans(name, device, small, fused, measure, benchmark):
         pytest.skip(f"{name} does not compute on this device")
     if name == "fused":
         backend = fused("assign_clusters", torch.float32)
-        model = measure(lambda: KMeans(c, max_iter=ITERATIONS).fit(x, init=start), name, backend=backend)
+        model = measure(lambda: KMeans(c, max_iter=ITERATIONS, init=start).fit(x), name, backend=backend)
         centroids = model.cluster_centers_
     elif name == "faiss":
         faiss = pytest.importorskip("faiss")
@@ -54,7 +54,7 @@ def test_kmeans(name, device, small, fused, measure, benchmark):
             how = {"max_iters": ITERATIONS, "tol": -1.0, "init_centroids": start[None].clone()}
             return peer.batch_kmeans_Euclid(x[None], c, **how)[1][0]
 
-        expected = inertia(x, KMeans(c, max_iter=ITERATIONS).fit(x, init=start).cluster_centers_)
+        expected = inertia(x, KMeans(c, max_iter=ITERATIONS, init=start).fit(x).cluster_centers_)
         assert inertia(x, lloyd()) == pytest.approx(expected, 0.02)
         centroids = measure(lloyd, name)
     else:
@@ -70,5 +70,5 @@ def test_kmeans(name, device, small, fused, measure, benchmark):
         centroids = torch.from_numpy(model.cluster_centers_).to(x)
     benchmark.extra_info["inertia"] = found = inertia(x, centroids)
     if small:
-        expected = inertia(x, KMeans(c, max_iter=ITERATIONS).fit(x, init=start).cluster_centers_)
+        expected = inertia(x, KMeans(c, max_iter=ITERATIONS, init=start).fit(x).cluster_centers_)
         assert found < inertia(x, start) and found == pytest.approx(expected, 0.02)

@@ -19,15 +19,16 @@ def distinct_rows(x: Tensor, enough: int, shards: Shards) -> Tensor:
     return distinct(shards.gather(pool))[0] if shards.together else pool
 
 
-def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+def distinct(rows: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The distinct rows (n, D) of rows (N, D), in the order of their first occurrence, and how often each occurs,
-    (n,) int64; `rows` itself where all differ."""
-    first, counts = first_occurrences(rows)
+    (n,) int64, or its weight, (n,) float64; `rows` itself where all differ."""
+    first, counts = first_occurrences(rows, weights)
     return (rows if len(first) == len(rows) else rows[first]), counts
 
 
-def first_occurrences(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the first of each set of equal float32 rows (N, D), ascending, and the size of the set, (n,) int64.
+def first_occurrences(rows: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Index of the first of each set of equal float32 rows (N, D), ascending, and the size of the set, (n,) int64, or
+    the sum of its weights (N,), (n,) float64.
 
     Rows are told apart by a hash of 64 bits, as torch.unique of rows takes three times their memory: of a million
     different ones two are taken for the same with a chance of 3e-8.
@@ -39,8 +40,13 @@ def first_occurrences(rows: Tensor) -> tuple[Tensor, Tensor]:
     for part in chunks(rows, max(1, chunk_rows(rows) // 4)):
         hashes[part] = _hash(rows[part], factors)
     group, counts = torch.unique(hashes, return_inverse=True, return_counts=True)[1:]
+    if weights is not None:
+        weights = weights.double()[group.argsort(stable=True)]
+        counts = torch.segment_reduce(weights, "sum", lengths=counts)
     numbers = torch.arange(len(rows), dtype=torch.int64, device=rows.device)
-    first, order = torch.full_like(counts, len(rows)).scatter_reduce(0, group, numbers, "amin").sort()
+    first, order = (
+        torch.full_like(counts, len(rows), dtype=torch.int64).scatter_reduce(0, group, numbers, "amin").sort()
+    )
     return first, counts[order]
 
 

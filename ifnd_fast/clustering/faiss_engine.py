@@ -20,15 +20,17 @@ def faiss_lloyd(
     max_iter: int,
     spherical: bool = False,
     callback: Callback | None = None,
+    weights: Tensor | None = None,
 ) -> KMeansRun:
     """faiss.Kmeans on every row from the given centroids, on all GPUs that faiss sees, else on the CPU.
 
     Under torch.distributed on rank 0, while the others wait.
     """
+    gathered_weights = None if weights is None else shards.gather(weights)
     gathered, n_iter = shards.gather(x), torch.zeros(1, dtype=torch.int64, device=x.device)
     centroids = centroids.clone()
     if not shards.together or distributed.rank() == 0:
-        found, inertias = _faiss_kmeans(gathered, centroids, max_iter, spherical)
+        found, inertias = _faiss_kmeans(gathered, gathered_weights, centroids, max_iter, spherical)
         centroids.copy_(found)
         n_iter += len(inertias)
         if callback is not None:
@@ -38,7 +40,9 @@ def faiss_lloyd(
     return KMeansRun(centroids, assign(x, centroids), int(shards.from_first(n_iter)))
 
 
-def _faiss_kmeans(x: Tensor, centroids: Tensor, max_iter: int, spherical: bool) -> tuple[Tensor, list[float]]:
+def _faiss_kmeans(
+    x: Tensor, weights: Tensor | None, centroids: Tensor, max_iter: int, spherical: bool
+) -> tuple[Tensor, list[float]]:
     """Centroids, and the inertia of each iteration."""
     faiss = _import_faiss()
     n, d = x.shape
@@ -51,9 +55,11 @@ def _faiss_kmeans(x: Tensor, centroids: Tensor, max_iter: int, spherical: bool) 
         min_points_per_centroid=1,
         max_points_per_centroid=-(-n // len(centroids)),  # enough to take no subsample
     )
-    kmeans.train(x.float().cpu().numpy(), init_centroids=centroids.cpu().numpy())
+    weight = None if weights is None else weights.cpu().numpy()
+    kmeans.train(x.float().cpu().numpy(), weights=weight, init_centroids=centroids.cpu().numpy())
     # On unit rows faiss maximises the sum of cosines: |x - c|^2 = 2 - 2 x.c
-    inertias = [float(2 * n - 2 * found if spherical else found) for found in kmeans.obj]
+    total = n if weights is None else float(weights.sum(dtype=torch.float64))
+    inertias = [float(2 * total - 2 * found if spherical else found) for found in kmeans.obj]
     return torch.from_numpy(kmeans.centroids), inertias
 
 

@@ -8,35 +8,52 @@ Ranks may share the rows (`distributed.Shards`): each assigns and adds up its ow
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ifnd_fast.clustering.estimator import Estimator
 from ifnd_fast.clustering.faiss_engine import _import_faiss, faiss_lloyd
 from ifnd_fast.clustering.frame import Frame, frame_of
-from ifnd_fast.clustering.lloyd import Callback, KMeansRun, assign, fill, lloyd
-from ifnd_fast.clustering.rows import as_matrix, check_rows, single, unit_rows
-from ifnd_fast.clustering.seeding import initial_centroids
+from ifnd_fast.clustering.lloyd import Callback, KMeansRun, assign, fill, lloyd, weighted_sum
+from ifnd_fast.clustering.rows import as_given, as_matrix, check_rows, single, unit_rows
+from ifnd_fast.clustering.seeding import initial_centroids, random_centroids
 from ifnd_fast.clustering.shards import Shards
+from ifnd_fast.clustering.weights import as_weights, relative_weights
 from ifnd_fast.ops import backends, checks
+from ifnd_fast.ops.chunks import chunks
 from ifnd_fast.ops.cluster_sums import squared_distances
 from ifnd_fast.runtime import distributed
 
 ENGINES = ("auto", "fused", "faiss")
+INITS = {"k-means++": initial_centroids, "random": random_centroids}
 
 
-class KMeans:
-    """k-means clustering, by scikit-learn's conventions.
+class Fitted(NamedTuple):
+    """What a fit found, of all its runs the best."""
 
-    Minimises the inertia  sum_i |x_i - c_{y(i)}|^2  over centroids c and labels y by Lloyd's algorithm.
-    Every cluster of the result has at least one point, as long as float32 can tell the points apart. Data that lie far
-    from the origin, or whose size float32 can't square, are clustered in coordinates of their own, in a float32 copy:
-    relative to their mean and by a power of 2 as large (`clustering.frame`). What is returned is in x's coordinates.
+    centers: Tensor  # (C, D) in the rows' coordinates
+    labels: Tensor  # (N,) int32
+    inertia: float
+    n_iter: int
+    frame: Frame | None  # that it was found in
+
+
+class KMeans(Estimator):
+    """k-means clustering, as an estimator of scikit-learn's.
+
+    Minimises the inertia  sum_i w_i |x_i - c_{y(i)}|^2  over centroids c and labels y by Lloyd's algorithm; the rows'
+    weights w are 1, if `fit` is given none. Every cluster of the result has at least one point, as long as float32 can
+    tell the points apart. Data that lie far from the origin, or whose size float32 can't square, are clustered in
+    coordinates of their own, in a float32 copy: relative to their mean and by a power of 2 as large
+    (`clustering.frame`). What is returned is in x's coordinates.
 
     Args:
         n_clusters: C, the number of centroids.
+        init: where to start: "k-means++" or "random" rows, or centroids (C, D) (a warm start; then there is one run,
+            whatever n_init is).
         max_iter: most Lloyd iterations of a run; it ends earlier once no label changes.
         n_init: runs from different initial centroids; the one of least inertia is kept.
         tol: also end a run once an iteration lowers the inertia by no more than this fraction of it
@@ -56,9 +73,13 @@ class KMeans:
     Attributes:
         cluster_centers_: (C, D) centroids, float64 for float64 rows, else float32.
         labels_: (N,) int32, the nearest centroid of each row given (the lowest index among equals).
-        inertia_: of all rows, sum of squared distances to the labelled centroids (in spherical mode, of unit rows).
+        inertia_: of all rows, sum of squared distances to the labelled centroids (in spherical mode, of unit rows),
+            weighted.
         n_iter_: iterations of the run that was kept.
+        n_features_in_: D. feature_names_in_: names of the columns, of a data frame that has them.
 
+    Rows are a tensor, and so are results; or an array, or what NumPy makes one of (a list, a data frame), and results
+    are arrays. Integers other than tensors are taken as float64.
     float64 rows are clustered in float32, relative to their mean where that is far. Half-precision rows are compared
     with centroids rounded to their dtype; sums, centroids and inertia are float32 or better. Same bits for the same
     input on one device and thread count.
@@ -69,15 +90,17 @@ class KMeans:
         tensor([0.0500, 5.0500])
     """
 
-    cluster_centers_: Tensor
-    labels_: Tensor
+    cluster_centers_: Any  # Tensor or np.ndarray, as the rows were
+    labels_: Any
     inertia_: float
     n_iter_: int
+    n_features_in_: int
 
     def __init__(
         self,
-        n_clusters: int,
+        n_clusters: int = 8,
         *,
+        init: str | Tensor | np.ndarray = "k-means++",
         max_iter: int = 20,
         n_init: int = 1,
         tol: float = 0.0,
@@ -88,6 +111,7 @@ class KMeans:
         distributed: bool = False,
     ) -> None:
         self.n_clusters = n_clusters
+        self.init = init
         self.max_iter = max_iter
         self.n_init = n_init
         self.tol = tol
@@ -98,17 +122,14 @@ class KMeans:
         self.distributed = distributed
 
     @torch.no_grad()
-    def fit(
-        self,
-        x: Tensor | np.ndarray,
-        init: Tensor | np.ndarray | None = None,
-        callback: Callback | None = None,
-    ) -> KMeans:
+    def fit(self, x: Any, y: Any = None, sample_weight: Any = None, *, callback: Callback | None = None) -> KMeans:
         """Cluster the rows of x.
 
         Args:
-            x: (N, D), N >= C; a float tensor or array.
-            init: (C, D) centroids to start from (a warm start; then there is one run, whatever n_init is).
+            x: (N, D), N >= C; floats, or integers of an array, a list or a data frame.
+            y: ignored; for scikit-learn's pipelines.
+            sample_weight: (N,) numbers of at least 0, by which rows count in means, inertia and draws; a row of weight
+                0 gets a label and decides nothing. None: 1. One number: of all rows.
             callback: called as callback(iteration, inertia) with iteration 1, 2, ... and the inertia of the
                 centroids that the iteration began with. By faiss, only after the run.
 
@@ -116,16 +137,50 @@ class KMeans:
             self.
 
         Raises:
-            TypeError, ValueError: a parameter or x is unfit: not finite, fewer rows or fewer distinct rows
-                than clusters, rows too large or too small for float32, zero rows in spherical mode.
+            TypeError, ValueError: a parameter, x or sample_weight is unfit: not finite, fewer rows or fewer distinct
+                rows of weight above 0 than clusters, rows too large or too small for float32, zero rows in spherical
+                mode.
         """
         with distributed.raise_on_all_ranks(self.distributed):
             self.check_parameters()
-            x = as_matrix("x", x, self.device)
-        return self._fit(x, Shards(len(x), x.device, self.distributed), init, callback)
+            rows = as_matrix("x", x, self.device)
+            self._refuse_centroids(y, sample_weight, rows)
+            own_weights = as_weights(sample_weight, len(rows), rows.device)
+        shards = Shards(len(rows), rows.device, self.distributed)
+        weights, factor = relative_weights(own_weights, rows, shards)
+        init = None if isinstance(self.init, str) else self.init
+        report = None if callback is None else lambda i, found: callback(i, found * factor)
+        if weights is None:
+            found = self._fit(rows, shards, init, report)
+        else:
+            found = self._fit_weighted(rows, weights, init, report)
+        self.cluster_centers_, self.labels_ = as_given(found.centers, x), as_given(found.labels, x)
+        self.inertia_, self.n_iter_ = found.inertia * factor, found.n_iter
+        self._found_in = self.cluster_centers_, found.frame
+        self._fit_columns(x, rows.shape[1])
+        return self
 
-    def _fit(self, x: Tensor, shards: Shards, init: Tensor | np.ndarray | None, callback: Callback | None) -> KMeans:
-        """`fit` of a matrix, this rank's share of `shards`, by parameters that were checked."""
+    def _fit_weighted(self, x: Tensor, weights: Tensor, init: Any, callback: Callback | None) -> Fitted:
+        """`fit` of this rank's rows and weights; the rows of weight 0 are left out, and get their labels at last."""
+        with distributed.raise_on_all_ranks(self.distributed):
+            norms, counts = check_rows("x", x), weights > 0
+            if self.spherical:
+                unit_rows("x", x, norms)
+            if not bool(counts.any()):
+                raise ValueError("sample_weight has numbers 1e38 times as large on other ranks: leave these rows out")
+        if not bool(counts.all()):
+            heavy, weights = x[counts], weights[counts]
+        else:
+            heavy = x
+        shards = Shards(len(heavy), x.device, self.distributed)
+        found = self._fit(heavy, shards, init, callback, weights)
+        labels = found.labels if heavy is x else self._nearest(x, norms, found.centers, found.frame)
+        return found._replace(labels=labels)
+
+    def _fit(
+        self, x: Tensor, shards: Shards, init: Any, callback: Callback | None, weights: Tensor | None = None
+    ) -> Fitted:
+        """`fit` of a matrix, this rank's share of `shards`, by checked parameters and weights above 0."""
         with distributed.raise_on_all_ranks(self.distributed):
             rows, sums, squares = self._check_data(x, shards.total)
         frame = None if self.spherical else frame_of(rows, sums, squares, shards)
@@ -137,57 +192,107 @@ class KMeans:
         generator = torch.Generator().manual_seed(int(self.seed))
         best, least = None, math.inf
         for _ in range(self.n_init if warm is None else 1):
-            start = initial_centroids(rows, self.n_clusters, generator, shards) if warm is None else warm
-            run = fill(rows, self._cluster(rows, start, report, shards), shards)
-            inertia = inertia_of(rows, run, shards)
+            if warm is None:
+                start = INITS[str(self.init)](rows, self.n_clusters, generator, shards, weights)
+            else:
+                start = warm
+            run = fill(rows, self._cluster(rows, start, report, shards, weights), shards)
+            inertia = inertia_of(rows, run, shards, weights)
             if best is None or inertia < least:
                 best, least = run, inertia
         best = cast(KMeansRun, best)
         centers = best.centroids.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         if frame is not None:
             centers, best = outside(rows, best, frame, x.dtype, shards)
-            least = inertia_of(rows, best, shards)
-        self.cluster_centers_, self.labels_, self.n_iter_ = centers, best.labels, best.n_iter
-        self.inertia_, self._found_in = least / unit, (centers, frame)
-        return self
+            least = inertia_of(rows, best, shards, weights)
+        return Fitted(centers, best.labels, least / unit, best.n_iter, frame)
+
+    def fit_predict(self, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """`fit`, and its `labels_`."""
+        return self.fit(x, y, sample_weight).labels_
+
+    def fit_transform(self, x: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """`fit`, and `transform` of the same rows."""
+        return self.fit(x, y, sample_weight).transform(x)
 
     @torch.no_grad()
-    def predict(self, x: Tensor | np.ndarray) -> Tensor:
+    def predict(self, x: Any) -> Any:
         """Nearest centroid of every row of x (N, D), as (N,) int32.
 
         Raises:
-            RuntimeError: not fitted yet.
+            NotFittedError: scikit-learn's (a ValueError): not fitted yet.
             TypeError, ValueError: x is not a finite (N, D) float matrix of the D that was fitted, has zero rows in
                 spherical mode, or rows out of float32's reach of the data that was fitted.
         """
+        rows, norms = self._rows(x)
+        return as_given(self._nearest(rows, norms, self._centers(rows), self._frame()), x)
+
+    @torch.no_grad()
+    def transform(self, x: Any) -> Any:
+        """Distance of every row of x (N, D) to every centroid, (N, C), float64 for float64 rows, else float32; in
+        spherical mode, of unit rows. Raises what `predict` raises."""
+        rows, norms = self._rows(x)
+        rows = unit_rows("x", rows, norms) if self.spherical else rows
+        centers = self._centers(rows).double()
+        origin = centers.mean(0)  # near it, products have the digits of differences
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        distances = torch.empty(len(rows), len(centers), dtype=dtype, device=rows.device)
+        for part in chunks(distances):
+            distances[part] = torch.cdist(rows[part].double() - origin, centers - origin)
+        return as_given(distances, x)
+
+    @torch.no_grad()
+    def score(self, x: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Minus the inertia of rows x (N, D) under the fitted centroids. Raises what `predict` raises."""
+        rows, norms = self._rows(x)
+        weights, centers, frame = as_weights(sample_weight, len(rows), rows.device), self._centers(rows), self._frame()
+        labels = self._nearest(rows, norms, centers, frame)
+        if frame is not None:
+            rows, centers = frame.enter("x", rows), frame.enter("cluster_centers_", centers)
+        elif self.spherical:
+            rows = unit_rows("x", rows, norms)
+        distances = squared_distances(single(rows), labels, centers.float())
+        return -float(weighted_sum(distances, weights)) / (1.0 if frame is None else frame.scale**2)
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Names of `transform`'s columns: kmeans0, kmeans1, ..."""
         if not hasattr(self, "cluster_centers_"):
-            raise RuntimeError("this KMeans is not fitted yet: call fit first")
-        x = as_matrix("x", x, self.device)
-        fitted = self.cluster_centers_.shape[1]
-        if x.shape[1] != fitted:
-            raise ValueError(f"x has {x.shape[1]} columns, but the data that was fitted had {fitted}")
-        norms = check_rows("x", x)
-        centers, frame = self.cluster_centers_, self._frame()
+            raise self._not_fitted()
+        return np.array([f"kmeans{number}" for number in range(len(self.cluster_centers_))], object)
+
+    def _rows(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Checked rows of the width that was fitted, and their lengths."""
+        if not hasattr(self, "cluster_centers_"):
+            raise self._not_fitted()
+        rows = as_matrix("x", x, self.device)
+        self._check_columns(x, rows.shape[1], self.cluster_centers_.shape[1])
+        return rows, check_rows("x", rows)
+
+    def _centers(self, x: Tensor) -> Tensor:
+        """cluster_centers_ as a tensor beside x."""
+        return torch.as_tensor(self.cluster_centers_).to(x.device)
+
+    def _nearest(self, x: Tensor, norms: Tensor, centers: Tensor, frame: Frame | None) -> Tensor:
         if self.spherical:  # in half precision, scaled rows are not quite parallel to what they were
             x = unit_rows("x", x, norms)
         if frame is None:
-            return assign(single(x), centers.to(x.device, torch.float32))
-        return assign(frame.enter("x", x), frame.enter("cluster_centers_", centers).to(x.device))
+            return assign(single(x), centers.float())
+        return assign(frame.enter("x", x), frame.enter("cluster_centers_", centers))
 
     def _frame(self) -> Frame | None:
         """That of the fit; of centroids that came otherwise, their own."""
         centers, frame = getattr(self, "_found_in", (None, None))
-        if self.spherical or centers is self.cluster_centers_:
+        found = torch.as_tensor(self.cluster_centers_)
+        if self.spherical or (centers is not None and torch.equal(torch.as_tensor(centers), found)):
             return frame
-        found = self.cluster_centers_.double()
-        alone = Shards.alone(self.cluster_centers_)
-        return frame_of(self.cluster_centers_, found.sum(0), found.square().sum(), alone)
+        found = found.double()
+        return frame_of(found, found.sum(0), found.square().sum(), Shards.alone(found))
 
     def _check_data(self, x: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
         """x, in spherical mode of unit rows; the sum of the rows (D,) and of their squared lengths (), in float64."""
         if total < self.n_clusters:
             raise ValueError(
-                f"x has {total} rows, fewer than n_clusters={self.n_clusters}: "
+                f"x has {total} rows, fewer than n_clusters={self.n_clusters} (n_samples={total}): "
                 f"lower n_clusters to at most {total} or give more rows"
             )
         sums = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
@@ -205,10 +310,25 @@ class KMeans:
         checks.flag("spherical", self.spherical)
         checks.flag("distributed", self.distributed)
         checks.choice("engine", self.engine, ENGINES)
+        if isinstance(self.init, str):
+            checks.choice("init", self.init, tuple(INITS))
+        elif callable(self.init) or self.init is None:
+            raise TypeError(f"init must be one of {tuple(INITS)} or centroids (C, D), got {self.init!r}")
         if self.engine == "faiss" and self.tol:
             raise ValueError(f"engine='faiss' knows no tol, got {self.tol}: use tol=0 or engine='fused'")
 
-    def _warm(self, init: Tensor | np.ndarray, x: Tensor, frame: Frame | None) -> Tensor:
+    def _refuse_centroids(self, y: Any, sample_weight: Any, x: Tensor) -> None:
+        """`init` and `callback` were arguments of `fit` once, at the places of y and sample_weight."""
+        shape = tuple(getattr(y, "shape", ()))
+        if len(shape) == 2 and (shape[0] != len(x) or shape == (self.n_clusters, x.shape[1])):
+            raise TypeError(
+                f"y, of shape {shape}, looks like centroids to start from, which fit doesn't take any more: "
+                "pass KMeans(n_clusters, init=centroids)"
+            )
+        if callable(sample_weight):
+            raise TypeError("sample_weight must be numbers, got a function: pass fit(x, callback=function)")
+
+    def _warm(self, init: Any, x: Tensor, frame: Frame | None) -> Tensor:
         """The caller's centroids as (C, D) float32 beside x, in x's frame."""
         init = as_matrix("init", init, x.device)
         wanted = (self.n_clusters, x.shape[1])
@@ -218,10 +338,12 @@ class KMeans:
         init = unit_rows("init", init, norms) if self.spherical else init
         return init.float() if frame is None else frame.enter("init", init)
 
-    def _cluster(self, x: Tensor, start: Tensor, callback: Callback | None, shards: Shards) -> KMeansRun:
+    def _cluster(
+        self, x: Tensor, start: Tensor, callback: Callback | None, shards: Shards, weights: Tensor | None
+    ) -> KMeansRun:
         if self.engine == "faiss" or (self.engine == "auto" and pick_engine(x, self.tol) == "faiss"):
-            return faiss_lloyd(x, start, shards, self.max_iter, self.spherical, callback)
-        return lloyd(x, start, shards, self.max_iter, self.tol, self.spherical, callback)
+            return faiss_lloyd(x, start, shards, self.max_iter, self.spherical, callback, weights)
+        return lloyd(x, start, shards, self.max_iter, self.tol, self.spherical, callback, weights)
 
 
 def outside(rows: Tensor, run: KMeansRun, frame: Frame, dtype: torch.dtype, shards: Shards) -> tuple[Tensor, KMeansRun]:
@@ -235,9 +357,9 @@ def outside(rows: Tensor, run: KMeansRun, frame: Frame, dtype: torch.dtype, shar
     return centers, run
 
 
-def inertia_of(x: Tensor, run: KMeansRun, shards: Shards) -> float:
-    """Of all ranks' rows: the sum of squared distances to the labelled centroids."""
-    return float(shards.sum(squared_distances(x, run.labels, run.centroids).sum(dtype=torch.float64)))
+def inertia_of(x: Tensor, run: KMeansRun, shards: Shards, weights: Tensor | None) -> float:
+    """Of all ranks' rows: the weighted sum of squared distances to the labelled centroids."""
+    return float(shards.sum(weighted_sum(squared_distances(x, run.labels, run.centroids), weights)))
 
 
 def pick_engine(x: Tensor, tol: float = 0.0) -> str:

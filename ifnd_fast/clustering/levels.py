@@ -127,13 +127,13 @@ def _level(
     started, start = time.perf_counter(), None
     if previous is not None:
         start = centroids_of(features, previous, kmeans.n_clusters, shards, kmeans.spherical)
-    kmeans._fit(features, shards, start, callback)
-    centroids = F.normalize(kmeans.cluster_centers_)
+    found = kmeans._fit(features, shards, start, callback)
+    centroids = F.normalize(found.centers)
     result = centroids, *assign_clusters(features, centroids.to(features.dtype), temperature=temperature)
     if features.device.type == "cuda":
         torch.cuda.current_stream(features.device).synchronize()  # or the seconds would be of the launches
     size = sum(tensor.nbytes for tensor in result)
-    return Level(*result, kmeans.n_iter_, kmeans.inertia_, time.perf_counter() - started, size)
+    return Level(*result, found.n_iter, found.inertia, time.perf_counter() - started, size)
 
 
 def scale_levels(levels: Sequence[int], n: int) -> tuple[int, ...]:

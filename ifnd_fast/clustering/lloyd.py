@@ -36,17 +36,19 @@ def lloyd(
     tol: float = 0.0,
     spherical: bool = False,
     callback: Callback | None = None,
+    weights: Tensor | None = None,
 ) -> KMeansRun:
     """Lloyd's algorithm from the given centroids; the labels are those of the centroids returned.
 
-    Clusters settle long before the last one does: `Nearest` finds the labels by what has moved.
+    Means and inertia are weighted by weights (N,) float32, all above 0, where there are any. Clusters settle long
+    before the last one does: `Nearest` finds the labels by what has moved.
     """
     nearest, distances = Nearest(x), None
     previous_labels, previous_inertia = None, torch.inf
     for iteration in range(1, max_iter + 1):
         labels = nearest.update(centroids, distances)
-        sums, counts, distances = cluster_sums(x, labels, centroids)
-        sums, counts, inertia = add_ranks(sums, counts, distances, shards)
+        sums, counts, distances = cluster_sums(x, labels, centroids, weights)
+        sums, counts, inertia = add_ranks(sums, counts, weighted_sum(distances, weights), shards)
         if callback is not None:
             callback(iteration, inertia)
         # The previous centroids came from these very labels (and refills, which change labels).
@@ -130,14 +132,18 @@ def reassign_by_movement(x: Tensor, labels: Tensor, distances: Tensor, centroids
     return nearest
 
 
-def add_ranks(sums: Tensor, counts: Tensor, distances: Tensor, shards: Shards) -> tuple[Tensor, Tensor, float]:
-    """The sums (C, D) float64, counts (C,) and inertia of all ranks' rows, in one collective."""
-    inertia = distances.sum(dtype=torch.float64)
+def weighted_sum(distances: Tensor, weights: Tensor | None) -> Tensor:
+    """The inertia, () float64, of squared distances (N,) and weights (N,)."""
+    return (distances if weights is None else distances.double() * weights).sum(dtype=torch.float64)
+
+
+def add_ranks(sums: Tensor, counts: Tensor, inertia: Tensor, shards: Shards) -> tuple[Tensor, Tensor, float]:
+    """The sums (C, D) float64, counts (C,) and inertia () float64 of all ranks' rows, in one collective."""
     if not shards.together:
         return sums, counts, float(inertia)
     packed = shards.sum(torch.cat([sums.flatten(), counts.double(), inertia[None]]))
     added, numbers, inertia = packed.split([sums.numel(), len(counts), 1])
-    return added.view_as(sums), numbers.long(), float(inertia)
+    return added.view_as(sums), numbers.to(counts.dtype), float(inertia)
 
 
 def assign(x: Tensor, centroids: Tensor) -> Tensor:
@@ -162,7 +168,8 @@ def centroids_of(x: Tensor, labels: Tensor, n_clusters: int, shards: Shards, sph
     if bool((labels < 0).any()):
         x, labels = x[labels >= 0], labels[labels >= 0]
     nothing = torch.zeros(n_clusters, x.shape[1], dtype=torch.float32, device=x.device)
-    sums, counts, _ = add_ranks(*cluster_sums(x, labels, nothing), shards)
+    sums, counts, distances = cluster_sums(x, labels, nothing)
+    sums, counts, _ = add_ranks(sums, counts, distances.sum(dtype=torch.float64), shards)
     centroids = mean_centroids(sums, counts, nothing, spherical)
     return repair(x, squared_distances(x, labels, centroids), centroids, counts, shards)
 
@@ -172,8 +179,8 @@ def mean_centroids(sums: Tensor, counts: Tensor, centroids: Tensor, spherical: b
 
     A cluster without points, or whose unit rows cancel out, keeps its centroid.
     """
-    means = sums.div_(counts.clamp_min(1)[:, None])
     kept = counts == 0
+    means = sums.div_(counts.masked_fill(kept, 1)[:, None])
     if spherical:
         norms = means.norm(dim=1)
         kept |= norms < SMALLEST_MEAN

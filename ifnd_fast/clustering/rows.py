@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,14 +15,44 @@ from ifnd_fast.ops.chunks import chunk_buffer, chunks
 LARGEST_NORM, SMALLEST_NORM = 1e28, 1e-28  # float32 holds centroids of this size to all digits
 
 
-def as_matrix(name: str, x: Tensor | np.ndarray, device: torch.device | str | None = None) -> Tensor:
-    """x as a contiguous (N, D) tensor of its own float dtype, N >= 1, on the device; without gradient."""
-    if isinstance(x, np.ndarray):  # torch warns of arrays that are read-only, and takes no foreign byte order
-        x = torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), ("C_CONTIGUOUS", "WRITEABLE")))
+def as_matrix(name: str, x: Any, device: torch.device | str | None = None) -> Tensor:
+    """x as a contiguous (N, D) tensor of its own float dtype, N >= 1, on the device; without gradient.
+
+    What is no tensor (an array, a list, a data frame) may be of integers, which become float64.
+    """
+    if not isinstance(x, Tensor):
+        x = torch.from_numpy(as_floats(name, x))
+        if x.dim() != 2:
+            raise ValueError(
+                f"{name} must have two dimensions (rows, D), got shape {tuple(x.shape)}. Reshape your data: "
+                f"{name}.reshape(-1, 1) has one column, {name}.reshape(1, -1) one row"
+            )
+        if x.shape[1] == 0:  # in scikit-learn's words
+            raise ValueError(f"{name} has 0 feature(s) (shape={tuple(x.shape)}) while a minimum of 1 is required.")
     checks.matrix(name, x)
     if len(x) == 0:
         raise ValueError(f"{name} must have at least one row, got shape {tuple(x.shape)}")
     return plain(x.detach().to(device=device))
+
+
+def as_floats(name: str, x: Any) -> np.ndarray:
+    """What NumPy makes of x, of a float type that torch has and in this machine's byte order."""
+    if hasattr(x, "toarray"):
+        raise TypeError(f"{name} must be dense, got a sparse {type(x).__name__}: pass {name}.toarray()")
+    array = np.asarray(x)
+    if array.dtype.kind == "c":
+        raise ValueError(f"{name} must be of real numbers, got {array.dtype}. Complex data not supported")
+    if array.dtype.kind not in "fiubO":
+        raise TypeError(f"{name} must be of numbers, got {type(x).__name__} of {array.dtype}")
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    # torch warns of arrays that are read-only, and takes no foreign byte order
+    return np.require(array, array.dtype.newbyteorder("="), ("C_CONTIGUOUS", "WRITEABLE"))
+
+
+def as_given(result: Tensor, x: Any) -> Tensor | np.ndarray:
+    """A result for rows x: a tensor for a tensor, an array for whatever else."""
+    return result if isinstance(x, Tensor) else result.cpu().numpy()
 
 
 def check_rows(name: str, x: Tensor, sums: Tensor | None = None) -> Tensor:

@@ -17,8 +17,8 @@ def test_faiss_agrees_with_fused_from_the_same_centroids():
     x = blobs(2000, 16, 20, spread=2.0)  # wide: the engines refill empty clusters differently
     init = x[:20].clone()
     seen: list[float] = []
-    fused = KMeans(20, max_iter=50).fit(x, init=init)
-    faiss = KMeans(20, max_iter=50, engine="faiss").fit(x, init=init, callback=lambda i, v: seen.append(v))
+    fused = KMeans(20, max_iter=50, init=init).fit(x)
+    faiss = KMeans(20, max_iter=50, engine="faiss", init=init).fit(x, callback=lambda i, v: seen.append(v))
     assert faiss.inertia_ == pytest.approx(fused.inertia_, rel=1e-5)
     torch.testing.assert_close(faiss.cluster_centers_, fused.cluster_centers_, atol=1e-4, rtol=1e-4)
     assert len(seen) == faiss.n_iter_

@@ -65,9 +65,9 @@ def test_k_means(move, dtype):
     x = move(BLOBS).to(dtype)
     near = x.double() - x.double().mean(0)
     spread = float(near.square().sum(1).mean().sqrt())
-    expected = KMeans(K, max_iter=50).fit(near / spread, init=near[:K] / spread)
+    expected = KMeans(K, max_iter=50, init=near[:K] / spread).fit(near / spread)
     seen: list[float] = []
-    fitted = KMeans(K, max_iter=50).fit(x, init=x[:K], callback=lambda _, inertia: seen.append(inertia))
+    fitted = KMeans(K, max_iter=50, init=x[:K]).fit(x, callback=lambda _, inertia: seen.append(inertia))
     assert torch.equal(fitted.labels_, expected.labels_)
     assert fitted.cluster_centers_.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     means = torch.stack([x[fitted.labels_ == j].double().mean(0) for j in range(K)])
@@ -132,7 +132,7 @@ def test_centroids_of_float64_keep_their_digits():
 def test_where_data_can_stay_nothing_is_copied_or_changed():
     x = BLOBS.float()
     assert frame_of(x, x.double().sum(0), x.double().square().sum(), Shards.alone(x)) is None
-    fitted = KMeans(K, max_iter=4).fit(x, init=x[:K])
+    fitted = KMeans(K, max_iter=4, init=x[:K]).fit(x)
     run = lloyd(x, x[:K].clone(), Shards.alone(x), 4)
     assert torch.equal(fitted.cluster_centers_, run.centroids) and torch.equal(fitted.labels_, run.labels)
 
@@ -153,10 +153,10 @@ def test_chunks_of_a_frame(rows, monkeypatch):
 def test_a_warm_start_far_away():
     x = (BLOBS + 1e5).float()
     first = KMeans(K, max_iter=50).fit(x)
-    again = KMeans(K, max_iter=50).fit(x, init=first.cluster_centers_)
+    again = KMeans(K, max_iter=50, init=first.cluster_centers_).fit(x)
     assert again.n_iter_ <= 2 and torch.equal(again.labels_, first.labels_)
     with pytest.raises(ValueError, match="init has rows of length up to"):
-        KMeans(K).fit(x, init=x[:K] * 1e30)
+        KMeans(K, init=x[:K] * 1e30).fit(x)
 
 
 def test_duplicates_far_away_are_duplicates():

@@ -20,7 +20,7 @@ from tests.clustering.data import blobs, inertia
 def test_same_as_scikit_learn_from_the_same_centroids(k, max_iter):
     x = blobs(500, 6, 10, spread=2.0)
     init = x[:k].clone()
-    ours = KMeans(k, max_iter=max_iter).fit(x, init=init)
+    ours = KMeans(k, max_iter=max_iter, init=init).fit(x)
     theirs = sklearn.cluster.KMeans(k, init=init.numpy(), n_init=1, max_iter=max_iter, tol=0).fit(x.numpy())
     assert (ours.labels_.numpy() == theirs.labels_).all()
     assert ours.n_iter_ == theirs.n_iter_
@@ -52,7 +52,7 @@ def test_spherical_predict_rounds_half_precision_as_fit_does():
 
 def test_spherical_cluster_that_cancels_out_keeps_its_centroid():
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    fitted = KMeans(1, spherical=True).fit(x, init=torch.tensor([[0.0, 2.0]]))
+    fitted = KMeans(1, spherical=True, init=torch.tensor([[0.0, 2.0]])).fit(x)
     assert fitted.cluster_centers_.tolist() == [[0.0, 1.0]]
 
 
@@ -66,17 +66,17 @@ matrices = hnp.arrays(np.float32, st.tuples(st.integers(1, 30), st.integers(1, 3
 @given(matrices, st.integers(1, 8), st.integers(0, 5), st.booleans())
 def test_degenerate_data(x, k, seed, use_init):
     distinct = len(np.unique(x, axis=0))
-    init = np.zeros((k, x.shape[1]), np.float32) if use_init else None  # all clusters but one start empty
+    init = np.zeros((k, x.shape[1]), np.float32) if use_init else "k-means++"  # all clusters but one start empty
     if min(len(x), distinct) < k:
         with pytest.raises(ValueError, match="fewer"):
-            KMeans(k, seed=seed).fit(x, init=init)
+            KMeans(k, seed=seed, init=init).fit(x)
         return
-    fitted = KMeans(k, seed=seed).fit(x, init=init)
     t = torch.from_numpy(x)
+    fitted = KMeans(k, seed=seed, init=init).fit(t)
     assert fitted.labels_.dtype == torch.int32
     assert torch.bincount(fitted.labels_, minlength=k).min() >= 1
     assert fitted.inertia_ == pytest.approx(inertia(t, fitted.cluster_centers_), rel=1e-5, abs=1e-9)
-    assert (fitted.predict(x) == fitted.labels_).all()
+    assert (fitted.predict(t) == fitted.labels_).all()
     if k == distinct and not use_init:
         assert fitted.inertia_ < 1e-9
 
@@ -97,14 +97,14 @@ def test_no_cluster_is_empty_however_early_the_run_ends():
     x = blobs(300, 4, 5)
     init = torch.cat([x[:1], x[:1] + 1e3 + torch.arange(19)[:, None]])
     for max_iter in (1, 2, 20):
-        fitted = KMeans(20, max_iter=max_iter).fit(x, init=init)
+        fitted = KMeans(20, max_iter=max_iter, init=init).fit(x)
         assert torch.bincount(fitted.labels_, minlength=20).min() >= 1
 
 
 def test_data_far_from_the_origin():
     x = blobs(300, 4, 3, spread=0.1)
     near = KMeans(3).fit(x)
-    far = KMeans(3).fit(x + 1e4, init=near.cluster_centers_ + 1e4)  # x.c: 4e8, in steps of 32
+    far = KMeans(3, init=near.cluster_centers_ + 1e4).fit(x + 1e4)  # x.c: 4e8, in steps of 32
     assert (far.labels_ == near.labels_).all()
     assert (far.predict(x + 1e4) == near.labels_).all()
 
@@ -173,7 +173,7 @@ def test_other_dtypes(dtype):
 def test_numpy_layouts_and_gradients_do_not_matter():
     x = blobs(100, 4, 3)
     expected = KMeans(3).fit(x).labels_
-    assert torch.equal(KMeans(3).fit(np.asfortranarray(x.numpy())).labels_, expected)
+    assert (KMeans(3).fit(np.asfortranarray(x.numpy())).labels_ == expected.numpy()).all()
     assert torch.equal(KMeans(3).fit(x.T.contiguous().T).labels_, expected)
     assert not KMeans(3).fit(x.clone().requires_grad_()).cluster_centers_.requires_grad
 

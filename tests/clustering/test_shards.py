@@ -37,8 +37,8 @@ for settings in ({}, {"spherical": True}, {"tol": 1e-3}, {"n_init": 3}, {"engine
 
 few = torch.randn(30, 4, generator=g).repeat(40, 1)  # 30 distinct rows, many times: empty clusters to refill
 for start in (few[:1].repeat(25, 1), few[:25] * 0 + 1e3):
-    alone = KMeans(25, max_iter=3).fit(few, init=start)
-    shared = KMeans(25, max_iter=3, distributed=True).fit(own(few), init=start)
+    alone = KMeans(25, max_iter=3, init=start).fit(few)
+    shared = KMeans(25, max_iter=3, distributed=True, init=start).fit(own(few))
     assert torch.equal(shared.labels_, own(alone.labels_))
     assert len(shared.labels_.unique()) > 1
 
@@ -49,6 +49,14 @@ for far in (x + 1e4, x.double() - 1e8, 1e-20 * x, 1e-20 * (x.double() + 1e6)):  
     assert torch.equal(shared.predict(own(far)), shared.labels_)
     torch.testing.assert_close(shared.cluster_centers_, alone.cluster_centers_, rtol=1e-6, atol=1e-30)
     assert abs(shared.inertia_ / alone.inertia_ - 1) < 1e-5
+
+weights = torch.rand(len(x), generator=g)
+weights[::5] = 0
+for given in (weights, None if d.rank() else torch.ones(len(own(x)))):  # of one rank alone
+    alone = KMeans(60).fit(x, sample_weight=weights if given is weights else None)
+    shared = KMeans(60, distributed=True).fit(own(x), sample_weight=own(weights) if given is weights else given)
+    assert torch.equal(shared.labels_, own(alone.labels_))
+    assert abs(shared.inertia_ / alone.inertia_ - 1) < 1e-6
 
 alone = PseudoLabels((5, 40)).fit(x)
 shared = PseudoLabels((5, 40), distributed=True).fit(own(x))
