@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.gpu import emulated
+from tests.once import once
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,8 +74,7 @@ def _builtins_replaced_once():
 @pytest.fixture(scope="session")
 def emulated_modules(tmp_path_factory):
     """ifnd_fast._cuda on an emulated GPU, by kind of tensor core."""
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    emulated.build(folder)
+    folder = once(tmp_path_factory, "cuda_on_host", emulated.build)
     sys.path.insert(0, str(folder))
     return {core: importlib.import_module(f"_cuda_on_{core}") for core in emulated.CAPABILITIES}
 
