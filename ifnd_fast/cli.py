@@ -169,7 +169,7 @@ def _train(settings: Config) -> None:
         result = trainer.fit()
         if distributed.rank() == 0:
             _write_report((settings.run.out,))
-    _print_result(result, time.perf_counter() - started, settings.run.out)
+    _print_result(result, time.perf_counter() - started, settings.run.out, bool(settings.model.weights))
 
 
 def _write_report(runs: tuple[Path, ...], path: Path | None = None) -> None:
@@ -185,10 +185,10 @@ def _write_report(runs: tuple[Path, ...], path: Path | None = None) -> None:
         raise CommandError(f"no report of {', '.join(map(str, runs))}: {error}") from error
 
 
-def _print_result(result: dict[str, float], seconds: float, out: Path) -> None:
+def _print_result(result: dict[str, float], seconds: float, out: Path, from_weights: bool) -> None:
     names = {
         "knn_top1_raw_pixels": "raw pixels",
-        "knn_top1_untrained": "untrained encoder",
+        "knn_top1_untrained": "encoder before training" if from_weights else "untrained encoder",
         "knn_top1": "trained encoder",
     }
     rows = [[name, f"{result[key]:.2f} %"] for key, name in names.items() if key in result]

@@ -84,6 +84,12 @@ class ModelConfig:
     """dimensions of the contrastive features"""
     hidden: Annotated[int, at_least(0)] = 0
     """units of the projection head's hidden layer; 0: as many as the backbone has features"""
+    weights: str = ""
+    """start the backbone from these weights: a run's folder, its backbone.pt, or a file of torch.save or safetensors
+    (torchvision's, timm's, MoCo's, PCL's, DINO's, lightly's, solo-learn's, VISSL's, mmpretrain's, ...). All of the
+    backbone must be in it; heads in it are left out. A resumed run needs the file no more"""
+    weights_encoder: str = ""
+    """which encoder, where --weights holds several: its name in there, such as backbone_momentum"""
 
 
 @dataclass
@@ -206,6 +212,8 @@ def validate(config: Config) -> None:
     """Raises UsageError for a value out of range, naming the option, the value and the range."""
     check(config)
     check_levels(config.cluster.levels)
+    if config.model.weights_encoder and not config.model.weights:
+        raise UsageError("--weights-encoder chooses from a file: give --weights too")
     if config.cluster.cluster_space == "backbone" and config.cluster.features == "bank":
         raise UsageError("--features bank holds the head's keys: --cluster-space backbone needs --features fresh")
 
@@ -217,6 +225,9 @@ def with_full_paths(config: Config) -> Config:
         run=dataclasses.replace(config.run, out=full_path(config.run.out)),
         data=dataclasses.replace(
             config.data, data=full_data(config.data.data), data_root=full_path(config.data.data_root)
+        ),
+        model=dataclasses.replace(
+            config.model, weights=config.model.weights and str(full_path(Path(config.model.weights)))
         ),
     )
 

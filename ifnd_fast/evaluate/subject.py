@@ -28,8 +28,8 @@ class Options:
     """Options of every task."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """a run's folder, its backbone.pt, or a file of weights with the names of torchvision's ResNets (plain or within
-    {"state_dict": ...}, with any prefix)"""
+    """a run's folder, its backbone.pt, or a file of weights with the names of torchvision's ResNets (with any prefix,
+    in any mapping, of torch.save or safetensors)"""
     data: str | None = None
     """demo, cifar10, cifar100, or a folder of images in one sub-folder per class, or with train/ and val/ of such;
     without a test part every tenth image is held out as one; default: the run's own"""
@@ -37,6 +37,8 @@ class Options:
     """folder for downloaded data sets; default: the run's own"""
     arch: str | None = None
     """architecture of bare weights, such as resnet50; default: told by their names and shapes"""
+    encoder: str | None = None
+    """which encoder, where a file of weights holds several: its name in there, such as backbone_momentum"""
     image_size: Annotated[int | None, at_least(1)] = None
     """side of the views, pixels; default: what the run trained with, 224 for bare weights"""
     workers: Annotated[int | None, at_least(0)] = None
@@ -65,7 +67,7 @@ class Subject:
         distributed.refuse_ranks("this evaluation")
         check_json_file(options.json_file)
         self.unreadable: list[dict[str, str]] = []  # images met so far, {"image", "reason"} each
-        self.config, network, self.n_features = load_backbone(options.checkpoint, options.arch)
+        self.config, network, self.n_features = load_backbone(options.checkpoint, options.arch, options.encoder)
         self.data, self.network = self.config.data, network
         for name in ("data", "data_root", "image_size", "workers"):
             if getattr(options, name) is not None:

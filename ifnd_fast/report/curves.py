@@ -88,7 +88,7 @@ def _knn(figure: Figure, epochs: Epochs, result: Mapping[str, Any]) -> Texts | N
     alt = alt_text("kNN top-1 accuracy", epoch, top1, "{:.1f}%")
     for name, key, dash, colour in (
         ("raw pixels", "knn_top1_raw_pixels", "--", SERIES[1]),
-        ("untrained encoder", "knn_top1_untrained", ":", INK),
+        ("before training", "knn_top1_untrained", ":", INK),
     ):
         level = number(result.get(key))
         if level is not None:

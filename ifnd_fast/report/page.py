@@ -116,14 +116,16 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     last = run.epochs[-1]
     untrained, raw = (number(run.accuracies.get(key)) for key in ("knn_top1_untrained", "knn_top1_raw_pixels"))
     trained, epoch = run.trained
+    start = "of --weights" if run.option("model", "weights") else "random weights"
+    before = "before training" if run.option("model", "weights") else "untrained"
     cards = []
     if trained is not None:
-        others = [("untrained", untrained), ("raw pixels", raw)]
+        others = [(before, untrained), ("raw pixels", raw)]
         gains = [f"{trained - other:+.1f} on {name}" for name, other in others if other is not None]
         remark = ", ".join([f"epoch {epoch}"] * (epoch is not None) + gains).replace("-", "\N{MINUS SIGN}")
         cards.append(("kNN top-1, trained", f"{trained:.1f}%", remark))
     if untrained is not None:
-        cards.append(("kNN top-1, untrained", f"{untrained:.1f}%", "same encoder, random weights"))
+        cards.append((f"kNN top-1, {before}", f"{untrained:.1f}%", f"same encoder, {start}"))
     if raw is not None:
         cards.append(("kNN top-1, raw pixels", f"{raw:.1f}%", "no encoder"))
     rate, loss, speed = (number(last.get(key)) for key in ("acceptance_rate", "loss", "images_per_second"))

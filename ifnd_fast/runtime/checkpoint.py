@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import warnings
@@ -89,7 +90,8 @@ def _bytes_of(value: Any) -> int:
 
 
 def read(path: Path) -> Any:
-    """What torch.save wrote to a file, on the CPU; only tensors and plain values, never code.
+    """What torch.save wrote to a file, on the CPU; only tensors and plain values, never code. (An argparse.Namespace,
+    which many trainings save their options in, is plain: reading it fills its __dict__.)
 
     Raises:
         CommandError: the file is missing, truncated, damaged, not torch's, or would run code.
@@ -99,7 +101,8 @@ def read(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if (damaged := archive.testzip()) is not None:
                     raise CommandError(f"{path} can't be read: {damaged} in it is damaged: its checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CommandError(f"{path} can't be read: {error}") from error
     except CommandError:

@@ -17,23 +17,28 @@ from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.errors import CommandError, UsageError
 
+StateDict = dict[str, Tensor]
+
 
 def memory_format(config: Config) -> torch.memory_format:
     """Of the encoder's weights and of the views it gets."""
     return torch.channels_last if config.run.channels_last else torch.contiguous_format
 
 
-def build_objective(config: Config, levels: int, compute: Compute) -> Objective:
+def build_objective(config: Config, levels: int, compute: Compute, backbone: StateDict | None = None) -> Objective:
     """That of --negatives, with a new encoder, on the device.
 
     Args:
         levels: of labels.
         compute: the device, and the dtype of the queue's keys.
+        backbone: weights that its backbone starts from: see `initial_weights`.
 
     Raises:
         UsageError: --sync-bn on a CPU.
     """
     encoder = build(config.model)()
+    if backbone is not None:
+        encoder.backbone.load_state_dict(backbone, strict=False)  # counters of batch norm may lack
     if config.contrast.sync_bn:
         if compute.device.type == "cpu":
             raise UsageError("--sync-bn: torch has it for GPUs only")

@@ -177,6 +177,24 @@ def is_run(out: Path) -> bool:
     return (out / run_folder.CONFIG).exists()
 
 
+def backbone_file(of: Path) -> tuple[Path, Path | None]:
+    """The file with a backbone's weights, and the run's folder that it is of.
+
+    Args:
+        of: a run's folder, its backbone.pt, or another file of weights.
+
+    Raises:
+        CommandError: there is none.
+    """
+    path = of / BACKBONE if of.is_dir() else of
+    run = path.parent if of.is_dir() or (path.name == BACKBONE and is_run(path.parent)) else None
+    if run is not None:
+        config_of(run)
+    if not path.is_file():
+        raise CommandError(f"{path} is missing{f': the run in {of} has not ended yet' if of.is_dir() else ''}")
+    return path, run
+
+
 def has_checkpoint(out: Path) -> bool:
     return out.is_dir() and bool(checkpoint.list_checkpoints(out))
 

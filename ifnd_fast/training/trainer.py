@@ -24,6 +24,7 @@ from ifnd_fast.runtime.session import Session, refuse_differences
 from ifnd_fast.runtime.spans import span
 from ifnd_fast.training import precheck, saved_run
 from ifnd_fast.training.feature_watch import FeatureWatch
+from ifnd_fast.training.initial_weights import initial_weights
 from ifnd_fast.training.labeller import Labeller
 from ifnd_fast.training.measuring import Measuring, report_epoch
 from ifnd_fast.training.objective import across_ranks, build_objective, memory_format
@@ -48,6 +49,7 @@ class Trainer:
         self.config, self.out = config, config.run.out
         self.session = Session(self.out, config.run.resume, config.run.keep_checkpoints)
         self.compute = compute or pick_compute(config.run.device, config.run.amp)
+        start = initial_weights(config)  # a file that lacks is missed before images are looked for
         self.device, self.data = self.compute.device, RunImages(config)
         self.images = self.data.train
         self.unreadable = Unreadable(self.images, config.data.strict)
@@ -57,7 +59,7 @@ class Trainer:
             len(self.images), config.optim.batch_size, config.run.seed, distributed.rank(), distributed.world_size()
         )
         torch.manual_seed(config.run.seed)
-        self.objective = build_objective(config, len(self.labeller.levels), self.compute)
+        self.objective = build_objective(config, len(self.labeller.levels), self.compute, start)
         self.model, self.encoder = self.objective.model, self.objective.encoder
         self.views = InputViews(config.data, self.device, memory_format(config))
         self.optimization = Optimization(config.optim, self.encoder, self.compute)

@@ -104,7 +104,10 @@ def without(name):
         (weights_of("resnet18") | {"layer2.0.conv1.weight": torch.ones(7, 1)}, r"layer2.0.conv1.weight \(7, 1\) inst"),
         (weights_of("resnet18") | {"bn1.weight": torch.full((8,), torch.nan)}, "bn1.weight is not finite"),
         (weights_of("resnet18") | {"bn1.weight": "x"}, "bn1.weight is a str"),
-        ({p + n: v for p in "ab" for n, v in weights_of("resnet18").items()}, "several ResNets: keep one of a, b"),
+        (
+            {p + n: v for p in "ab" for n, v in weights_of("resnet18").items()},
+            "several encoders: choose one of a, b by",
+        ),
     ],
 )
 def test_foreign_weights_are_refused_by_name(content, words, tmp_path):

@@ -27,7 +27,7 @@ def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
     compute = pick_compute(options.device, options.amp)
     leave_cores_to_workers(compute.device, options.workers)
     distributed.start(compute.device, options.rank_timeout)
-    backbone = load_backbone(options.checkpoint, options.arch)
+    backbone = load_backbone(options.checkpoint, options.arch, options.encoder)
     if options.export_detectron2 is not None:
         if distributed.rank() == 0:
             _export(backbone, options.export_detectron2)

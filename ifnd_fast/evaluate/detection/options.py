@@ -24,8 +24,8 @@ SIDES = at_least(1, words="one or more sides of 1 or more pixels", empty=False)
 @dataclass
 class DetectionOptions:
     checkpoint: tyro.conf.Positional[MayChange[Path]]
-    """a run's folder, its backbone.pt, or a file of weights with the names of torchvision's ResNets (plain or within
-    {"state_dict": ...}, with any prefix)"""
+    """a run's folder, its backbone.pt, or a file of weights with the names of torchvision's ResNets (with any prefix,
+    in any mapping, of torch.save or safetensors)"""
     data: MayChange[Path | None] = None
     """folder of COCO data: annotations/instances_train2017.json and instances_val2017.json, and their images in
     train2017/ and val2017/, there or in images/ (anything may stand for 2017)"""
@@ -48,6 +48,8 @@ class DetectionOptions:
     that is all"""
     arch: MayChange[str | None] = None
     """architecture of bare weights, such as resnet50; default: told by their names and shapes"""
+    encoder: MayChange[str | None] = None
+    """which encoder, where a file of weights holds several: its name in there, such as backbone_momentum"""
     schedule: MayChange[Literal["1x", "2x"]] = "1x"
     """Detectron's, which MoCo's paper (He et al., 2020, section 4.2) takes: 90,000 iterations (2x: 180,000) of 16
     images, lr 0.02 after a linear warm-up over 1,000 iterations from a thousandth of it. With a --batch-size of B the
