@@ -67,6 +67,12 @@ class DataConfig:
     """their standard deviation, divided by"""
     workers: Annotated[MayChange[int], at_least(0)] = 2
     """processes per rank that load and augment images; 0: in the training process"""
+    cache: MayChange[str] = ""
+    """folder for a memory map of the decoded images, made at first use and then read by all processes and later runs in
+    place of the files, with the same results: for images whose decoding takes longer than training. /dev/shm/NAME is in
+    memory alone. Changed images get another map; old ones are yours to delete"""
+    cache_limit: Annotated[MayChange[float], above(0)] = 8.0
+    """largest memory map of --cache, GB; there are up to two for the training images and one for the test images"""
     strict: bool = False
     """stop at an unreadable image, or too few images for --levels, where otherwise a warning says what is left out or
     scaled down"""
@@ -224,7 +230,10 @@ def with_full_paths(config: Config) -> Config:
         config,
         run=dataclasses.replace(config.run, out=full_path(config.run.out)),
         data=dataclasses.replace(
-            config.data, data=full_data(config.data.data), data_root=full_path(config.data.data_root)
+            config.data,
+            data=full_data(config.data.data),
+            data_root=full_path(config.data.data_root),
+            cache=config.data.cache and str(full_path(Path(config.data.cache))),
         ),
         model=dataclasses.replace(
             config.model, weights=config.model.weights and str(full_path(Path(config.model.weights)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.batch_views import NUMBERS
+from ifnd_fast.data.cache import prepared, to_picture
 from ifnd_fast.data.images import IN_A_ROW, Images, attempt
 from ifnd_fast.data.processes import make_loader
-from ifnd_fast.data.views import centre_view, random_view, whole_image
+from ifnd_fast.data.views import centre_view, random_view, whole_image, whole_side
 from ifnd_fast.runtime.errors import CommandError
 
 
@@ -39,21 +41,22 @@ class ViewDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> tuple[Any, ...]:
         epoch, wanted = item
         key = hashlib.blake2b(f"{self.seed} {epoch} {wanted}".encode(), digest_size=8).digest()
+        make = partial(self.views, seed=int.from_bytes(key, "little") >> 1)
         reason = ""
         for offset in range(min(len(self.images), IN_A_ROW)):
             index = (wanted + offset) % len(self.images)
-            with torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would also look for GPUs, which takes longer than the augmentation
-                torch.default_generator.manual_seed(int.from_bytes(key, "little") >> 1)
-                views, fault = attempt(self.images, index, self.views)
+            views, fault = attempt(self.images, index, make)
             if views is not None:
                 return *views, index, wanted, reason
             reason = reason or fault
         tried = min(len(self.images), IN_A_ROW)
         raise CommandError(f"{tried} images in a row can't be read, from {self.images.name(wanted)} on: {reason}")
 
-    def views(self, image: Image.Image) -> tuple[Tensor, ...]:
-        return tuple(self.view(image) for _ in range(self.n_views))
+    def views(self, image: Image.Image, seed: int) -> tuple[Tensor, ...]:
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would also look for GPUs, which takes longer than the augmentation
+            torch.default_generator.manual_seed(seed)
+            return tuple(self.view(image) for _ in range(self.n_views))
 
 
 class PairDataset(ViewDataset):
@@ -62,13 +65,18 @@ class PairDataset(ViewDataset):
 
     def __init__(self, images: Images, config: DataConfig, seed: int):
         self.on_device = config.augment == "device"
-        view = whole_image(config, images) if self.on_device else random_view(config)
+        if self.on_device:
+            side = whole_side(config)
+            images, view = prepared(images, f"whole-{side}", whole_image(config, images), side)
+        else:
+            (images, _), view = prepared(images, "picture", to_picture), random_view(config)
         super().__init__(images, view, seed, n_views=2)
 
-    def views(self, image: Image.Image) -> tuple[Tensor, ...]:
+    def views(self, image: Image.Image, seed: int) -> tuple[Tensor, ...]:
         if not self.on_device:
-            return super().views(image)
-        return self.view(image), torch.rand(2, NUMBERS, dtype=torch.float32, device="cpu")
+            return super().views(image, seed)
+        generator = torch.Generator().manual_seed(seed)  # the numbers of the global one, in less time
+        return self.view(image), torch.rand(2, NUMBERS, generator=generator, dtype=torch.float32, device="cpu")
 
 
 class CentreDataset(Dataset):
@@ -76,7 +84,8 @@ class CentreDataset(Dataset):
     is readable, and why not."""
 
     def __init__(self, images: Images, config: DataConfig):
-        self.images, self.view, self.size = images, centre_view(config), config.image_size
+        self.size = config.image_size
+        self.images, self.view = prepared(images, f"centre-{self.size}", centre_view(config), self.size)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -36,12 +36,17 @@ def random_view(config: DataConfig) -> Callable[[Image.Image], Tensor]:
     return v2.Compose([*steps, v2.ToImage()])
 
 
+def whole_side(config: DataConfig) -> int:
+    """Side of the squares that `whole_image` makes of image files."""
+    return round(1.5 * config.image_size)
+
+
 def whole_image(config: DataConfig, images: Images) -> Callable[[Image.Image], Tensor]:
     """What `augment.BatchViews` makes views of, uint8: images in memory as they are, (3, H, W), for they are all of one
     size; of files the middle square, resized to half as much again as a view's side."""
     if isinstance(images, ArrayImages):
         return v2.ToImage()
-    side = round(1.5 * config.image_size)
+    side = whole_side(config)
     return v2.Compose([middle, v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.ToImage()])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ifnd_fast.config import Config
 from ifnd_fast.data import identity
+from ifnd_fast.data.cache import cached
 from ifnd_fast.data.found import listings, tell_found
 from ifnd_fast.data.identity import Listing
 from ifnd_fast.data.sources import open_for_run
@@ -41,6 +42,8 @@ class RunImages:
                 identity.check(config.run.out, config.identity, self.listings(), data)
         config.identity = found
         tell_found(config.data, self.train, self.tests)
+        self.train = cached(self.train, config.data)
+        self.tests = None if self.tests is None else cached(self.tests, config.data)
 
     def listings(self) -> dict[str, Listing]:
         """Which images they are, for `identity`."""
