@@ -173,7 +173,7 @@ def test_options_that_are_arguments():
 def test_a_resumed_run_may_differ_in_what_changes_nothing_that_is_computed():
     assert may_change(Config) == {
         "identity", "resume", "out", "device", "workers", "data_root", "knn_every", "checkpoint_every",
-        "keep_checkpoints", "rank_timeout", "tensorboard",
+        "keep_checkpoints", "rank_timeout", "tensorboard", "cache", "cache_limit",
     }  # fmt: skip
 
 

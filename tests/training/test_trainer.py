@@ -183,6 +183,8 @@ def test_a_resumed_run_ends_with_the_same_bits(options, digit_folder, tmp_path):
     options = [*options, "--checkpoint-every", 0.34]
     whole = new(tmp_path / "whole", digit_folder, *options)
     whole.fit()
+    if "device" in options:
+        options += ["--cache", tmp_path / "cache"]
 
     class Stop(Exception):
         pass
