@@ -180,7 +180,7 @@ def test_ties_take_the_lowest_index(backend, metric):
     zeros = torch.zeros(5, 33, device=DEVICE)
     assign = assign_by(backend)
     assert not assign(zeros, zeros, return_confidence=False, metric=metric).any()
-    # Eighths: every sum is exact, as the interpreter's products are BLAS's, which on some CPUs sums columns differently.
+    # Eighths: every sum is exact. The interpreter's products are BLAS's, which on some CPUs sums columns differently.
     points, centroids = ((8 * rows).round() / 8 for rows in (data(100, 33), data(150, 33, 1)))
     labels, confidence = assign(points, centroids.repeat(3, 1), metric=metric)
     assert labels.max() < 150 and (confidence <= 1 / 3 + 1e-5).all()
