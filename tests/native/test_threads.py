@@ -12,10 +12,9 @@ def test_one_openmp_runtime_with_torch():
             return set(re.findall(r"\\S*lib(?:gomp|omp|iomp)\\S*", open("/proc/self/maps").read()))
         before = runtimes()
         import importlib.util
-        from importlib.machinery import EXTENSION_SUFFIXES
-        spec = importlib.util.find_spec("ifnd_fast")
-        path = spec.submodule_search_locations[0] + "/_cpu" + EXTENSION_SUFFIXES[0]
-        spec = importlib.util.spec_from_file_location("_cpu", path)
+        from importlib.machinery import PathFinder
+        package = importlib.util.find_spec("ifnd_fast")
+        spec = PathFinder.find_spec("_cpu", package.submodule_search_locations)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
         print(len(before), runtimes() == before)
     """)
@@ -25,9 +24,9 @@ def test_one_openmp_runtime_with_torch():
 # Without torch and numpy, whose own threads would hide what is tested.
 FORK = """
     import array, importlib.util, os, signal
-    from importlib.machinery import EXTENSION_SUFFIXES
-    folder = importlib.util.find_spec("ifnd_fast").submodule_search_locations[0]
-    spec = importlib.util.spec_from_file_location("_cpu", folder + "/_cpu" + EXTENSION_SUFFIXES[0])
+    from importlib.machinery import PathFinder
+    package = importlib.util.find_spec("ifnd_fast")
+    spec = PathFinder.find_spec("_cpu", package.submodule_search_locations)
     _cpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(_cpu)
     x, c = (array.array("f", [(7 * i + i * i) % 11 - 5 for i in range(n * 8)]) for n in (500, 20))

@@ -21,6 +21,13 @@
 #error "compile kernel sources with -DIFND_ISA=portable|avx2|avx512|avx512vnni|avx512bf16 and -DIFND_VECTOR_BYTES=16|32|64"
 #endif
 
+// glibc 2.29 has a second exp and log, which set no errno. With the first ones, of the same values, what is compiled
+// on a new system runs on older ones, as wheels must.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver exp, exp@GLIBC_2.2.5");
+__asm__(".symver log, log@GLIBC_2.2.5");
+#endif
+
 #define IFND_BEGIN namespace ifnd { namespace IFND_ISA {
 #define IFND_END } }
 #define IFND_INLINE static inline __attribute__((always_inline))
