@@ -75,6 +75,12 @@ def test_imports_go_down():
     assert not upward
 
 
+def test_packages_with_adapters_are_imported_by_these_alone():
+    adapted = re.compile(r"^\s*(?:from|import) (?:lightning|lightly|pytorch_metric_learning)\b", re.MULTILINE)
+    users = {name for name, path in files().items() if adapted.search(path.read_text())}
+    assert users and {room_of(name) for name in users} == {"integrations"}
+
+
 def test_no_circles():
     modules = imports()
     assert modules["ops.info_nce"] >= {"ops.checks", "ops.reference"}  # what is read is read right
