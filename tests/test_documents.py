@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.utils.data import DataLoader, TensorDataset
 
 import ifnd_fast
 from ifnd_fast import cli
@@ -109,6 +110,23 @@ def stand_ins() -> dict[str, object]:
         "labels": torch.randint(-1, 10, (1000, 3), generator=generator, dtype=torch.int32),
         "features": rows(3000, 16),
         "centroids": rows(50, 16),
+        "embeddings": rows(32, 128).requires_grad_(),
+        "classes": torch.arange(32) % 8,
+        **lightning_stand_ins(rows(200, 16)),
+    }
+
+
+def lightning_stand_ins(images: torch.Tensor) -> dict[str, object]:
+    class Encoder(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return normalize(super().forward(x))
+
+    numbers = torch.arange(len(images))
+    return {
+        "encoder": Encoder(16, 128),
+        "image_loader": DataLoader(TensorDataset(images, numbers), batch_size=64),
+        "view_loader": DataLoader(TensorDataset(images, images + 0.01, numbers), batch_size=64),
+        "epochs": 2,
     }
 
 
@@ -127,6 +145,11 @@ def test_python_runs(block, folder):
     exec(compile(PYTHON[block], block, "exec"), names)
     if "loss.backward()" in PYTHON[block]:
         assert names["loss"].isfinite() and given["query"].grad.isfinite().all() and names["queue"].count == 32
+    if "lightning.Trainer" in PYTHON[block]:
+        assert names["queue"].queue.count == 400 and names["renewal"].acceptance_rate == 0.5
+        assert (names["queue"].labels >= 0).sum(0).tolist() == [100, 100]
+    elif "Loss" in PYTHON[block]:
+        assert names["loss"].isfinite()
     if "accepted = " in PYTHON[block]:
         assert names["confidence"].shape == (3000,)
         assert [len(level.centroids) for level in names["levels"]] == [1000, 2000]

@@ -59,7 +59,7 @@ class NTXentLoss(nn.Module):
         self.contrast = IFNDLoss(temperature, false_negatives, level_combination=level_combination, backend=backend)
         self.gather_distributed = gather_distributed
         self.queue: NegativeQueue | None = None
-        size: tuple[int, ...] = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+        size: Sequence[int] = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
         if len(size) != 2 and size != (0,):
             raise ValueError(f"memory_bank_size must be 0 or (rows, length of a row), got {memory_bank_size!r}")
         if size[0] != 0:
