@@ -13,7 +13,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any
 
 import filelock
 import numpy as np
@@ -122,7 +122,6 @@ class PreparedViews(PreparedImages):
 
 
 View = Callable[[Image.Image], Tensor]
-T = TypeVar("T")
 
 
 def cached(images: Images, config: DataConfig) -> Images:
@@ -156,7 +155,7 @@ def prepared(images: Images, kind: str, view: View, side: int | None = None) -> 
     return images.made[kind], as_it_is
 
 
-def as_it_is(made: T) -> T:
+def as_it_is(made: Any) -> Any:
     return made
 
 
@@ -246,7 +245,7 @@ def _write(path: Path, images: Images, view: View, config: DataConfig, side: int
         refuse_none(images, reasons)
 
     write_atomically(path, save, 3 * n * (side or 0) ** 2)
-    index = {"sizes": sizes, "reasons": np.frombuffer(json.dumps(reasons).encode(), dtype=np.uint8)}
+    index: dict[str, Any] = {"sizes": sizes, "reasons": np.frombuffer(json.dumps(reasons).encode(), dtype=np.uint8)}
     write_atomically(path.with_suffix(".npz"), lambda file: np.savez(file, **index))
     say(f"cache of {n:,} images, {path.stat().st_size / 1e6:,.1f} MB: {shown(str(path))}")
 
