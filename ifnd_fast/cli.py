@@ -1,4 +1,4 @@
-"""The commands: ifnd-fast-train, ifnd-fast-eval, ifnd-fast-report."""
+"""The commands: ifnd-fast-train, ifnd-fast-eval, ifnd-fast-report, ifnd-fast-export."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ def evaluate() -> None:
             prog="ifnd-fast-eval", description="Measure a trained backbone.", args=expand_home(sys.argv[1:])
         )
     )
+
+
+def export() -> None:
+    """ifnd-fast-export RUN [--checkpoint STEP] [--out FILE]"""
+    from ifnd_fast.evaluate.export import export as write
+
+    _run(lambda: tyro.cli(write, prog="ifnd-fast-export", args=expand_home(sys.argv[1:])))
 
 
 def report() -> None:

@@ -57,7 +57,11 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         CommandError: it can't be read, or holds nothing by name.
     """
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else checkpoint.read(path)
+    return flattened(_read_safetensors(path) if path.suffix == ".safetensors" else checkpoint.read(path), path)
+
+
+def flattened(content: Any, path: Path) -> dict[str, Any]:
+    """What the file `path` holds, by names with dots. Raises CommandError: it holds nothing by name."""
     if not isinstance(content, Mapping):
         raise CommandError(f"{path} holds a {type(content).__name__}, not a state_dict (weights by name)")
     return _torchvision_names(dict(_leaves(content)))

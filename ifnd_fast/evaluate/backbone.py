@@ -11,9 +11,11 @@ from torch import nn
 from ifnd_fast.config import PRESETS, Config
 from ifnd_fast.contrast import weights as files
 from ifnd_fast.contrast.encoder import resnet
+from ifnd_fast.runtime import checkpoint as checkpoints
 from ifnd_fast.runtime.console import say, warn
 from ifnd_fast.runtime.errors import CommandError
 from ifnd_fast.training import saved_run
+from ifnd_fast.training.saved_state import SavedState
 
 
 class Backbone(NamedTuple):
@@ -24,7 +26,9 @@ class Backbone(NamedTuple):
     n_features: int
 
 
-def load_backbone(checkpoint: Path, arch: str | None = None, encoder: str | None = None) -> Backbone:
+def load_backbone(
+    checkpoint: Path, arch: str | None = None, encoder: str | None = None, state: SavedState | None = None
+) -> Backbone:
     """A trained backbone.
 
     Args:
@@ -33,17 +37,24 @@ def load_backbone(checkpoint: Path, arch: str | None = None, encoder: str | None
             it is executed.
         arch: architecture of bare weights; None: the first of torchvision's ResNets (and resnet-small) that they fit.
         encoder: which of several encoders in the file, by its prefix or a part of it.
+        state: of the run whose folder `checkpoint` is: its backbone in place of backbone.pt; see
+            `saved_run.chosen_state`.
 
     Raises:
         CommandError: the file is missing, broken or something else, or its weights fit no such network, or it holds
             several encoders.
         UsageError: `arch` is not the name of a ResNet.
     """
-    path, run = saved_run.backbone_file(checkpoint)
+    if state is None:
+        path, run = saved_run.backbone_file(checkpoint)
+        named = files.read(path)
+    else:
+        path, run = checkpoints.path_of(checkpoint, state.step), checkpoint
+        named = files.flattened(state.model, path)
     config = saved_run.config_of(run) if run else copy.deepcopy(PRESETS["imagenet"][1])
     if run and arch is not None and arch != config.model.arch:
         raise CommandError(f"--arch {arch}: {checkpoint} is a run of {config.model.arch}")
-    found = files.resnet_in(files.read(path), path, encoder)
+    found = files.resnet_in(named, path, encoder)
     if not run:
         config.model = files.deduce(found.weights, path, arch)
         say(f"{path}: {found}")

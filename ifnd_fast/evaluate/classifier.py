@@ -57,7 +57,8 @@ class TrainingOptions:
     seed: Annotated[int, SEED] = 0
     """of the classifier's first weights, the order and the views"""
     out: MayChange[Path | None] = None
-    """folder for checkpoints and result.json; default: evaluate/TASK-DATA beside the weights"""
+    """folder for checkpoints and result.json; default: evaluate/TASK-DATA beside the weights, of one of
+    a run's checkpoints TASK-DATA-step-STEP"""
     resume: MayChange[bool] = False
     """go on with what is in --out, with the same options"""
 
@@ -70,7 +71,8 @@ class TrainingOptions:
     def folder(self, subject: Subject, task: str) -> Path:
         checkpoint = subject.options.checkpoint
         parent = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        return self.out or parent / "evaluate" / f"{task}-{Path(subject.data.data).name[:80]}"
+        of_step = f"-step-{subject.state.step}" if subject.state else ""
+        return self.out or parent / "evaluate" / f"{task}-{Path(subject.data.data).name[:80]}{of_step}"
 
     def views(self, data: DataConfig) -> DataConfig:
         """The data options with these crops and flips, and nothing else that is random."""

@@ -75,7 +75,7 @@ def cluster_images(
     out = subject.options.checkpoint
     kind = options.features or ("encoder" if has_checkpoint(out) else "backbone")
     if kind == "encoder":
-        subject.network = load_encoder(out, config).to(subject.compute.device)
+        subject.network = load_encoder(out, config, subject.state).to(subject.compute.device)
     vectors, usable = subject.features(images)
     vectors = F.normalize(vectors)
     usable = usable & vectors.isfinite().all(dim=1) & vectors.any(dim=1)

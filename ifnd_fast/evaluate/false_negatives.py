@@ -15,7 +15,7 @@ from ifnd_fast.config import DataConfig
 from ifnd_fast.data import identity
 from ifnd_fast.data.images import Images
 from ifnd_fast.evaluate.cluster_images import ClusterOptions, cluster_images, labelled_training_images
-from ifnd_fast.evaluate.subject import Options, Subject, check_json_file, write_result
+from ifnd_fast.evaluate.subject import Options, Subject, check_json_file, chosen_state, write_result
 from ifnd_fast.metrics.false_negatives import DetectionByRate, detection_of
 from ifnd_fast.report.detection_by_rate import draw_detection_by_rate
 from ifnd_fast.report.plots import check_file_kind, save_picture
@@ -44,16 +44,17 @@ def false_negatives(
         check_file_kind("--plot", plot)
         refuse_folder("--plot", plot)
     check_json_file(options.json_file)
-    found, data, source = _own_clustering(options) if clustering == ClusterOptions() else (None, None, "")
-    if found is None or data is None:
+    found, data, state = _own_clustering(options) if clustering == ClusterOptions() else (None, None, None)
+    if found is None or data is None or state is None:
         subject = Subject(options)
-        data = subject.data
+        data, state = subject.data, subject.state
         images, truth = labelled_training_images(data)
         found, kind = cluster_images(subject, subject.config, images, clustering)
         source = f"clusters of {kind} features"
     else:
         images, truth = labelled_training_images(data)
-        _check_same(options.checkpoint, data, images, len(found.labels))
+        source = f"the run's own labels of epoch {state.epoch}"
+        _check_same(options.checkpoint, state, data, images, len(found.labels))
     detected = detection_of(found, truth)
     write_result(
         options, data, f"Detection by {source}, {data.data}",
@@ -64,28 +65,29 @@ def false_negatives(
             "false_negatives_per_query": detected.per_query, "false_negative_precision": detected.precision,
             "false_negative_recall": detected.recall,
         },
+        state,
     )  # fmt: skip
     if plot is not None:
         save_picture(plot, draw_detection_by_rate, detected, [f"{n:,} clusters" for n in found.levels])
         say(f"plot: {plot}")
 
 
-def _own_clustering(options: Options) -> tuple[ImageClusters | None, DataConfig | None, str]:
-    """The last clustering of the run that CHECKPOINT is the folder of, its data and what to call it; or None."""
+def _own_clustering(options: Options) -> tuple[ImageClusters | None, DataConfig | None, SavedState | None]:
+    """The last clustering of the run that CHECKPOINT is the folder of, its data and the checkpoint with it; or None."""
     out = options.checkpoint
     if not has_checkpoint(out):
-        return None, None, ""
+        return None, None, None
     data = config_of(out).data
     if options.data is not None and configs.full_data(options.data) != configs.full_data(data.data):
-        return None, None, ""
+        return None, None, None
     data.data_root = options.data_root or data.data_root
-    state = SavedState.latest(out)
-    return state.clustering(), data, f"the run's own labels of epoch {state.epoch}"
+    state = chosen_state(out, options.step, options.json_file) or SavedState.latest(out)
+    return state.clustering(), data, state
 
 
-def _check_same(out: Path, data: DataConfig, images: Images, labelled: int) -> None:
+def _check_same(out: Path, state: SavedState, data: DataConfig, images: Images, labelled: int) -> None:
     """Raises UsageError: the images are not those that the run's labels are of."""
-    then = SavedState.latest(out).identity
+    then = state.identity
     text = identity.changes(out, then, {"train": images.listing()}) if then else ""
     if len(images) != labelled and not text:
         text = f"it has {len(images):,} training images, the run's labels are of {labelled:,}"

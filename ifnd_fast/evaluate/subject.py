@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,8 +20,11 @@ from ifnd_fast.evaluate.backbone import load_backbone
 from ifnd_fast.evaluate.labelled import RunData
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_compute
-from ifnd_fast.runtime.console import table
+from ifnd_fast.runtime.console import say, table
+from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.runtime.paths import refuse_folder
+from ifnd_fast.training import saved_run
+from ifnd_fast.training.saved_state import SavedState
 
 
 @dataclass
@@ -52,10 +56,16 @@ class Options:
     warning"""
     json_file: Path | None = None
     """write the figures to this file too"""
+    step: Annotated[int | Literal["latest"] | None, tyro.conf.arg(name="checkpoint")] = None
+    """which of a run's checkpoints to measure, by its step, or the latest; default: its final backbone.pt, or the
+    latest of a run that has not ended"""
 
 
 class Subject:
     """The network that is measured, on its device, and the run's data options with what was asked for instead.
+
+    Attributes:
+        state: the run's checkpoint that is measured; None: its backbone.pt, or bare weights.
 
     Raises:
         CommandError, UsageError: the checkpoint can't be used, or an option is out of range.
@@ -66,8 +76,10 @@ class Subject:
         check(options)
         distributed.refuse_ranks("this evaluation")
         check_json_file(options.json_file)
+        self.state = chosen_state(options.checkpoint, options.step, options.json_file)
         self.unreadable: list[dict[str, str]] = []  # images met so far, {"image", "reason"} each
-        self.config, network, self.n_features = load_backbone(options.checkpoint, options.arch, options.encoder)
+        found = load_backbone(options.checkpoint, options.arch, options.encoder, self.state)
+        self.config, network, self.n_features = found
         self.data, self.network = self.config.data, network
         for name in ("data", "data_root", "image_size", "workers"):
             if getattr(options, name) is not None:
@@ -114,7 +126,31 @@ class Subject:
 
     def write_result(self, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]) -> None:
         """See `write_result`."""
-        write_result(self.options, self.data, title, columns, rows, {**figures, "unreadable": self.unreadable})
+        figures = {**figures, "unreadable": self.unreadable}
+        write_result(self.options, self.data, title, columns, rows, figures, self.state)
+
+
+def chosen_state(
+    checkpoint: Path, step: int | Literal["latest"] | None, json_file: Path | None = None
+) -> SavedState | None:
+    """The checkpoint of a run that is measured, see `saved_run.chosen_state`, and a line that says so.
+
+    Raises:
+        UsageError, CommandError: as there; or --json-file holds the figures of another checkpoint.
+    """
+    state = saved_run.chosen_state(checkpoint, step)
+    if state is not None:
+        say(f"measuring {checkpoint} at {state.position}")
+    if json_file is not None and json_file.is_file():
+        try:
+            there = json.loads(json_file.read_text())
+            of_this_run, other = there.get("checkpoint") == str(full_path(checkpoint)), there.get("step")
+        except (OSError, ValueError, AttributeError):  # something else
+            return state
+        if of_this_run and other != (state and state.step):
+            what = "the final backbone" if other is None else f"step {other}"
+            raise UsageError(f"--json-file {json_file} holds figures of {what} of this run: give another name")
+    return state
 
 
 def check_json_file(path: Path | None) -> None:
@@ -124,14 +160,19 @@ def check_json_file(path: Path | None) -> None:
 
 
 def write_result(
-    options: Options, data: DataConfig, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any]
-) -> None:
+    options: Options, data: DataConfig, title: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any],
+    state: SavedState | None = None,
+) -> None:  # fmt: skip
     """Print a table, and write the figures with what they are of to --json-file.
+
+    Args:
+        state: the checkpoint that they are of.
 
     Raises:
         CommandError: the file can't be written.
     """
-    table(title, columns, rows)
+    table(title if state is None else f"{title}, {state.position}", columns, rows)
     if options.json_file is not None:
-        figures = {"checkpoint": str(full_path(options.checkpoint)), "data": data.data, **figures}
+        at = {} if state is None else {"step": state.step, "epoch": state.epoch}
+        figures = {"checkpoint": str(full_path(options.checkpoint)), **at, "data": data.data, **figures}
         run_folder.write_json(options.json_file, figures)

@@ -27,6 +27,11 @@ def list_checkpoints(out: Path) -> list[Path]:
     return sorted(folder(out).glob("step-*.pt"))
 
 
+def path_of(out: Path, step: int) -> Path:
+    """Of a run's checkpoint after so many steps."""
+    return folder(out) / f"step-{step:09d}.pt"
+
+
 def where(out: Path) -> str:
     """A clause that names the run's newest checkpoint."""
     found = list_checkpoints(out)
@@ -76,7 +81,7 @@ def remove_temporaries(out: Path) -> None:
 
 def save(out: Path, state: dict[str, Any], keep: int = 2) -> Path:
     """Write `state` (tensors, numbers, strings, lists, dicts; with "step") and prune older checkpoints."""
-    path = folder(out) / f"step-{state['step']:09d}.pt"
+    path = path_of(out, state["step"])
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file), _bytes_of(state))
     for old in list_checkpoints(out)[:-keep]:
         old.unlink(missing_ok=True)
@@ -97,12 +102,14 @@ def read(path: Path) -> Any:
         CommandError: the file is missing, truncated, damaged, not torch's, or would run code.
     """
     try:
-        if zipfile.is_zipfile(path):  # torch.load doesn't look at the checksums that torch.save wrote
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise CommandError(f"{path} can't be read: {damaged} in it is damaged: its checksum is wrong")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # once: a run may replace or delete it meanwhile
+            if zipfile.is_zipfile(file):  # torch.load doesn't look at the checksums that torch.save wrote
+                with zipfile.ZipFile(file) as archive:
+                    if (damaged := archive.testzip()) is not None:
+                        raise CommandError(f"{path} can't be read: {damaged} in it is damaged: its checksum is wrong")
+            file.seek(0)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CommandError(f"{path} can't be read: {error}") from error
     except CommandError:
@@ -127,16 +134,21 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_latest(out: Path) -> dict[str, Any]:
-    """The newest checkpoint of a run that can be read; a warning names those that can't.
+    """The newest checkpoint of a run that can be read; a warning names those that can't. The run may go on meanwhile,
+    and delete what newer ones replace.
 
     Raises:
         CommandError: the run has no readable checkpoint.
     """
-    reasons = []
-    for path in reversed(list_checkpoints(out)):
+    reasons, tried = [], set()
+    while untried := [path for path in list_checkpoints(out) if path not in tried]:
+        path = untried[-1]
+        tried.add(path)
         try:
             return load(path)
         except CommandError as error:
+            if not path.exists():  # there is a newer one
+                continue
             reasons.append(str(error))
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
     raise CommandError(f"no checkpoint to go on from in {folder(out)}" + "".join(f"\n  {r}" for r in reasons))

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from ifnd_fast import config as configs
 from ifnd_fast.config import Config, DataConfig, to_yaml
@@ -181,13 +181,13 @@ def backbone_file(of: Path) -> tuple[Path, Path | None]:
     """The file with a backbone's weights, and the run's folder that it is of.
 
     Args:
-        of: a run's folder, its backbone.pt, or another file of weights.
+        of: a run's folder, its backbone.pt or what ifnd-fast-export wrote beside it, or another file of weights.
 
     Raises:
-        CommandError: there is none.
+        CommandError: config.yaml of the run can't be read, or there is no such file.
     """
     path = of / BACKBONE if of.is_dir() else of
-    run = path.parent if of.is_dir() or (path.name == BACKBONE and is_run(path.parent)) else None
+    run = path.parent if of.is_dir() or (path.match("backbone*.pt") and is_run(path.parent)) else None
     if run is not None:
         config_of(run)
     if not path.is_file():
@@ -199,19 +199,45 @@ def has_checkpoint(out: Path) -> bool:
     return out.is_dir() and bool(checkpoint.list_checkpoints(out))
 
 
-def load_encoder(out: Path, config: Config) -> nn.Module:
+def chosen_state(out: Path, which: int | Literal["latest"] | None = None) -> SavedState | None:
+    """The checkpoint that stands for a run: of a step, the newest, or by default the newest of a run that has not
+    ended. None: it is backbone.pt that does, or `out` is no run's folder. The run may go on meanwhile.
+
+    Raises:
+        UsageError: `which` is given, but `out` is a file.
+        CommandError: the run has no such checkpoint, or none yet.
+    """
+    if not out.is_dir():
+        if which is not None:
+            raise UsageError(f"--checkpoint {which} chooses among those of a run: {out} is not the folder of one")
+        return None
+    if which is None and (not is_run(out) or (out / BACKBONE).is_file()):
+        return None
+    if not has_checkpoint(out):
+        config_of(out)  # says what is wrong if it is no run
+        raise CommandError(
+            f"{out} has no checkpoint yet: the first is written after --checkpoint-every epochs, and when the run is "
+            "asked to stop"
+        )
+    return SavedState.at(out, which) if isinstance(which, int) else SavedState.latest(out)
+
+
+def load_encoder(out: Path, config: Config, state: SavedState | None = None) -> nn.Module:
     """The momentum encoder of a run's newest checkpoint, on the CPU; of an in-batch run its only encoder.
+
+    Args:
+        state: a checkpoint of it in place of the newest.
 
     Raises:
         CommandError: `out` is no run's folder, or has no readable checkpoint, or it does not fit the config.
     """
     if not out.is_dir():
         raise UsageError(f"--features encoder: {out} is not the folder of a run; --features backbone works on it")
-    weights, encoder = SavedState.latest(out).encoder, build(config.model)()
+    state, encoder = state or SavedState.latest(out), build(config.model)()
     try:
-        encoder.load_state_dict(weights)
+        encoder.load_state_dict(state.encoder)
     except RuntimeError as error:
-        raise CommandError(f"the newest checkpoint in {out} does not fit its config.yaml: {error}") from error
+        raise CommandError(f"step {state.step} of {out} does not fit its config.yaml: {error}") from error
     return encoder
 
 
@@ -256,6 +282,11 @@ def write_result(out: Path, backbone: nn.Module, result: dict[str, Any]) -> None
     Raises:
         CommandError: the disk is full or not writable.
     """
-    weights = {name: value.cpu() for name, value in backbone.state_dict().items()}
-    checkpoint.write_atomically(out / BACKBONE, lambda file: torch.save(weights, file))
+    write_backbone(out / BACKBONE, backbone.state_dict())
     run_folder.write_json(out / RESULT, result)
+
+
+def write_backbone(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raises CommandError: the disk is full or not writable."""
+    on_host = {name: value.cpu() for name, value in weights.items()}
+    checkpoint.write_atomically(path, lambda file: torch.save(on_host, file))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ifnd_fast.clustering.image_clusters import ImageClusters
 from ifnd_fast.runtime import checkpoint
+from ifnd_fast.runtime.errors import CommandError
 
 POINTS = 1000  # t-SNE takes some seconds for them
 
@@ -38,6 +39,27 @@ class SavedState:
     def latest(cls, out: Path) -> SavedState:
         """A run's newest. Raises CommandError: it has none that can be read."""
         return cls(checkpoint.load_latest(out))
+
+    @classmethod
+    def at(cls, out: Path, step: int) -> SavedState:
+        """A run's after so many steps. Raises CommandError: it keeps none of that step, or it can't be read."""
+        path = checkpoint.path_of(out, step)
+        if not path.exists():
+            steps = ", ".join(str(int(kept.stem.removeprefix("step-"))) for kept in checkpoint.list_checkpoints(out))
+            raise CommandError(
+                f"{out} holds no checkpoint of step {step}, but of {steps or 'none'}: a run keeps its last "
+                "--keep-checkpoints, one each --checkpoint-every epochs"
+            )
+        return cls(checkpoint.load(path))
+
+    @property
+    def step(self) -> int:
+        return self.values["step"]
+
+    @property
+    def position(self) -> str:
+        """For people: "step 300 (after epoch 2)"."""
+        return f"step {self.step} (after epoch {self.epoch})"
 
     @property
     def epoch(self) -> int:
@@ -82,9 +104,14 @@ class SavedState:
         return None if queue is None else np.asarray(queue["indices"], dtype=np.int64)
 
     @property
+    def model(self) -> dict[str, Tensor]:
+        """The weights of all encoders."""
+        return self.values["model"]
+
+    @property
     def encoder(self) -> dict[str, Tensor]:
         """The momentum encoder's weights; of an in-batch run its only encoder's."""
-        weights = self.values["model"]
+        weights = self.model
         prefix = "key_encoder." if any(name.startswith("key_encoder.") for name in weights) else "query_encoder."
         return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 
 import pytest
 import torch
@@ -47,6 +48,52 @@ def test_a_flipped_bit_is_found(tmp_path):
         assert not torch.equal(torch.load(path)["weights"], state(1)["weights"])  # torch itself doesn't mind
         with pytest.raises(CommandError, match="is damaged"):
             checkpoint.load(path)
+
+
+def test_a_run_goes_on_while_its_checkpoints_are_read(tmp_path, recwarn):
+    """With one kept, what was listed is gone as soon as the next is written."""
+    stop = threading.Event()
+
+    def write():
+        step = 1
+        while not stop.is_set():
+            checkpoint.save(tmp_path, state(step), keep=1)
+            step += 1
+
+    checkpoint.save(tmp_path, state(0))
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(50):
+            found = checkpoint.load_latest(tmp_path)
+            assert torch.equal(found["weights"], state(found["step"])["weights"])
+    finally:
+        stop.set()
+        writer.join()
+    assert found["step"] > 0 and not recwarn.list
+
+
+def test_one_that_is_deleted_before_it_is_opened_is_replaced_by_a_newer_one(tmp_path, monkeypatch, recwarn):
+    first, load = checkpoint.save(tmp_path, state(1)), checkpoint.load
+
+    def late(path):
+        if path == first:
+            checkpoint.save(tmp_path, state(2), keep=1)
+        return load(path)
+
+    monkeypatch.setattr(checkpoint, "load", late)
+    assert checkpoint.load_latest(tmp_path)["step"] == 2 and not first.exists() and not recwarn.list
+
+
+def test_one_that_is_deleted_while_it_is_read_is_read_whole(tmp_path, monkeypatch):
+    path, load = checkpoint.save(tmp_path, state(1)), torch.load
+
+    def late(file, **options):
+        path.unlink()
+        return load(file, **options)
+
+    monkeypatch.setattr(torch, "load", late)
+    assert torch.equal(checkpoint.load(path)["weights"], state(1)["weights"]) and not path.exists()
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):

@@ -39,13 +39,17 @@ class DetectionOptions:
     """their annotations"""
     out: MayChange[Path | None] = None
     """folder for checkpoints/, metrics.jsonl, model.pt (the Mask R-CNN), detections.json (in COCO's format of results)
-    and result.json; default: detection/ in the run's folder, or beside the file of weights"""
+    and result.json; default: detection/ in the run's folder, or beside the file of weights; detection-step-STEP/ of
+    one of a run's checkpoints"""
     resume: MayChange[bool] = False
     """go on in --out from the last checkpoint"""
     export_detectron2: MayChange[Path | None] = None
     """write the backbone to this file, NAME.pkl, for detectron2, and print the configuration that goes with it
     (INPUT.FORMAT RGB, MODEL.PIXEL_MEAN and PIXEL_STD of 0 to 255, RESNETS.STRIDE_IN_1X1 False, ...); without --data
     that is all"""
+    step: Annotated[MayChange[int | Literal["latest"] | None], tyro.conf.arg(name="checkpoint")] = None
+    """which of a run's checkpoints to start from, by its step, or the latest; default: its final backbone.pt, or the
+    latest of a run that has not ended"""
     arch: MayChange[str | None] = None
     """architecture of bare weights, such as resnet50; default: told by their names and shapes"""
     encoder: MayChange[str | None] = None
