@@ -54,7 +54,7 @@ def demo(out: str, **changes: Any) -> Trainer:
         for name, value in values.items():
             setattr(getattr(config, section), name, value)
     trainer = Trainer(config)
-    trainer.measuring.probe = None
+    trainer.measuring.labelled = None
     run_folder.create(config.run.out, to_yaml(config))
     return trainer
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -192,15 +192,14 @@ def _write_report(runs: tuple[Path, ...], path: Path | None = None) -> None:
         raise CommandError(f"no report of {', '.join(map(str, runs))}: {error}") from error
 
 
-def _print_result(result: dict[str, float], seconds: float, out: Path, from_weights: bool) -> None:
-    names = {
-        "knn_top1_raw_pixels": "raw pixels",
-        "knn_top1_untrained": "encoder before training" if from_weights else "untrained encoder",
-        "knn_top1": "trained encoder",
-    }
-    rows = [[name, f"{result[key]:.2f} %"] for key, name in names.items() if key in result]
+def _print_result(result: dict[str, Any], seconds: float, out: Path, from_weights: bool) -> None:
+    from ifnd_fast.training.accuracies import accuracy_table, headline
+
+    columns, rows = accuracy_table(result, from_weights)
     if rows:
-        table("kNN top-1 (weighted, k = 20)", ["features", "accuracy"], rows)
+        table("Top-1 accuracy: few labels by logistic regression, all by kNN (k = 20)", columns, rows)
+        if text := headline(result, from_weights):
+            say(text)
     else:
         warn("accuracy was not measured: no labels, or no readable images to measure with")
     say(f"{seconds:.0f} seconds; backbone: {out / 'backbone.pt'}; report: {out / 'report.html'}")

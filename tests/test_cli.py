@@ -31,8 +31,30 @@ def test_train_writes_the_whole_run(run):
     assert "epoch 3/3" in done.stdout and "trained encoder" in done.stdout and "raw pixels" in done.stdout
     assert str(out / "report.html") in done.stdout
     result = json.loads((out / "result.json").read_text())
-    assert set(result) == {"knn_top1_raw_pixels", "knn_top1_untrained", "knn_top1", "seconds", "unreadable"}
+    kinds = ("_raw_pixels", "_untrained", "")
+    names = {f"{name}{kind}" for name in ("knn_top1", "few_shot_top1") for kind in kinds}
+    assert set(result) == names | {"seconds", "unreadable"}
+    for kind in kinds:
+        assert {n: len(draws["values"]) for n, draws in result[f"few_shot_top1{kind}"].items()} == {
+            "1": 5, "5": 5, "10": 5,
+        }  # fmt: skip
+    assert "10 a class" in done.stdout and "all, by kNN" in done.stdout
+    shown = " ".join(done.stdout.split())
+    assert f"with 10 labels a class: trained encoder {result['few_shot_top1']['10']['mean']:.1f} %, untrained" in shown
+    assert "50 a class left out: no class has more than" in " ".join(done.stderr.split())
     assert 'src="http' not in (out / "report.html").read_text()
+
+
+def test_few_shot_measures_what_training_measured(run, tmp_path):
+    out, _ = run
+    done = command("evaluate", "few-shot", out, "--shots", 1, 10, "--json-file", tmp_path / "few.json")
+    assert done.returncode == 0, done.stderr
+    trained, found = (json.loads(path.read_text()) for path in (out / "result.json", tmp_path / "few.json"))
+    for kind in ("", "_raw_pixels"):  # untrained: other first weights
+        expected = {n: trained[f"few_shot_top1{kind}"][n]["values"] for n in ("1", "10")}
+        assert {n: draws["values"] for n, draws in found[f"few_shot_top1{kind}"].items()} == expected
+    assert set(found["few_shot_top1_untrained"]) == {"1", "10"} and found["train_images"] == 108
+    assert "1 a class" in done.stdout and "± is the standard deviation over 5 draws" in done.stdout
 
 
 def test_eval_measures_what_training_measured(run, tmp_path):

@@ -89,7 +89,7 @@ def at(trainer, where: str, number: int) -> None:
     """Send this process the signal once, within a step, a pass for features or a clustering."""
     owner, name = {
         "step": (trainer, "_train_step"), "features": (trainer.labeller.source, "collect"),
-        "clustering": (trainer.labeller.job, "_cluster"), "kNN": (trainer.measuring.probe, "measure"),
+        "clustering": (trainer.labeller.job, "_cluster"), "kNN": (trainer.measuring.labelled, "features"),
     }[where]  # fmt: skip
     call, sent = getattr(owner, name), []
 

@@ -9,7 +9,9 @@ import tyro
 from ifnd_fast.config import TEMPERATURE, at_least, check_arguments
 from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
-from ifnd_fast.metrics.knn import KnnProbe
+from ifnd_fast.metrics.knn import knn_accuracy
+from ifnd_fast.metrics.labelled import LabelledImages
+from ifnd_fast.runtime.console import stage
 
 
 def knn(
@@ -25,14 +27,15 @@ def knn(
     """
     check_arguments(knn, k=k, temperature=temperature)
     subject = Subject(common)
-    probe = KnnProbe(*open_labelled(subject.data))
-    found = probe.measure(subject.features, k=k, temperature=temperature)
+    found = LabelledImages(*open_labelled(subject.data)).features(subject.features)
+    with stage("kNN"):
+        top1 = knn_accuracy(*found, k=k, temperature=temperature)
     subject.write_result(
         f"kNN on {subject.data.data}",
         ["k", "temperature", "top-1"],
-        [[str(k), f"{temperature:g}", f"{found.top1:.2f} %"]],
+        [[str(k), f"{temperature:g}", f"{top1:.2f} %"]],
         {
-            "k": k, "temperature": temperature, "knn_top1": found.top1, "train_images": found.train_images,
-            "test_images": found.test_images,
+            "k": k, "temperature": temperature, "knn_top1": top1, "train_images": len(found.train_labels),
+            "test_images": len(found.test_labels),
         },
     )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ifnd_fast.evaluate.clusters import clusters
 from ifnd_fast.evaluate.detection.command import detection
 from ifnd_fast.evaluate.false_negatives import false_negatives
+from ifnd_fast.evaluate.few_shot import few_shot
 from ifnd_fast.evaluate.knn import knn
 from ifnd_fast.evaluate.linear import linear
 from ifnd_fast.evaluate.semi import semi
@@ -15,6 +16,7 @@ from ifnd_fast.evaluate.transfer import transfer
 
 TASKS: dict[str, Callable[..., None]] = {
     "knn": knn,
+    "few-shot": few_shot,
     "linear": linear,
     "semi": semi,
     "svm": svm,

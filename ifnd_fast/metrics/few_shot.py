@@ -93,9 +93,12 @@ def _accuracy(x: np.ndarray, y: np.ndarray, test_x: np.ndarray, test_y: np.ndarr
 
 
 def usable_shots(labels: Tensor, shots: Sequence[int] = SHOTS) -> tuple[int, ...]:
-    """Those of `shots` that some class of labels (N,) has rows for; a warning says which are left out, and where a
-    class has to give all that it has."""
+    """Those of `shots` that some class of labels (N,) has rows for; none where there is one class only. A warning says
+    which are left out, and where a class has to give all that it has."""
     counts = labels.unique(return_counts=True)[1]
+    if len(counts) < 2:
+        warn("few labels: all readable training images are of one class; a classifier needs two or more")
+        return ()
     largest, smallest = int(counts.max()), int(counts.min())
     usable = tuple(n for n in shots if n <= largest)
     if left_out := [n for n in shots if n > largest]:

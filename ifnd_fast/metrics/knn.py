@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ifnd_fast.data.images import Images
 from ifnd_fast.metrics.rows import check_count, check_pair, check_tests, unit_rows
 from ifnd_fast.ops import checks
 from ifnd_fast.ops.reference import no_autocast
-from ifnd_fast.runtime.console import stage, warn
-from ifnd_fast.runtime.errors import CommandError
 
 
 @torch.no_grad()
@@ -147,66 +141,3 @@ def _vote(similarity: Tensor, labels: Tensor, temperature: float, n_classes: int
     for weight, label in zip(weights.T, labels.T, strict=True):
         votes[rows, label] += weight
     return votes.argmax(dim=1)
-
-
-class KnnFigures(NamedTuple):
-    top1: float
-    """percent"""
-    train_images: int
-    """that were readable, and so could vote"""
-    test_images: int
-    """that were readable, and so were classified"""
-
-
-class KnnProbe:
-    """Weighted kNN accuracy of features of the training images, measured on the test images.
-
-    Without test images every tenth training image is classified by the other nine tenths. Unreadable images neither
-    vote nor are classified.
-    """
-
-    def __init__(self, images: Images, test_images: Images | None):
-        assert images.labels is not None
-        self.images, self.test_images, self.labels = images, test_images, images.labels
-        self.told: set[str] = set()  # warnings, each once
-        if test_images is not None:
-            assert test_images.labels is not None
-            self.test_labels = test_images.labels
-
-    def measure(
-        self, features_of: Callable[[Images], tuple[Tensor, Tensor]], k: int = 20, temperature: float = 0.07
-    ) -> KnnFigures:
-        """With `features_of(images)` -> features (N, D) of N images, and which of them were readable, (N,) bool.
-
-        Raises:
-            CommandError: no image to vote, or none to classify, can be read.
-        """
-        features, readable = features_of(self.images)
-        labels = torch.from_numpy(self.labels).to(features.device)
-        if self.test_images is not None:
-            tests, tests_readable = features_of(self.test_images)
-            test_labels = torch.from_numpy(self.test_labels).to(features.device)
-            kept, tested = readable, tests_readable
-        else:
-            held_out = torch.arange(len(labels), device=features.device) % 10 == 9
-            tests, test_labels = features, labels
-            kept, tested = readable & ~held_out, readable & held_out
-        for what, there in (("to vote", kept), ("to classify", tested)):
-            if not there.any():
-                raise CommandError(f"kNN: none of the images {what} can be read")
-        left_out = int((~readable).sum()) + (0 if self.test_images is None else int((~tests_readable).sum()))
-        if left_out:
-            self._warn(f"kNN: {left_out} unreadable images are left out")
-        lacking = len(labels.unique()) - len(labels[kept].unique())
-        if lacking:
-            self._warn(f"kNN: {lacking} classes have no readable image to vote: none of their images can be recognised")
-        with stage("kNN"):
-            top1 = knn_accuracy(
-                features[kept], labels[kept], tests[tested], test_labels[tested], k=k, temperature=temperature
-            )
-        return KnnFigures(top1, int(kept.sum()), int(tested.sum()))
-
-    def _warn(self, message: str) -> None:
-        if message not in self.told:
-            self.told.add(message)
-            warn(message)

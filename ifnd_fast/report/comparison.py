@@ -15,6 +15,7 @@ from ifnd_fast.config import Config, may_change
 from ifnd_fast.report.html import flatten, inline, render_template, write_page
 from ifnd_fast.report.plots import SERIES, Texts, draw_picture, epoch_axis, percent_axis, plot_line, shortened
 from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.training.accuracies import HEADLINE_LABELS, few_labels
 from ifnd_fast.training.saved_run import Run, number, read_run
 
 NO_SETTING = may_change(Config) | {"seed"}
@@ -222,8 +223,13 @@ def _columns() -> list[tuple[str, Callable[[Run], list[float | None]], Callable[
     def levels(key: str) -> Callable[[Run], list[float | None]]:
         return lambda run: [_of_level(run.epochs[-1], key, level) for level in range(len(run.levels))]
 
+    def few(run: Run) -> list[float | None]:
+        found = few_labels(run.accuracies).get(HEADLINE_LABELS)
+        return [None if found is None else found.mean]
+
     return [
         ("kNN top-1, %", lambda run: [run.trained[0]], "{:.2f}".format),
+        (f"{HEADLINE_LABELS} labels a class, %", few, "{:.2f}".format),
         ("untrained, %", lambda run: [number(run.accuracies.get("knn_top1_untrained"))], "{:.2f}".format),
         ("raw pixels, %", lambda run: [number(run.accuracies.get("knn_top1_raw_pixels"))], "{:.2f}".format),
         ("loss", last("loss"), "{:.3f}".format),

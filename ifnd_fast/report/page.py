@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ifnd_fast.report.embedding import draw_embedding
 from ifnd_fast.report.html import flatten, inline, render_template, write_page
 from ifnd_fast.report.plots import Picture, draw_picture
 from ifnd_fast.report.thumbnails import Sheet, name_of_class
+from ifnd_fast.training.accuracies import HEADLINE_LABELS, accuracy_table, few_labels
 from ifnd_fast.training.saved_run import Run, duration, images_of, number, read_run
 
 Sheets = tuple[list[Sheet], str]
@@ -52,6 +54,7 @@ def render(run: Run) -> str:
         run=run,
         subtitle=_subtitle(run),
         headline=headline(run),
+        accuracies=accuracy_table(run.accuracies, run.from_weights),
         pictures=inline(draw_figures(run.epochs, run.accuracies, run.levels)),
         states=inline([_detection_picture(run, images, clustering), _embedding(run, images, clustering)]),
         sheets=detections,
@@ -116,13 +119,17 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     last = run.epochs[-1]
     untrained, raw = (number(run.accuracies.get(key)) for key in ("knn_top1_untrained", "knn_top1_raw_pixels"))
     trained, epoch = run.trained
-    start = "of --weights" if run.option("model", "weights") else "random weights"
-    before = "before training" if run.option("model", "weights") else "untrained"
+    start = "of --weights" if run.from_weights else "random weights"
+    before = "before training" if run.from_weights else "untrained"
+    suffixes = {before: "_untrained", "raw pixels": "_raw_pixels"}
     cards = []
+    if own := few_labels(run.accuracies).get(HEADLINE_LABELS):
+        few = {name: few_labels(run.accuracies, suffix).get(HEADLINE_LABELS) for name, suffix in suffixes.items()}
+        gains = _gains(own.mean, {name: other.mean for name, other in few.items() if other is not None})
+        cards.append((f"With {HEADLINE_LABELS} labels a class", f"{own.mean:.1f}%", ", ".join(gains)))
     if trained is not None:
-        others = [(before, untrained), ("raw pixels", raw)]
-        gains = [f"{trained - other:+.1f} on {name}" for name, other in others if other is not None]
-        remark = ", ".join([f"epoch {epoch}"] * (epoch is not None) + gains).replace("-", "\N{MINUS SIGN}")
+        gains = _gains(trained, {before: untrained, "raw pixels": raw})
+        remark = ", ".join([f"epoch {epoch}"] * (epoch is not None) + gains)
         cards.append(("kNN top-1, trained", f"{trained:.1f}%", remark))
     if untrained is not None:
         cards.append((f"kNN top-1, {before}", f"{untrained:.1f}%", f"same encoder, {start}"))
@@ -143,6 +150,12 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
         remark = f"{speed:,.0f} images/s in epoch {last['epoch']}" if speed else ""
         cards.append(("Time" if run.result else "Time so far", duration(run.seconds), remark))
     return cards
+
+
+def _gains(value: float, others: Mapping[str, float | None]) -> list[str]:
+    """ "+24.8 on untrained", "\N{MINUS SIGN}2.2 on raw pixels"; of those that are known."""
+    known = {name: other for name, other in others.items() if other is not None}
+    return [f"{value - other:+.1f} on {name}".replace("-", "\N{MINUS SIGN}") for name, other in known.items()]
 
 
 def _subtitle(run: Run) -> str:

@@ -82,6 +82,11 @@ class Run:
         return str(self.option("contrast", "false_negatives", "eliminate"))
 
     @property
+    def from_weights(self) -> bool:
+        """Whether it began with given weights, not random ones."""
+        return bool(self.option("model", "weights"))
+
+    @property
     def levels(self) -> list[str]:
         """Names of the levels at which false negatives are detected; none for "keep"."""
         if self.detection == "keep":

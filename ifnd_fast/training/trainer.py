@@ -74,7 +74,7 @@ class Trainer:
         """The run's folder, begun or gone on with, while the run trains; see `Session.open` for what it raises."""
         return self.session.open(self, lambda: saved_run.begin(self.config, self.data.listings()))
 
-    def fit(self) -> dict[str, float]:
+    def fit(self) -> dict[str, Any]:
         """Train to the end from wherever the run is; the result's figures."""
         precheck.tell_plan(self.config, len(self.images), self.epoch)
         self.measuring.before_training(self.encoder)
@@ -190,7 +190,7 @@ class Trainer:
             **self.feature_watch.figures(self.epoch),
         }
 
-    def _finish(self) -> dict[str, float]:
+    def _finish(self) -> dict[str, Any]:
         """Write the backbone and the result."""
         result = {**self.measuring.result, "seconds": self.seconds}
         if distributed.rank() == 0:

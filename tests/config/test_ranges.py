@@ -26,6 +26,7 @@ from ifnd_fast.config.ranges import Range, noted
 from ifnd_fast.evaluate.classifier import TrainingOptions
 from ifnd_fast.evaluate.cluster_images import ClusterOptions
 from ifnd_fast.evaluate.detection.options import DetectionOptions
+from ifnd_fast.evaluate.few_shot import FewShotOptions
 from ifnd_fast.evaluate.knn import knn
 from ifnd_fast.evaluate.linear import LinearOptions
 from ifnd_fast.evaluate.semi import SemiOptions
@@ -35,7 +36,7 @@ from ifnd_fast.evaluate.transfer import ListOptions
 from ifnd_fast.runtime.errors import UsageError
 
 SECTIONS = [f.name for f in dataclasses.fields(Config) if f.name not in ("preset", "identity")]
-OTHERS = [TrainingOptions, LinearOptions, SemiOptions, SvmOptions, ClusterOptions, ListOptions]
+OTHERS = [TrainingOptions, FewShotOptions, LinearOptions, SemiOptions, SvmOptions, ClusterOptions, ListOptions]
 MAKERS = [*OTHERS, *(lambda kind=kind: kind(Path("run")) for kind in (Options, DetectionOptions))]
 
 

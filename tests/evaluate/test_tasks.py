@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from ifnd_fast.evaluate.few_shot import FewShotOptions, few_shot
 from ifnd_fast.evaluate.linear import LinearOptions, linear
 from ifnd_fast.evaluate.semi import SemiOptions, semi
 from ifnd_fast.evaluate.subject import Options
@@ -107,6 +108,9 @@ def test_semi_as_a_process_with_torchvisions_weights(class_folders, tmp_path):
         (lambda common: linear(common, LinearOptions(lr=0)), "--lr must be a finite number above 0, got 0"),
         (lambda common: semi(common, SemiOptions(shares=(10,))), "--shares must be from 0"),
         (lambda common: semi(common, SemiOptions(shares=(0.5,), head_lr=-1)), "--head-lr"),
+        (lambda common: few_shot(common, FewShotOptions(shots=())), "--shots must be"),
+        (lambda common: few_shot(common, FewShotOptions(draws=0)), "--draws must be 1 or more, got 0"),
+        (lambda common: few_shot(common, FewShotOptions(shots=(41, 99))), "--shots 41 99: no class has as many"),
         (lambda common: svm(common, SvmOptions(costs=(0,))), "--costs"),
         (lambda common: svm(common, SvmOptions(folds=1)), "--folds must be 2 or more, got 1"),
         (lambda common: transfer(common, ListOptions(), LinearOptions(epochs=0)), "--epochs"),
@@ -116,6 +120,11 @@ def test_semi_as_a_process_with_torchvisions_weights(class_folders, tmp_path):
 def test_bad_options_are_named(task, words, common):
     with pytest.raises(UsageError, match=words):
         task(common)
+
+
+def test_few_shot_needs_labels(untrained_run, flat_folder):
+    with pytest.raises(UsageError, match="an evaluation needs labels, that is images in one folder per class"):
+        few_shot(Options(untrained_run, data=str(flat_folder), device="cpu"), FewShotOptions())
 
 
 def test_transfer_needs_data(untrained_run):

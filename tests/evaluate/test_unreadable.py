@@ -13,6 +13,7 @@ import torch
 from ifnd_fast.evaluate.cluster_images import ClusterOptions
 from ifnd_fast.evaluate.clusters import clusters
 from ifnd_fast.evaluate.false_negatives import false_negatives
+from ifnd_fast.evaluate.few_shot import FewShotOptions, few_shot
 from ifnd_fast.evaluate.knn import knn
 from ifnd_fast.evaluate.linear import LinearOptions, linear
 from ifnd_fast.evaluate.semi import SemiOptions, semi
@@ -43,6 +44,7 @@ def broken_folders(class_folders, tmp_path_factory) -> Path:
 FAST = LinearOptions(fast=True)
 TASKS = {
     "knn": lambda options, tmp: knn(options),
+    "few-shot": lambda options, tmp: few_shot(options, FewShotOptions(shots=(2,), draws=2)),
     "linear": lambda options, tmp: linear(options, FAST),
     "transfer": lambda options, tmp: transfer(options, ListOptions(), FAST),
     "svm": lambda options, tmp: svm(options, SvmOptions(costs=(0.1, 1.0), shots=(1,), samplings=1)),
@@ -84,8 +86,8 @@ def test_figures_are_those_of_the_readable_images(task, untrained_run, class_fol
     assert told.count("unreadable image skipped") == BROKEN * (3 if task in ("clusters", "false-negatives") else 6)
     if "train_images" in figures[1]:
         assert (figures[1]["train_images"], figures[1]["test_images"]) == (240, 120)
-    if task == "knn":
-        assert f"kNN: {6 * BROKEN} unreadable images are left out" in told
+    if task in ("knn", "few-shot"):
+        assert f"accuracy: {6 * BROKEN} unreadable images are left out" in told
 
 
 @pytest.mark.parametrize("task", [*TASKS, "linear by steps", "semi"])
@@ -116,7 +118,7 @@ def test_a_class_and_a_split_of_which_nothing_can_be_read(untrained_run, class_f
     spoil((data / "train" / "n00000001").iterdir())
     knn(options(untrained_run, data, tmp_path / "knn.json"))
     told = capsys.readouterr().err
-    assert "kNN: 1 classes have no readable image to vote: none of their images can be recognised" in told
+    assert "accuracy: 1 classes have no readable image to learn from: none of their images can be recognised" in told
     assert json.loads((tmp_path / "knn.json").read_text())["train_images"] == 200
     linear(options(untrained_run, data, tmp_path / "linear.json"), FAST)
     assert "1 of 6 classes have no readable training image" in capsys.readouterr().err
@@ -148,8 +150,9 @@ def test_knn_in_training_is_that_of_the_readable_images(spoiled, tmp_path, capsy
     trainer.measuring.before_training(trainer.encoder)
     found = trainer.measuring.result
     told = capsys.readouterr().err
-    assert told.count("unreadable image skipped") == 10 and told.count("kNN: 10 unreadable images are left out") == 1
-    probe = trainer.measuring.probe
+    assert (
+        told.count("unreadable image skipped") == 10 and told.count("accuracy: 10 unreadable images are left out") == 1
+    )
     assert set(trainer.unreadable.reasons) == set(range(24, 34)) == set(range(120)) - readable_of(trainer)
     kept = np.array(sorted(readable_of(trainer)))
     votes, queries = kept[kept % 10 != 9], kept[kept % 10 == 9]
@@ -161,7 +164,7 @@ def test_knn_in_training_is_that_of_the_readable_images(spoiled, tmp_path, capsy
 
     bank, asked = (np.stack([pixels(i) for i in rows]) for rows in (votes, queries))
     bank, asked = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (bank, asked))
-    labels, right = probe.labels, 0
+    labels, right = trainer.images.labels, 0
     for row, query in zip(asked, queries, strict=True):
         near = np.argsort(-(bank @ row), kind="stable")[:20]
         weights = np.bincount(labels[votes[near]], np.exp(bank[near] @ row / 0.07), minlength=5)

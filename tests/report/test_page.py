@@ -33,6 +33,20 @@ def test_a_finished_run(make_run):
     assert path.read_text() == page  # the same run, the same bytes
 
 
+def test_few_labels_head_the_page_and_runs_of_earlier_versions_do_without(make_run):
+    page = write_report(make_run()).read_text()
+    assert "a class" not in page and "<td>all, by kNN</td><td>93.10 %</td><td>70.50 %</td><td>95.30 %</td>" in page
+
+    def few(mean: float) -> dict:
+        return {"10": {"mean": mean, "sd": 1.25, "values": []}, "50": {"mean": mean + 1}}  # 50: no deviation
+
+    figures = {"few_shot_top1": few(89.2), "few_shot_top1_raw_pixels": few(76.3), "few_shot_top1_untrained": "broken"}
+    page = write_report(make_run(figures=figures)).read_text()
+    assert "With 10 labels a class" in page and "+12.9 on raw pixels<" in page
+    assert "<td>10 a class</td><td>76.3 ± 1.2 %</td><td>–</td><td>89.2 ± 1.2 %</td>" in page
+    assert "50 a class" not in page
+
+
 def test_the_page_needs_nothing_else_and_describes_its_pictures(make_run):
     page = write_report(make_run()).read_text()
     parsed = Page(page)

@@ -59,7 +59,7 @@ def test_a_training_tells_of_every_stage_at_once(digit_folder, tmp_path):
     """In the log of a process that goes on; it is written as it comes, not when a buffer is full."""
     slow = (
         "import time, ifnd_fast.training.trainer as t, ifnd_fast.clustering.levels as l, ifnd_fast.data.features as f\n"
-        "import ifnd_fast.metrics.knn as k\n"
+        "import ifnd_fast.training.measuring as k\n"
         "def slowly(call, seconds):\n"
         "    def slow(*args, **kwargs):\n"
         "        time.sleep(seconds)\n"

@@ -30,7 +30,7 @@ from tests.training.test_trainer import new
 )
 def test_the_plan_is_what_a_run_does(options, digit_folder, tmp_path, capsys):
     trainer = new(tmp_path / "run", digit_folder, *options, "--knn-every", 0)
-    trainer.measuring.probe = None
+    trainer.measuring.labelled = None
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     acted = [line["epoch"] - 1 for line in lines if sum(line["false_negatives_per_query"]) > 0]
