@@ -25,7 +25,7 @@ from ifnd_fast.data.unreadable import Unreadable
 from ifnd_fast.data.views import random_view, to_input
 from ifnd_fast.evaluate.subject import Subject
 from ifnd_fast.runtime import checkpoint as checkpoints
-from ifnd_fast.runtime.console import progress, say
+from ifnd_fast.runtime.console import progress, say, warn
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError
 from ifnd_fast.runtime.paths import refuse_file
 from ifnd_fast.runtime.session import Session, refuse_differences
@@ -144,6 +144,7 @@ class ClassifierTraining:
         self.scaler = subject.compute.scaler(enabled=not frozen)  # the head alone is trained in float32
         self.epoch = self.step_in_epoch = self.step = 0
         self.loss_sum = 0.0  # of this epoch
+        self.warned = False
 
     def _settings(self, n_classes: int, lr: float, backbone_lr: float | None) -> dict[str, Any]:
         """What must be the same for a checkpoint to be gone on from."""
@@ -199,8 +200,10 @@ class ClassifierTraining:
                     self.save()
                     saved = time.monotonic()
                     self.session.stop_if_asked()
-        say(f"{title}  loss {self._finite(float(loss_sum)) / n_steps:.4f}  lr {self.optimizer.param_groups[0]['lr']:g}")
+        loss = self._finite(float(loss_sum)) / n_steps
+        say(f"{title}  loss {loss:.4f}  lr {self.optimizer.param_groups[0]['lr']:g}")
         self.epoch, self.step_in_epoch, self.loss_sum = self.epoch + 1, 0, 0.0
+        self._warn_of_divergence(loss)
         self.save()
 
     def _train_step(self, views: Tensor, labels: Tensor) -> Tensor:
@@ -218,6 +221,18 @@ class ClassifierTraining:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
+
+    def _warn_of_divergence(self, loss: float) -> None:
+        """At the first epoch whose mean loss is above that of guessing, and where the training ends so."""
+        chance, last = math.log(self.model.head.out_features), self.epoch == self.options.epochs
+        if loss > chance and (last or not self.warned):
+            self.warned = True
+            end = "the figures are of a classifier that diverged" if last else "it may have diverged"
+            warn(
+                f"the loss of epoch {self.epoch}, {loss:.4g}, is above log({self.model.head.out_features} classes) = "
+                f"{chance:.3f}, which guessing has: {end}; a lower learning rate of the last layer than "
+                f"{self.rates[0]:g} may help"
+            )
 
     def _finite(self, loss_sum: float) -> float:
         if not math.isfinite(loss_sum):

@@ -128,6 +128,16 @@ def test_a_loss_that_is_not_finite_is_named(new):
         new(lr=1e38).fit()
 
 
+def test_a_loss_above_that_of_guessing_is_said_when_it_begins_and_when_training_ends_so(new, capsys):
+    new(lr=1e4, drops=()).fit()
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("is above log(6 classes) = 1.792, which guessing has") == 2
+    assert "the loss of epoch 1, " in told and "epoch 4" in told
+    assert told.count("the figures are of a classifier that diverged") == 1
+    new("tame", lr=0.01).fit()
+    assert "guessing" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

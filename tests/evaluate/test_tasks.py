@@ -14,7 +14,7 @@ from ifnd_fast.evaluate.subject import Options
 from ifnd_fast.evaluate.svm import SvmOptions, svm
 from ifnd_fast.evaluate.tasks import TASKS
 from ifnd_fast.evaluate.transfer import ListOptions, transfer
-from ifnd_fast.runtime.errors import UsageError
+from ifnd_fast.runtime.errors import CommandError, UsageError
 from tests.conftest import command
 
 
@@ -34,9 +34,26 @@ def test_linear_by_regression(common):
     assert (found["train_images"], found["test_images"]) == (240, 120)
 
 
-def test_regression_chooses_on_training_images_alone(common, class_folders, monkeypatch):
+def test_linear_sweeps_over_features_computed_once(common, tmp_path, capsys):
+    linear(common, LinearOptions(lrs=(0.1, 3.0, 10.0, 1e6), weight_decays=(0.0, 1e-3), out=tmp_path / "out"))
+    found = figures(common)
+    assert found["top1"] > 50 and found["top5"] > 90 and found["lr"] in (3.0, 10.0)
+    assert (found["train_images"], found["test_images"]) == (240, 120)
+    tried = {(one["lr"], one["weight_decay"]): one for one in found["sweep"]}
+    assert len(tried) == 8 and tried[1e6, 1e-3]["diverged"]
+    best = max(one["held_out_top1"] for one in found["sweep"] if not one["diverged"])
+    assert tried[found["lr"], found["weight_decay"]]["held_out_top1"] == found["held_out_top1"] == best
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["top1"] == found["top1"]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "1 of 8 settings diverged, to a loss above log(classes), which guessing has" in told
+    with pytest.raises(CommandError, match="at every one of --lrs the loss rose above"):
+        linear(common, LinearOptions(lrs=(1e6,), weight_decays=(1e-3,)))
+
+
+@pytest.mark.parametrize("options", [LinearOptions(fast=True), LinearOptions(lrs=(1.0, 10.0), epochs=20)])
+def test_linear_chooses_on_training_images_alone(options, common, class_folders, monkeypatch):
     """The test images' labels change nothing but the accuracy."""
-    linear(common, LinearOptions(fast=True))
+    linear(common, options)
     before = figures(common)
     from ifnd_fast.evaluate import linear as module
 
@@ -47,9 +64,10 @@ def test_regression_chooses_on_training_images_alone(common, class_folders, monk
 
     opened = module.open_labelled
     monkeypatch.setattr(module, "open_labelled", shifted)
-    linear(common, LinearOptions(fast=True))
+    linear(common, options)
     after = figures(common)
-    assert (after["penalty"], after["held_out_top1"]) == (before["penalty"], before["held_out_top1"])
+    chosen = ("penalty", "lr", "weight_decay", "held_out_top1", "sweep")
+    assert [after.get(name) for name in chosen] == [before.get(name) for name in chosen]
     assert after["top1"] < 30
 
 
@@ -106,6 +124,10 @@ def test_semi_as_a_process_with_torchvisions_weights(class_folders, tmp_path):
     "task, words",
     [
         (lambda common: linear(common, LinearOptions(lr=0)), "--lr must be a finite number above 0, got 0"),
+        (lambda common: linear(common, LinearOptions(resume=True)), r"--resume goes with --lr \(MoCo's: 30\)"),
+        (lambda common: linear(common, LinearOptions(weight_decay=0.1)), "--weight-decay goes with --lr"),
+        (lambda common: linear(common, LinearOptions(fast=True, lr=1.0)), "--fast and --lr are two ways"),
+        (lambda common: linear(common, LinearOptions(lrs=())), "--lrs must be finite numbers above 0"),
         (lambda common: semi(common, SemiOptions(shares=(10,))), "--shares must be from 0"),
         (lambda common: semi(common, SemiOptions(shares=(0.5,), head_lr=-1)), "--head-lr"),
         (lambda common: few_shot(common, FewShotOptions(shots=())), "--shots must be"),

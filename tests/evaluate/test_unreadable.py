@@ -46,6 +46,7 @@ TASKS = {
     "knn": lambda options, tmp: knn(options),
     "few-shot": lambda options, tmp: few_shot(options, FewShotOptions(shots=(2,), draws=2)),
     "linear": lambda options, tmp: linear(options, FAST),
+    "linear sweep": lambda options, tmp: linear(options, LinearOptions(lrs=(1.0,), weight_decays=(0.0,), epochs=2)),
     "transfer": lambda options, tmp: transfer(options, ListOptions(), FAST),
     "svm": lambda options, tmp: svm(options, SvmOptions(costs=(0.1, 1.0), shots=(1,), samplings=1)),
     "clusters": lambda options, tmp: clusters(options, ClusterOptions(levels=(5,))),
@@ -93,7 +94,7 @@ def test_figures_are_those_of_the_readable_images(task, untrained_run, class_fol
 @pytest.mark.parametrize("task", [*TASKS, "linear by steps", "semi"])
 def test_strict_stops_every_evaluation(task, untrained_run, broken_folders, tmp_path):
     tasks = TASKS | {
-        "linear by steps": lambda options, tmp: linear(options, LinearOptions(epochs=1, out=tmp)),
+        "linear by steps": lambda options, tmp: linear(options, LinearOptions(lr=30.0, epochs=1, out=tmp)),
         "semi": lambda options, tmp: semi(options, SemiOptions(shares=(1.0,), epochs=1, out=tmp)),
     }
     with pytest.raises(CommandError, match=r"unreadable image \(--strict\): .*_x\d+.png"):
@@ -101,7 +102,7 @@ def test_strict_stops_every_evaluation(task, untrained_run, broken_folders, tmp_
 
 
 def test_a_classifier_counts_what_it_could_read(untrained_run, broken_folders, tmp_path):
-    by_steps = LinearOptions(epochs=1, out=tmp_path / "out")
+    by_steps = LinearOptions(lr=30.0, epochs=1, out=tmp_path / "out")
     linear(options(untrained_run, broken_folders, tmp_path / "linear.json"), by_steps)
     found = json.loads((tmp_path / "linear.json").read_text())
     assert (found["train_images"], found["test_images"]) == (240, 120)
