@@ -200,10 +200,10 @@ class ClassifierTraining:
                     self.save()
                     saved = time.monotonic()
                     self.session.stop_if_asked()
-        loss = self._finite(float(loss_sum)) / n_steps
-        say(f"{title}  loss {loss:.4f}  lr {self.optimizer.param_groups[0]['lr']:g}")
+        mean = self._finite(float(loss_sum)) / n_steps
+        say(f"{title}  loss {mean:.4f}  lr {self.optimizer.param_groups[0]['lr']:g}")
         self.epoch, self.step_in_epoch, self.loss_sum = self.epoch + 1, 0, 0.0
-        self._warn_of_divergence(loss)
+        self._warn_of_divergence(mean)
         self.save()
 
     def _train_step(self, views: Tensor, labels: Tensor) -> Tensor:
