@@ -223,9 +223,10 @@ class ClassifierTraining:
         return loss.detach()
 
     def _warn_of_divergence(self, loss: float) -> None:
-        """At the first epoch whose mean loss is above that of guessing, and where the training ends so."""
+        """At the first epoch whose mean loss is clearly above that of guessing, as first weights' hardly is, and where
+        the training ends so."""
         chance, last = math.log(self.model.head.out_features), self.epoch == self.options.epochs
-        if loss > chance and (last or not self.warned):
+        if loss > 1.1 * chance and (last or not self.warned):
             self.warned = True
             end = "the figures are of a classifier that diverged" if last else "it may have diverged"
             warn(
