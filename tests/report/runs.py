@@ -15,9 +15,9 @@ from PIL import Image
 
 from ifnd_fast.runtime import checkpoint
 
+OF_FEATURES = ["Spread of the features", "Alignment and uniformity"]
 FIGURES = [
-    "Loss", "kNN accuracy", "Spread of the features", "Alignment and uniformity", "Acceptance rate",
-    "False negatives per query",
+    "Loss", "kNN accuracy", *OF_FEATURES, "Acceptance rate", "False negatives per query",
     "Precision and recall of detection", "Balance and agreement of clusters", "Inertia of the last clustering", "Time",
 ]  # fmt: skip
 CLASSES, PER_CLASS, LEVELS = 3, 20, (3, 6)

@@ -16,7 +16,7 @@ from ifnd_fast.report.page import headline, write_report
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.training.saved_run import duration, read_run
 from ifnd_fast.training.trainer import Trainer
-from tests.report.runs import CLASSES, FIGURES, LEVELS, PER_CLASS, N, Page, epoch_line, figure_titles
+from tests.report.runs import CLASSES, FIGURES, LEVELS, OF_FEATURES, PER_CLASS, N, Page, epoch_line, figure_titles
 
 
 def test_a_finished_run(make_run):
@@ -75,14 +75,15 @@ def test_one_epoch_without_labels(make_run):
     }
     out = make_run(lines=[line], result=False, data=make_run.images(classes=False), state={"result": {}})
     page = write_report(out).read_text()
-    assert figure_titles(page) == ["Loss", "Acceptance rate", "False negatives per query", "Time"]
+    assert figure_titles(page) == ["Loss", *OF_FEATURES, "Acceptance rate", "False negatives per query", "Time"]
     assert "kNN" not in page and "% right" not in page
     assert 'class="thumb wrong"' not in page and page.count("<img") > 20
 
 
 def test_modes_without_clustering(make_run):
     page = write_report(make_run(config={"contrast": {"false_negatives": "keep"}})).read_text()
-    assert figure_titles(page) == ["Loss", "kNN accuracy", "Time"] and "This run keeps false negatives" in page
+    titles = ["Loss", "kNN accuracy", *OF_FEATURES, "Time"]
+    assert figure_titles(page) == titles and "This run keeps false negatives" in page
 
     truth = torch.arange(N).div(PER_CLASS, rounding_mode="floor").int()[:, None]
     oracle = {"pseudo_labels": {"levels": torch.tensor([CLASSES])}, "accepted": truth}
