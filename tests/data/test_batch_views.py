@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data.batch_views import NUMBERS, ORDERS, PARTS, BatchViews, by_name, crops
+from ifnd_fast.data.batch_views import NUMBERS, ORDERS, PARTS, BatchViews, by_name, crops, turn_hue
 from ifnd_fast.data.loading import PairDataset
 from ifnd_fast.data.sources import open_images
 from ifnd_fast.runtime.errors import UsageError
@@ -86,6 +86,17 @@ def test_colours_and_blur_are_torchvisions(given, options, expected, photographs
     else:
         images = expected(square / 255)
     torch.testing.assert_close(views, images, atol=2e-3, rtol=0)
+
+
+def test_hue_of_any_pixel():
+    """Every corner and edge of the cube of colours, grey and black, turned all the way round."""
+    levels = torch.linspace(0, 1, 5)
+    pixels = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 25, 5)
+    for turn in (-0.5, -0.1, 0.0, 0.07, 0.5):
+        expected = functional.adjust_hue(pixels, turn)
+        torch.testing.assert_close(turn_hue(pixels, torch.tensor([turn])), expected, atol=1e-5, rtol=0)
+    grey = pixels[:, :1].repeat(1, 3, 1, 1)
+    assert torch.equal(turn_hue(grey, torch.tensor([0.3])), grey)
 
 
 def test_each_image_has_parameters_of_its_own(photographs):
