@@ -75,14 +75,13 @@ def epochs(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def detection(out: Path) -> str:
-    """Precision and recall of the run's last epoch, by level."""
-    last = epochs(out)[-1]
-
-    def shares(name: str) -> str:
-        return " ".join("-" if share is None else f"{share:.2f}" for share in last.get(name, []))
-
-    return f"{shares('false_negative_precision')} | {shares('false_negative_recall')}"
+def detection(epoch: dict[str, Any]) -> tuple[str, str]:
+    """Precision and recall of an epoch, by level."""
+    precision, recall = (
+        " ".join("-" if share is None else f"{share:.2f}" for share in epoch.get(f"false_negative_{name}", []))
+        for name in ("precision", "recall")
+    )
+    return precision, recall
 
 
 def label_seconds(out: Path) -> float:
@@ -156,11 +155,17 @@ def detection_table(options: Options) -> list[str]:
     lines = ["", "## Detection", "", "| strategy | precision | recall | label seconds |", "|---|---|---|---|"]
     for strategy in options.strategies:
         seconds = statistics.mean(label_seconds(folder(options, strategy, seed)) for seed in options.seeds)
-        lines.append(f"| {strategy} | {detection(folder(options, strategy, options.seeds[0]))} | {seconds:.1f} |")
+        last = epochs(folder(options, strategy, options.seeds[0]))[-1]
+        lines.append(f"| {' | '.join((strategy, *detection(last), f'{seconds:.1f}'))} |")
     return lines
 
 
-def main(options: Options) -> None:
+def no_more(_: Options) -> list[str]:
+    return []
+
+
+def main(options: Options, more: Callable[[Options], list[str]] = no_more) -> None:
+    """`more` are lines after the tables."""
     with ThreadPoolExecutor(options.jobs) as pool:  # seed by seed, so that what is finished is paired
         futures = {
             (strategy, seed): pool.submit(train, folder(options, strategy, seed), strategy, seed, options)
@@ -173,7 +178,7 @@ def main(options: Options) -> None:
     lines = [
         f"# {options.title}",
         "",
-        f"`{shlex.join(['python', 'bench/learning.py', *sys.argv[1:]])}`, {datetime.date.today()}, torch "
+        f"`{shlex.join(['python', *sys.argv])}`, {datetime.date.today()}, torch "
         f"{torch.__version__}, {platform.machine()} with {os.cpu_count()} cores.",
         "",
         f"Top-1 in percent on the test images (or those held out), {len(options.seeds)} paired seeds "
@@ -182,7 +187,7 @@ def main(options: Options) -> None:
     ]
     for title, of in MEASURES.items():
         lines += table(title, of, results)
-    text = "\n".join([*lines, *detection_table(options)]) + "\n"
+    text = "\n".join([*lines, *detection_table(options), *more(options)]) + "\n"
     print(text)
     options.result.write_text(text)
 
