@@ -1,5 +1,7 @@
 """Incremental false negative detection for contrastive learning (IFND, Chen et al., ICLR 2022), fast."""
 
+from typing import Any as _Any
+
 import torch as _torch  # noqa: F401  first: the extension then shares torch's OpenMP runtime
 
 from ifnd_fast.clustering.kmeans import KMeans
@@ -22,4 +24,13 @@ __all__ = [
     "assign_clusters",
     "cluster_levels",
     "info_nce",
+    "pretrain",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "pretrain":  # takes what the others need not: the commands, and torchvision when it is called
+        from ifnd_fast.cli import pretrain
+
+        return pretrain
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

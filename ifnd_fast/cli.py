@@ -1,26 +1,32 @@
-"""The commands: ifnd-fast-train, ifnd-fast-eval, ifnd-fast-report, ifnd-fast-export."""
+"""The commands: ifnd-fast-train (and `pretrain`, which is it from Python), ifnd-fast-eval, ifnd-fast-report,
+ifnd-fast-export."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import io
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from torch import nn
 
 from ifnd_fast import config as configs
-from ifnd_fast.config import PRESETS, Config
+from ifnd_fast.config import FROM_PYTHON, PRESETS, Config
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.console import errors, guard_output, say, stage, table, warn
 from ifnd_fast.runtime.errors import CommandError, LoadingError, PeerError, Stopped, UsageError
 from ifnd_fast.runtime.paths import expand_home, refuse_file, refuse_folder
 from ifnd_fast.runtime.stop import StopSignals
+
+if TYPE_CHECKING:
+    from ifnd_fast.data.images import Images
 
 COMPARISON = Path("comparison.html")
 
@@ -149,6 +155,68 @@ def parse_train(args: list[str]) -> Config:
     return configs.with_full_paths(settings)
 
 
+def pretrain(
+    preset: str = "demo",
+    *,
+    backbone: nn.Module | None = None,
+    images: Images | None = None,
+    test_images: Images | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """Train from Python as `ifnd-fast-train PRESET` does, with the same options, run's folder and report.
+
+    Args:
+        preset: "demo", "cifar10", "cifar100" or "imagenet".
+        backbone: any network, (B, 3, S, S) float32 -> (B, n_features), in place of that of --arch; training starts from
+            its weights. It is copied for the momentum encoder, and trained in place. Who resumes gives it again.
+        images: what to train on, in place of --data: see `ifnd_fast.data.images.Images`.
+        test_images: what to measure with; None: every tenth of `images`.
+        options: of the command, by their names with underscores: out="runs/mine", epochs=10, levels=(10, 20).
+
+    Returns:
+        The figures of result.json: accuracies in percent, seconds.
+
+    Raises:
+        TypeError: there is no such option.
+        UsageError, CommandError: what the command says, both of `ifnd_fast.runtime.errors`.
+
+    Example:
+        >>> pretrain("imagenet", backbone=network, data="/images", out="runs/mine", epochs=100)  # doctest: +SKIP
+        >>> pretrain(epoch=3)
+        Traceback (most recent call last):
+        TypeError: pretrain() has no option epoch, but epochs
+    """
+    known = {name for section in vars(Config()).values() if hasattr(section, "__dict__") for name in vars(section)}
+    if unknown := sorted(set(options) - known):
+        near = difflib.get_close_matches(unknown[0], known)
+        raise TypeError(f"pretrain() has no option {', '.join(unknown)}{f', but {near[0]}' if near else ''}")
+    if backbone is not None:
+        options["arch"] = _from_python(backbone)
+    if images is not None:
+        options["data"] = _from_python(images)
+    try:
+        settings = parse_train([preset, *_words(options)])
+    except SystemExit as end:
+        raise UsageError("options of another kind than the command takes (see above)") from end
+    return _train(settings, backbone, None if images is None else (images, test_images))
+
+
+def _from_python(given: object) -> str:
+    return f"{FROM_PYTHON}{type(given).__module__}.{type(given).__qualname__}"
+
+
+def _words(options: dict[str, Any]) -> Iterator[str]:
+    """Options as a command line has them."""
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{option}" if value else f"--no-{option}"
+        elif isinstance(value, list | tuple):
+            yield from (f"--{option}", *map(str, value))
+        else:
+            yield from (f"--{option}", str(value))
+
+
 def _description(preset: str) -> str:
     presets = "\n".join(f"  {name}: {text}" for name, (text, _) in PRESETS.items())
     return (
@@ -159,7 +227,9 @@ def _description(preset: str) -> str:
     )
 
 
-def _train(settings: Config) -> None:
+def _train(
+    settings: Config, backbone: nn.Module | None = None, images: tuple[Images, Images | None] | None = None
+) -> dict[str, float]:
     import ifnd_fast.report.page  # noqa: F401  what it needs is missed now, not after the training
     from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_compute
     from ifnd_fast.training.precheck import check_packages
@@ -171,12 +241,13 @@ def _train(settings: Config) -> None:
     compute = pick_compute(settings.run.device, settings.run.amp)
     leave_cores_to_workers(compute.device, settings.data.workers)
     distributed.start(compute.device, settings.run.rank_timeout)
-    trainer = Trainer(settings, compute)
+    trainer = Trainer(settings, compute, backbone, images)
     with trainer.open():
         result = trainer.fit()
         if distributed.rank() == 0:
             _write_report((settings.run.out,))
     _print_result(result, time.perf_counter() - started, settings.run.out, bool(settings.model.weights))
+    return result
 
 
 def _write_report(runs: tuple[Path, ...], path: Path | None = None) -> None:

@@ -114,6 +114,7 @@ def stand_ins() -> dict[str, object]:
         "centroids": rows(50, 16),
         "embeddings": rows(32, 128).requires_grad_(),
         "classes": torch.arange(32) % 8,
+        "pixels": torch.randint(256, (256, 16, 16, 3), generator=generator, dtype=torch.uint8).numpy(),
         **lightning_stand_ins(rows(200, 16)),
     }
 
@@ -152,6 +153,8 @@ def test_python_runs(block, folder):
         assert (names["queue"].labels >= 0).sum(0).tolist() == [100, 100]
     elif "Loss" in PYTHON[block]:
         assert names["loss"].isfinite()
+    if "ifnd_fast.pretrain" in PYTHON[block]:
+        assert names["result"]["seconds"] > 0 and (folder / "runs/my-network/backbone.pt").exists()
     if "accepted = " in PYTHON[block]:
         assert names["confidence"].shape == (3000,)
         assert [len(level.centroids) for level in names["levels"]] == [1000, 2000]

@@ -2,6 +2,7 @@
 
 from ifnd_fast.config.options import (
     BUILT_IN,
+    FROM_PYTHON,
     ClusterConfig,
     Config,
     ContrastConfig,
@@ -35,6 +36,7 @@ from ifnd_fast.config.saved import changes, decisive, differences, from_dict, lo
 __all__ = [
     "BUILT_IN",
     "FINITE",
+    "FROM_PYTHON",
     "MOMENTUM",
     "PRESETS",
     "RANK_TIMEOUT",

@@ -26,6 +26,8 @@ from ifnd_fast.runtime.errors import UsageError
 
 BUILT_IN = ("demo", "cifar10", "cifar100")
 """Data sets that --data names, whatever folders of these names there are."""
+FROM_PYTHON = "python:"
+"""How --data and --arch begin in a run whose images or network a program gave; what their class is called follows."""
 
 
 @dataclass
@@ -81,7 +83,9 @@ class DataConfig:
 @dataclass
 class ModelConfig:
     arch: str = "resnet-small"
-    """"resnet-small" (one basic block a stage), or torchvision's "resnet18", "resnet34", "resnet50", ..."""
+    """"resnet-small" (one basic block a stage), torchvision's "resnet18", "resnet34", "resnet50", ..., or "timm:" and
+    the name of any of timm's models, such as timm:vit_small_patch16_224, for which --stem and --width say nothing (pip
+    install ifnd-fast[timm])"""
     stem: Literal["imagenet", "cifar", "small"] = "small"
     """first layers: 7x7 stride 2 and max-pool; 3x3 stride 1; 3x3 stride 2"""
     width: Annotated[int, at_least(1)] = 16
@@ -107,9 +111,16 @@ class OptimConfig:
     lr: Annotated[float, above(0)] = 0.06
     """learning rate at the start (after warm-up)"""
     weight_decay: Annotated[float, at_least(0)] = 1e-4
-    """L2 penalty on all parameters"""
+    """L2 penalty on all parameters (AdamW: decay); LARS and AdamW leave biases and norms out"""
     sgd_momentum: Annotated[float, MOMENTUM] = 0.9
-    """momentum of SGD"""
+    """momentum of SGD and LARS"""
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
+    """SGD; LARS, for large batches, with a trust coefficient of 0.001 and biases and norms not adapted; or AdamW, for
+    transformers. Each needs a --lr and --weight-decay of its own: SimCLR's LARS has 0.3 for every 256 images and 1e-6,
+    MoCo v3's AdamW 1.5e-4 for every 256 images and 0.1"""
+    accumulate: Annotated[int, at_least(1)] = 1
+    """parts that a rank's batch is computed in, one after the other, for one step: less memory, the same gradient but
+    for batch norm, whose statistics are a part's. For --negatives queue"""
     warmup_epochs: Annotated[float, at_least(0)] = 0.0
     """epochs of linear warm-up before the cosine decay to 0"""
 
@@ -220,6 +231,11 @@ def validate(config: Config) -> None:
     check_levels(config.cluster.levels)
     if config.model.weights_encoder and not config.model.weights:
         raise UsageError("--weights-encoder chooses from a file: give --weights too")
+    if config.optim.accumulate > 1 and config.contrast.negatives == "in-batch":
+        raise UsageError(
+            "--accumulate: in parts of a batch an image would have the images of its part alone as negatives, which is "
+            "another loss: take --negatives queue, or a smaller --batch-size"
+        )
     if config.cluster.cluster_space == "backbone" and config.cluster.features == "bank":
         raise UsageError("--features bank holds the head's keys: --cluster-space backbone needs --features fresh")
 
@@ -247,5 +263,5 @@ def full_path(path: Path) -> Path:
 
 
 def full_data(data: str) -> str:
-    """A folder's full path; the name of a built-in data set as it is."""
-    return data if data in BUILT_IN or not data else str(full_path(Path(data)))
+    """A folder's full path; the name of a built-in data set, and what Python gave, as it is."""
+    return data if data in BUILT_IN or not data or data.startswith(FROM_PYTHON) else str(full_path(Path(data)))

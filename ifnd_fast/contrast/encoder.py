@@ -1,15 +1,17 @@
-"""The encoder: a ResNet backbone and an MLP head."""
+"""The encoder: a backbone, a ResNet by default, and an MLP head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from ifnd_fast.config import ModelConfig
+from ifnd_fast.contrast.timm_models import is_timm, pretrained_for, timm_model
 from ifnd_fast.runtime.errors import UsageError
 
 
@@ -36,6 +38,42 @@ class Encoder(nn.Module):
         return F.normalize(self.head(self.backbone(images)).float(), dim=1)
 
 
+def build_backbone(config: ModelConfig, image_size: int | None = None) -> tuple[nn.Module, int]:
+    """The backbone of --arch, (B, 3, S, S) -> (B, n_features), and how many features it gives.
+
+    Args:
+        image_size: side S that it is for, where that matters (timm's vision transformers); None: the model's own.
+
+    Raises:
+        UsageError: there is none of that name, or not for that size.
+    """
+    if not is_timm(config.arch):
+        return resnet(config)
+    network = timm_model(config.arch, image_size)
+    return network, n_features_of(network, image_size or pretrained_for(network)[0])
+
+
+@torch.no_grad()
+def n_features_of(backbone: nn.Module, image_size: int) -> int:
+    """Of any module that is on the CPU, by one image in eval mode.
+
+    Raises:
+        UsageError: it gives no features (B, n_features) of images (B, 3, S, S).
+    """
+    was_training = backbone.training
+    name = type(backbone).__name__
+    try:
+        features = backbone.eval()(torch.zeros(1, 3, image_size, image_size, dtype=torch.float32, device="cpu"))
+    except Exception as error:  # whatever a module makes of a size that it is not for
+        raise UsageError(f"the backbone {name} fails on an image of --image-size {image_size}: {error}") from error
+    finally:
+        backbone.train(was_training)
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 1:
+        got = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+        raise UsageError(f"the backbone {name} must give features (B, n_features) of images (B, 3, H, W), got {got}")
+    return features.shape[1]
+
+
 def resnet(config: ModelConfig) -> tuple[nn.Module, int]:
     """torchvision's ResNet without its classifier (fc is the identity), and how many features it gives.
 
@@ -47,7 +85,8 @@ def resnet(config: ModelConfig) -> tuple[nn.Module, int]:
     else:
         names = torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
         if config.arch not in names:
-            raise UsageError(f"--arch must be one of {['resnet-small', *names]}, got {config.arch!r}")
+            known = f"{['resnet-small', *names]}, or timm: and one of timm's models"
+            raise UsageError(f"--arch must be one of {known}, got {config.arch!r}")
         network = torchvision.models.get_model(config.arch, weights=None)
     if config.width != 64:
         _set_width(network, config.width)
@@ -78,11 +117,11 @@ def _set_width(network: ResNet, width: int) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def build(config: ModelConfig) -> Callable[[], Encoder]:
+def build(config: ModelConfig, image_size: int | None = None) -> Callable[[], Encoder]:
     """A function that makes encoders as the config says (weights from torch's global generator)."""
 
     def make() -> Encoder:
-        backbone, n_features = resnet(config)
+        backbone, n_features = build_backbone(config, image_size)
         return Encoder(backbone, n_features, config.dim, config.hidden or None)
 
     return make

@@ -49,13 +49,20 @@ class Images(Named, Protocol):
 
 
 class ArrayImages:
-    """Images held in memory: (N, H, W) grey or (N, H, W, 3) RGB, uint8."""
+    """Images held in memory.
+
+    Args:
+        pixels: (N, H, W) grey or (N, H, W, 3) RGB, uint8.
+        labels: (N,) integers from 0.
+        class_names: of the labels.
+    """
 
     labels: np.ndarray | None
     class_names: list[str] | None
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, class_names: list[str]):
-        self.pixels, self.labels, self.class_names = pixels, labels.astype(np.int64), class_names
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray | None = None, class_names: list[str] | None = None):
+        self.pixels, self.labels = pixels, None if labels is None else labels.astype(np.int64)
+        self.class_names = class_names
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -67,9 +74,8 @@ class ArrayImages:
         return f"image {index}"
 
     def listing(self) -> Listing:
-        assert self.labels is not None
         sizes = np.full(len(self), self.pixels[:1].nbytes, dtype=np.int64)
-        return Listing([], sizes, content_of(self.pixels, self.labels))
+        return Listing([], sizes, content_of(self.pixels, *(() if self.labels is None else (self.labels,))))
 
 
 class Subset:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from ifnd_fast.config import BUILT_IN, DataConfig
+from ifnd_fast.config import BUILT_IN, FROM_PYTHON, DataConfig
 from ifnd_fast.data.folders import find_parts
 from ifnd_fast.data.images import ArrayImages, FolderImages, Images, Subset, image_extensions
 from ifnd_fast.runtime.errors import CommandError, UsageError
@@ -31,6 +31,8 @@ def open_images(data: str, split: str = "train", data_root: Path = Path("data"))
         except (OSError, RuntimeError) as error:
             raise CommandError(f"--data {data}: the download to {data_root} failed: {error}") from error
         return ArrayImages(cifar.data, np.asarray(cifar.targets), list(cifar.classes))
+    if data.startswith(FROM_PYTHON):
+        raise UsageError(f"--data {data}: a program gave these images: give them again, to ifnd_fast.pretrain")
     if not data:
         raise UsageError("--data is empty: give a folder, or one of " + ", ".join(BUILT_IN))
     root = Path(data).expanduser()
@@ -43,16 +45,21 @@ def open_images(data: str, split: str = "train", data_root: Path = Path("data"))
     return None if parts.test is None else FolderImages(parts.test, one_class=True, left_out=parts.test_left_out)
 
 
-def open_for_run(config: DataConfig) -> tuple[Images | None, Images | None]:
+def open_for_run(
+    config: DataConfig, given: tuple[Images, Images | None] | None = None
+) -> tuple[Images | None, Images | None]:
     """The images a run trains on and those it measures with: training and test images, or, with --hold-out, two parts
     of the training images, always the same.
+
+    Args:
+        given: training and test images, in place of those of --data.
 
     Raises:
         UsageError, CommandError: as `open_images`; nothing is left to train on or to measure with.
     """
-    images = open_images(config.data, "train", config.data_root)
+    images = given[0] if given else open_images(config.data, "train", config.data_root)
     if images is None or not config.hold_out:
-        tests = open_images(config.data, "test", config.data_root)
+        tests = given[1] if given else open_images(config.data, "test", config.data_root)
         if images is not None and tests is not None:
             number_as(images, tests)
         return images, tests

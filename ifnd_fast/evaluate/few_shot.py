@@ -10,7 +10,7 @@ import tyro
 from torch import Tensor, nn
 
 from ifnd_fast.config import SEED, at_least, check
-from ifnd_fast.contrast.encoder import resnet
+from ifnd_fast.contrast.encoder import build_backbone
 from ifnd_fast.data import features
 from ifnd_fast.data.images import Images
 from ifnd_fast.evaluate.labelled import open_labelled
@@ -75,7 +75,7 @@ def _untrained(subject: Subject, seed: int) -> nn.Module:
     """The same architecture with first weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network, _ = resnet(subject.config.model)
+        network, _ = build_backbone(subject.config.model, subject.data.image_size)
     return network.eval().to(subject.compute.device).to(memory_format=subject.layout)
 
 

@@ -40,7 +40,8 @@ class Options:
     data_root: Path | None = None
     """folder for downloaded data sets; default: the run's own"""
     arch: str | None = None
-    """architecture of bare weights, such as resnet50; default: told by their names and shapes"""
+    """architecture of bare weights, such as resnet50, or timm:vit_small_patch16_224; default: of ResNets told by their
+    names and shapes"""
     encoder: str | None = None
     """which encoder, where a file of weights holds several: its name in there, such as backbone_momentum"""
     image_size: Annotated[int | None, at_least(1)] = None
@@ -78,7 +79,7 @@ class Subject:
         check_json_file(options.json_file)
         self.state = chosen_state(options.checkpoint, options.step, options.json_file)
         self.unreadable: list[dict[str, str]] = []  # images met so far, {"image", "reason"} each
-        found = load_backbone(options.checkpoint, options.arch, options.encoder, self.state)
+        found = load_backbone(options.checkpoint, options.arch, options.encoder, self.state, options.image_size)
         self.config, network, self.n_features = found
         self.data, self.network = self.config.data, network
         for name in ("data", "data_root", "image_size", "workers"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ifnd_fast.config import Config, ContrastConfig
-from ifnd_fast.contrast.encoder import Encoder, build
+from ifnd_fast.contrast.encoder import Encoder, build, n_features_of
 from ifnd_fast.contrast.models import InBatch, MoCo
 from ifnd_fast.contrast.queue import NegativeQueue
 from ifnd_fast.ops.info_nce import info_nce
@@ -25,20 +26,31 @@ def memory_format(config: Config) -> torch.memory_format:
     return torch.channels_last if config.run.channels_last else torch.contiguous_format
 
 
-def build_objective(config: Config, levels: int, compute: Compute, backbone: StateDict | None = None) -> Objective:
+def build_objective(
+    config: Config,
+    levels: int,
+    compute: Compute,
+    weights: StateDict | None = None,
+    backbone: nn.Module | None = None,
+) -> Objective:
     """That of --negatives, with a new encoder, on the device.
 
     Args:
         levels: of labels.
         compute: the device, and the dtype of the queue's keys.
-        backbone: weights that its backbone starts from: see `initial_weights`.
+        weights: that its backbone starts from: see `initial_weights`.
+        backbone: in place of that of --arch.
 
     Raises:
-        UsageError: --sync-bn on a CPU.
+        UsageError: --sync-bn on a CPU, or the backbone gives no features of the images.
     """
-    encoder = build(config.model)()
-    if backbone is not None:
-        encoder.backbone.load_state_dict(backbone, strict=False)  # counters of batch norm may lack
+    if backbone is None:
+        encoder = build(config.model, config.data.image_size)()
+    else:
+        n_features = n_features_of(backbone, config.data.image_size)
+        encoder = Encoder(backbone, n_features, config.model.dim, config.model.hidden or None)
+    if weights is not None:
+        encoder.backbone.load_state_dict(weights, strict=False)  # counters of batch norm may lack
     if config.contrast.sync_bn:
         if compute.device.type == "cpu":
             raise UsageError("--sync-bn: torch has it for GPUs only")
@@ -55,12 +67,21 @@ def build_objective(config: Config, levels: int, compute: Compute, backbone: Sta
     return objective
 
 
-def across_ranks(model: nn.Module) -> nn.Module:
-    """The model as a step calls it: with gradients that are means over the ranks, where there are several."""
+def across_ranks(model: nn.Module, parts: int = 1) -> nn.Module:
+    """The model as a step calls it: with gradients that are means over the ranks, where there are several.
+
+    Args:
+        parts: of a batch that a step calls it with.
+    """
     if distributed.world_size() == 1:
         return model
     # every step has the same graph; the bits are the same with and without
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=parts == 1)
+
+
+def exchanging(model: nn.Module, gradients: bool) -> AbstractContextManager[None]:
+    """Whether the backward pass of what is computed in this context exchanges gradients between the ranks."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not gradients else nullcontext()
 
 
 class Objective(Protocol):

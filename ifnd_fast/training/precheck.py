@@ -48,6 +48,9 @@ def checked(images: Images | None, config: Config) -> Images:
         raise UsageError(f"--batch-size {batch} is larger than the data set ({n} images): lower it")
     if batch % ranks or batch < 2 * ranks:
         raise UsageError(f"--batch-size {batch} must divide by the {ranks} ranks, and be two or more for each")
+    if batch // ranks < 2 * config.optim.accumulate:
+        parts = f"{batch // ranks} images of a rank in {config.optim.accumulate} parts"
+        raise UsageError(f"--accumulate: {parts} would be less than two in each: batch norm needs two")
     with distributed.raise_on_all_ranks(True):
         if distributed.rank() == 0:
             _look_at_some(images, config)

@@ -7,6 +7,7 @@ from ifnd_fast.data import identity
 from ifnd_fast.data.cache import cached
 from ifnd_fast.data.found import listings, tell_found
 from ifnd_fast.data.identity import Listing
+from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import open_for_run
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.console import stage
@@ -19,6 +20,7 @@ class RunImages:
 
     Args:
         config: of the run.
+        given: training and test images, in place of those of --data.
 
     Attributes:
         train: N images that can be trained on.
@@ -30,10 +32,10 @@ class RunImages:
         CommandError: none can be read.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, given: tuple[Images, Images | None] | None = None):
         with distributed.raise_on_all_ranks(True):  # one may have no such folder
             with stage("finding images"):
-                images, self.tests = open_for_run(config.data)
+                images, self.tests = open_for_run(config.data, given)
             self.train = precheck.checked(images, config)
         data = f"--data {config.data.data}"
         found = identity.agree(self.listings(), data)

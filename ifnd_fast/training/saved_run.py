@@ -238,7 +238,7 @@ def load_encoder(out: Path, config: Config, state: SavedState | None = None) -> 
     """
     if not out.is_dir():
         raise UsageError(f"--features encoder: {out} is not the folder of a run; --features backbone works on it")
-    state, encoder = state or SavedState.latest(out), build(config.model)()
+    state, encoder = state or SavedState.latest(out), build(config.model, config.data.image_size)()
     try:
         encoder.load_state_dict(state.encoder)
     except RuntimeError as error:

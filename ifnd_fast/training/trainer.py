@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ifnd_fast.config import Config, differences, from_dict, to_dict
 from ifnd_fast.data.batch_views import InputViews
+from ifnd_fast.data.images import Images
 from ifnd_fast.data.loading import EpochBatches, pair_loader
 from ifnd_fast.data.processes import running
 from ifnd_fast.data.unreadable import Unreadable
@@ -27,7 +28,7 @@ from ifnd_fast.training.feature_watch import FeatureWatch
 from ifnd_fast.training.initial_weights import initial_weights
 from ifnd_fast.training.labeller import Labeller
 from ifnd_fast.training.measuring import Measuring, report_epoch
-from ifnd_fast.training.objective import across_ranks, build_objective, memory_format
+from ifnd_fast.training.objective import across_ranks, build_objective, exchanging, memory_format
 from ifnd_fast.training.optimization import Optimization
 from ifnd_fast.training.run_images import RunImages
 from ifnd_fast.training.schedule import learning_rate
@@ -40,17 +41,25 @@ class Trainer:
     Args:
         config: of the run.
         compute: None: as the config says.
+        backbone: any network, (B, 3, S, S) -> (B, n_features), in place of that of --arch; as it is, on the CPU.
+        images: to train on and to measure with (None: every tenth of those), in place of those of --data.
 
     Raises:
         UsageError: options and data don't go together (a batch larger than the data, say).
     """
 
-    def __init__(self, config: Config, compute: Compute | None = None):
+    def __init__(
+        self,
+        config: Config,
+        compute: Compute | None = None,
+        backbone: nn.Module | None = None,
+        images: tuple[Images, Images | None] | None = None,
+    ):
         self.config, self.out = config, config.run.out
         self.session = Session(self.out, config.run.resume, config.run.keep_checkpoints)
         self.compute = compute or pick_compute(config.run.device, config.run.amp)
-        start = initial_weights(config)  # a file that lacks is missed before images are looked for
-        self.device, self.data = self.compute.device, RunImages(config)
+        start = initial_weights(config, backbone)  # a file that lacks is missed before images are looked for
+        self.device, self.data = self.compute.device, RunImages(config, images)
         self.images = self.data.train
         self.unreadable = Unreadable(self.images, config.data.strict)
         self.labeller = Labeller(config, self.images, self.compute)
@@ -59,7 +68,7 @@ class Trainer:
             len(self.images), config.optim.batch_size, config.run.seed, distributed.rank(), distributed.world_size()
         )
         torch.manual_seed(config.run.seed)
-        self.objective = build_objective(config, len(self.labeller.levels), self.compute, start)
+        self.objective = build_objective(config, len(self.labeller.levels), self.compute, start, backbone)
         self.model, self.encoder = self.objective.model, self.objective.encoder
         self.views = InputViews(config.data, self.device, memory_format(config))
         self.optimization = Optimization(config.optim, self.encoder, self.compute)
@@ -84,7 +93,7 @@ class Trainer:
 
     def epochs(self) -> Iterator[None]:
         """Train the rest of the run, an epoch at a time."""
-        model = across_ranks(self.model)
+        model = across_ranks(self.model, self.config.optim.accumulate)
         # One iteration for all epochs: the first batches of the next are loaded during the end of this one.
         self.batches.start(self.epoch, self.step_in_epoch, self.config.optim.epochs)
         loader = pair_loader(self.images, self.config.data, self.config.run.seed, self.batches)
@@ -139,21 +148,34 @@ class Trainer:
         with span("views"):
             indices = indices.to(self.device, non_blocking=True)
             views = self.views(loaded)
-        with self.compute.autocast():
-            query, key = (out.to(self.compute.contrast_dtype) for out in model(*views, shuffle_seed=self.step))
-        with span("loss"):
-            loss = self.objective.loss(query, key, indices, self.labeller.labels.accepted)
-        lr = learning_rate(self.step, len(self.batches), self.config.optim)
-        self.totals["skipped"] += self.optimization.step(loss, lr)
+        query, key, loss = self._backward(model, views, indices)
+        self.totals["skipped"] += self.optimization.step(learning_rate(self.step, len(self.batches), self.config.optim))
         with span("moving average"):
             self.model.update_key_encoder()
         with span("queue"):
-            keys, indices = distributed.all_gather_rows(key.detach(), indices)
+            keys, indices = distributed.all_gather_rows(key, indices)
             self.objective.after_step(keys, indices, self.labeller.labels.accepted)
             self.labeller.observe(keys, indices)
         with span("watch"):
             self.feature_watch.note(query, key)
             return self.watch.note(self.step + 1, query, key, loss), indices
+
+    def _backward(self, model: nn.Module, views: tuple[Tensor, ...], indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The step's gradient, in --accumulate parts; queries and keys (B, dim) and the loss of all of them."""
+        parts = [*zip(*(rows.tensor_split(self.config.optim.accumulate) for rows in (*views, indices)), strict=True)]
+        found = []
+        for number, (view, other_view, own) in enumerate(parts, 1):
+            with exchanging(model, gradients=number == len(parts)):
+                with self.compute.autocast():
+                    outputs = model(view, other_view, shuffle_seed=self.step)
+                query, key = (out.to(self.compute.contrast_dtype) for out in outputs)
+                with span("loss"):
+                    loss = self.objective.loss(query, key, own, self.labeller.labels.accepted)
+                    loss = loss * (len(own) / len(indices))
+                self.optimization.backward(loss)
+            found.append((query.detach(), key.detach(), loss.detach()))
+        queries, keys, losses = zip(*found, strict=True)
+        return torch.cat(queries), torch.cat(keys), torch.stack(losses).sum()
 
     def _end_epoch(self, last_indices: Tensor) -> None:
         """The epoch's metrics and checkpoint."""

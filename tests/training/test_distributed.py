@@ -156,7 +156,8 @@ train()
 
 
 @pytest.mark.parametrize(
-    "negatives, ranks, more", [("queue", 4, []), ("in-batch", 2, ["--augment", "device", "--color-jitter", 0.4])]
+    "negatives, ranks, more",
+    [("queue", 4, ["--accumulate", 2]), ("in-batch", 2, ["--augment", "device", "--color-jitter", 0.4])],
 )
 def test_ranks_share_a_batch_without_changing_the_losses(negatives, ranks, more, digit_folder, tmp_path):
     script = tmp_path / "train.py"
@@ -164,8 +165,9 @@ def test_ranks_share_a_batch_without_changing_the_losses(negatives, ranks, more,
     losses = []
     for number in (1, ranks):
         out = tmp_path / f"run-{number}"
+        own = more if negatives == "in-batch" or number > 1 else []  # the queue: whole on one, in parts on several
         done = torchrun(number, script, "--data", digit_folder, "--out", out, *TINY, "--batch-size", 40,
-                        "--negatives", negatives, *more)  # fmt: skip
+                        "--negatives", negatives, *own)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss"] for line in lines])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from torchvision.models import ResNet
 
 from ifnd_fast.evaluate.backbone import Backbone, load_backbone
 from ifnd_fast.evaluate.detection import detectron2
@@ -17,7 +18,7 @@ from ifnd_fast.evaluate.subject import chosen_state
 from ifnd_fast.runtime import distributed, run_folder
 from ifnd_fast.runtime.compute import leave_cores_to_workers, pick_compute
 from ifnd_fast.runtime.console import say, table
-from ifnd_fast.runtime.errors import CommandError
+from ifnd_fast.runtime.errors import CommandError, UsageError
 from ifnd_fast.training.saved_state import SavedState
 
 
@@ -35,6 +36,8 @@ def detection(options: tyro.conf.OmitArgPrefixes[DetectionOptions]) -> None:
     if state is not None and options.out is None:
         options = dataclasses.replace(options, out=options.checkpoint / f"detection-step-{state.step}")
     backbone = load_backbone(options.checkpoint, options.arch, options.encoder, state)
+    if not isinstance(backbone.network, ResNet):
+        raise UsageError(f"detection is Mask R-CNN on torchvision's ResNets, not {backbone.config.model.arch}")
     if options.export_detectron2 is not None:
         if distributed.rank() == 0:
             _export(backbone, options.export_detectron2)
