@@ -37,8 +37,10 @@ class DataConfig:
     first use), or a folder: two or more sub-folders of images, at any depth below them, one per class; or train/ and
     val/ (or valid/, validation/, test/, in any case) of such folders; or images without any classes. train/ is a part
     if a test part is beside it or no other folder with images; else it is a class. Hidden files and folders are left
-    out, linked ones followed, and what was left out is said. Labels only ever measure (and feed --false-negatives
-    oracle)."""
+    out, linked ones followed, and what was left out is said. Or a file of arrays (.npz, .npy); "wds:" and a folder of
+    tar shards, or their names ("wds:/shards/train-{000..127}.tar"); "hf:" and a name on Hugging Face's hub or a folder
+    of its `datasets`; "torchvision:" and the name of a class in torchvision.datasets. Labels only ever measure (and
+    feed --false-negatives oracle)."""
     data_root: MayChange[Path] = Path("data")
     """folder for downloaded data sets"""
     hold_out: Annotated[float, between(0, 1, exclude=1)] = 0.0  # at 1 nothing would be left to train on
@@ -263,5 +265,11 @@ def full_path(path: Path) -> Path:
 
 
 def full_data(data: str) -> str:
-    """A folder's full path; the name of a built-in data set, and what Python gave, as it is."""
-    return data if data in BUILT_IN or not data or data.startswith(FROM_PYTHON) else str(full_path(Path(data)))
+    """With the full path of a folder or file in it; the name of a data set, and what Python gave, as it is."""
+    kind, colon, rest = data.partition(":")
+    if data in BUILT_IN or not data or f"{kind}{colon}" in (FROM_PYTHON, "torchvision:"):
+        return data
+    if colon and kind in ("hf", "wds"):
+        path = Path(rest).expanduser()
+        return f"{kind}:{full_path(path)}" if kind == "wds" or path.exists() else data
+    return str(full_path(Path(data)))

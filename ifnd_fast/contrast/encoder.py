@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from ifnd_fast.config import ModelConfig
+from ifnd_fast.config import FROM_PYTHON, ModelConfig
 from ifnd_fast.contrast.timm_models import is_timm, pretrained_for, timm_model
 from ifnd_fast.runtime.errors import UsageError
 
@@ -47,6 +47,8 @@ def build_backbone(config: ModelConfig, image_size: int | None = None) -> tuple[
     Raises:
         UsageError: there is none of that name, or not for that size.
     """
+    if config.arch.startswith(FROM_PYTHON):
+        raise UsageError(f"--arch {config.arch}: a program gave this network: give it again, to ifnd_fast.pretrain")
     if not is_timm(config.arch):
         return resnet(config)
     network = timm_model(config.arch, image_size)

@@ -34,7 +34,12 @@ class Named(Protocol):
 
 
 class Images(Named, Protocol):
-    """Images by number, with labels where they are known."""
+    """Images by number, with labels where they are known: what every source of data is (see docs/data.md).
+
+    An image's number means the same image whenever the source is opened, and in every process: orders, labels and
+    what a checkpoint holds are by number. Loading processes get the object by fork, or pickled where that is not the
+    way: open files are to be opened in them.
+    """
 
     labels: np.ndarray | None  # (N,) int64
     class_names: list[str] | None  # can be printed and encoded, whatever the folders' names are: see `folders.shown`
@@ -52,7 +57,7 @@ class ArrayImages:
     """Images held in memory.
 
     Args:
-        pixels: (N, H, W) grey or (N, H, W, 3) RGB, uint8.
+        pixels: (N, H, W) grey, (N, H, W, 3) RGB or (N, H, W, 4) RGBA, uint8.
         labels: (N,) integers from 0.
         class_names: of the labels.
     """
@@ -68,7 +73,7 @@ class ArrayImages:
         return len(self.pixels)
 
     def image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index]).convert("RGB")
+        return picture.to_rgb(Image.fromarray(self.pixels[index]))
 
     def name(self, index: int) -> str:
         return f"image {index}"

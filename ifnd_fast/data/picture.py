@@ -17,10 +17,12 @@ What becomes of what a file can hold:
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import struct
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -92,8 +94,23 @@ def open_picture(path: Path | str, upright: bool = True) -> Image.Image:
     Raises:
         UnreadablePictureError: whatever is wrong with it.
     """
+    return _decoded(lambda: open(_regular(path), "rb"), path, upright)
+
+
+def decode_picture(content: bytes, name: str) -> Image.Image:
+    """As `open_picture`, of a file's content; `name` is what to call it."""
+
+    def opened() -> IO[bytes]:
+        if not content:
+            raise OSError("the file is empty")
+        return io.BytesIO(content)
+
+    return _decoded(opened, name, upright=True)
+
+
+def _decoded(opened: Callable[[], IO[bytes]], name: Path | str, upright: bool) -> Image.Image:
     try:
-        with warnings.catch_warnings(), open(_regular(path), "rb") as file:  # of odd metadata there may be thousands
+        with warnings.catch_warnings(), opened() as file:  # of odd metadata there may be thousands
             warnings.simplefilter("ignore")
             with _opened(file) as image:
                 _refuse_size(image.size)
@@ -104,7 +121,7 @@ def open_picture(path: Path | str, upright: bool = True) -> Image.Image:
     except CommandError:  # a signal that asks the command to stop
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-        raise UnreadablePictureError(path, reason_of(error)) from error
+        raise UnreadablePictureError(name, reason_of(error)) from error
 
 
 def _opened(file: IO[bytes]) -> Image.Image:

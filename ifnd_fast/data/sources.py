@@ -1,4 +1,5 @@
-"""Where images come from: a folder, CIFAR, the demo's digits; training and test images."""
+"""Where images come from: a folder, arrays, shards, other packages' data sets, CIFAR, the demo's digits; training and
+test images."""
 
 from __future__ import annotations
 
@@ -9,8 +10,12 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from ifnd_fast.config import BUILT_IN, FROM_PYTHON, DataConfig
+from ifnd_fast.data.arrays import ENDINGS, open_arrays
 from ifnd_fast.data.folders import find_parts
+from ifnd_fast.data.hugging_face import open_hugging_face
 from ifnd_fast.data.images import ArrayImages, FolderImages, Images, Subset, image_extensions
+from ifnd_fast.data.shards import ShardImages, find_shards
+from ifnd_fast.data.torchvision_sets import open_torchvision
 from ifnd_fast.runtime.errors import CommandError, UsageError
 from ifnd_fast.runtime.paths import shown
 
@@ -19,7 +24,7 @@ def open_images(data: str, split: str = "train", data_root: Path = Path("data"))
     """The images of a split, "train" or "test"; None where a folder has no test split.
 
     Raises:
-        UsageError: nothing there, or no images in it.
+        UsageError: nothing there, or no images in it, or a package that it takes is not installed.
         CommandError: the download failed.
     """
     if data == "demo":
@@ -32,10 +37,22 @@ def open_images(data: str, split: str = "train", data_root: Path = Path("data"))
             raise CommandError(f"--data {data}: the download to {data_root} failed: {error}") from error
         return ArrayImages(cifar.data, np.asarray(cifar.targets), list(cifar.classes))
     if data.startswith(FROM_PYTHON):
-        raise UsageError(f"--data {data}: a program gave these images: give them again, to ifnd_fast.pretrain")
+        raise UsageError(
+            f"--data {data}: a program gave these images: give them again, to ifnd_fast.pretrain, or other data"
+        )
     if not data:
         raise UsageError("--data is empty: give a folder, or one of " + ", ".join(BUILT_IN))
-    root = Path(data).expanduser()
+    kind, _, rest = data.partition(":")
+    if kind == "hf":
+        return open_hugging_face(rest, split)
+    if kind == "torchvision":
+        return open_torchvision(rest, split, data_root)
+    root = Path(rest if kind == "wds" else data).expanduser()
+    if kind == "wds" or (root.suffix == ".tar" and root.is_file()):
+        shards = find_shards(str(root), split)
+        return None if shards is None else ShardImages(*shards)
+    if root.suffix.lower() in ENDINGS and root.is_file():
+        return open_arrays(root, split)
     if not root.is_dir():
         what = "it is a file, not a folder" if root.is_file() else "no such folder"
         raise UsageError(f"--data {shown(data)}: {what} (nor one of {', '.join(BUILT_IN)})")

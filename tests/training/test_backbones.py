@@ -11,7 +11,7 @@ from torch import nn
 
 import ifnd_fast
 from ifnd_fast.cli import parse_train
-from ifnd_fast.config import ModelConfig
+from ifnd_fast.config import ModelConfig, load
 from ifnd_fast.contrast.encoder import build_backbone
 from ifnd_fast.contrast.timm_models import timm_model
 from ifnd_fast.data.images import ArrayImages
@@ -155,6 +155,8 @@ def test_python_gives_network_and_images(digits, tmp_path):
     words = "run of python:torch.nn.modules.container.Sequential, a network of Python's: load .*backbone.pt into it"
     with pytest.raises(CommandError, match=words):
         load_backbone(tmp_path / "run")
+    with pytest.raises(UsageError, match="--arch python:.*Sequential: a program gave this network"):
+        build_backbone(load(tmp_path / "run/config.yaml").model)
     with pytest.raises(UsageError, match="--data python:.*ArrayImages: a program gave these images"):
         open_images("python:ifnd_fast.data.images.ArrayImages")
     with pytest.raises(UsageError, match="does not hold the images that"):
