@@ -54,12 +54,12 @@ def cluster_sums(
         starts = torch.arange(len(ordered), dtype=torch.int64, device=x.device) % BAG_ROWS == 0
         starts[1:] |= ordered[1:] != ordered[:-1]
         bags = starts.nonzero().flatten()
-        ordered_weights = None if weights is None else weights[part][order]
-        bag_sums = F.embedding_bag(order, x[part].float(), bags, mode="sum", per_sample_weights=ordered_weights)
+        rows = x[part].float() if weights is None else x[part].double() * weights[part, None]
+        bag_sums = F.embedding_bag(order, rows, bags, mode="sum")
         present, bags_per_cluster = torch.unique_consecutive(ordered[bags].long(), return_counts=True)
         sums[present] += torch.segment_reduce(bag_sums.double(), "sum", lengths=bags_per_cluster)
-        if ordered_weights is not None:
+        if weights is not None:
             present, sizes = torch.unique_consecutive(ordered.long(), return_counts=True)
-            weight[present] += torch.segment_reduce(ordered_weights.double(), "sum", lengths=sizes)
+            weight[present] += torch.segment_reduce(weights[part][order].double(), "sum", lengths=sizes)
     counts = torch.bincount(labels, minlength=n_clusters) if weights is None else weight
     return sums, counts, squared_distances(x, labels, centroids)

@@ -21,6 +21,8 @@ from ifnd_fast import KMeans
 from tests.clustering.data import blobs
 
 X = blobs(200, 4, 5)
+
+
 UNMET = {
     "check_sample_weight_equivalence_on_dense_data": "rows in another order meet other random numbers; scikit-learn's "
     "own KMeans doesn't meet it either",
