@@ -34,7 +34,7 @@ class FewShotOptions:
     draws: Annotated[int, at_least(1)] = metric.DRAWS
     """random choices of the labelled images, of which mean and sample standard deviation are written"""
     seed: Annotated[int, SEED] = 0
-    """of the draws, and of the untrained encoder's weights"""
+    """of the draws"""
     compare: bool = True
     """measure raw pixels (of images up to 64 pixels) and an untrained encoder too"""
 
@@ -56,7 +56,7 @@ def few_shot(common: tyro.conf.OmitArgPrefixes[Options], options: tyro.conf.Omit
 
     figures = {"few_shot_top1": measure(trained)}
     if options.compare:
-        untrained = _untrained(subject, options.seed)
+        untrained = _untrained(subject)
         others = {"_untrained": lambda images: _extract(subject, untrained, images, subject.compute)}
         if pixels_are_few(subject.data, len(labelled.images)):
             on_cpu = Compute(torch.device("cpu"))
@@ -71,10 +71,10 @@ def few_shot(common: tyro.conf.OmitArgPrefixes[Options], options: tyro.conf.Omit
     say(f"± is the standard deviation over {options.draws} draws of the labelled images")
 
 
-def _untrained(subject: Subject, seed: int) -> nn.Module:
-    """The same architecture with first weights."""
+def _untrained(subject: Subject) -> nn.Module:
+    """The same architecture with the first weights that the run's seed gives."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(subject.config.run.seed)
         network, _ = build_backbone(subject.config.model, subject.data.image_size)
     return network.eval().to(subject.compute.device).to(memory_format=subject.layout)
 

@@ -18,7 +18,9 @@ from ifnd_fast.runtime.console import track, warn
 
 SHOTS = (1, 5, 10, 50)
 DRAWS = 5
-C = 10.0  # of raw pixels and of encoders the best of 1, 10, 100 and 1,000, or as good, at each of SHOTS
+C = 10.0
+"""Inverse of the penalty: on the demo, of raw pixels and of a trained encoder, at each of SHOTS, within a standard
+deviation of the best of 1, 10, 100 and 1,000; too few labels to choose it by."""
 
 
 def few_shot_accuracies(
