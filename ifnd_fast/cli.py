@@ -1,5 +1,5 @@
 """The commands: ifnd-fast-train (and `pretrain`, which is it from Python), ifnd-fast-eval, ifnd-fast-report,
-ifnd-fast-export."""
+ifnd-fast-export, ifnd-fast-embed."""
 
 from __future__ import annotations
 
@@ -56,6 +56,14 @@ def export() -> None:
     from ifnd_fast.evaluate.export import export as write
 
     _run(lambda: tyro.cli(write, prog="ifnd-fast-export", args=expand_home(sys.argv[1:])))
+
+
+def embed() -> None:
+    """ifnd-fast-embed CHECKPOINT --out FILE [options]"""
+    from ifnd_fast.evaluate.embed import embed as write
+
+    again = "the same command goes on where it was stopped"
+    _run(lambda: tyro.cli(write, prog="ifnd-fast-embed", args=expand_home(sys.argv[1:])), f"interrupted: {again}")
 
 
 def report() -> None:

@@ -50,15 +50,16 @@ def parse(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> N
     if name == "train":
         cli.parse_train(arguments)
         return
-    from ifnd_fast.evaluate import export
+    from ifnd_fast.evaluate import embed, export
     from ifnd_fast.evaluate.tasks import TASKS
 
     for task, function in TASKS.items():
         monkeypatch.setitem(TASKS, task, functools.wraps(function)(lambda *_, **__: None))
     monkeypatch.setattr(cli, "_write_report", lambda *_: None)
-    monkeypatch.setattr(export, "export", functools.wraps(export.export)(lambda *_, **__: None))
+    for module, function in ((export, "export"), (embed, "embed")):
+        monkeypatch.setattr(module, function, functools.wraps(getattr(module, function))(lambda *_, **__: None))
     monkeypatch.setattr(sys, "argv", [f"ifnd-fast-{name}", *arguments])
-    {"eval": cli.evaluate, "report": cli.report, "export": cli.export}[name]()
+    {"eval": cli.evaluate, "report": cli.report, "export": cli.export, "embed": cli.embed}[name]()
 
 
 @pytest.fixture
@@ -84,7 +85,9 @@ def test_commands_parse(document, name, arguments, folder, monkeypatch, capsys):
 
 
 def test_commands_are_found():
-    assert {name for _, name, _ in EVERY_COMMAND} == {"train", "eval", "report", "export"} and len(EVERY_COMMAND) > 15
+    assert {name for _, name, _ in EVERY_COMMAND} == {"train", "eval", "report", "export", "embed"} and len(
+        EVERY_COMMAND
+    ) > 15
 
 
 @pytest.mark.parametrize(
@@ -190,5 +193,5 @@ def test_stable_names_are_there():
     sections = [name for name, value in configs.to_dict(PRESETS["demo"][1]).items() if isinstance(value, dict)]
     assert {*ifnd_fast.__all__, *sections} <= set(re.findall(r"`(\w+)`", stable)) and rest
     assert f'"{FORMAT}"' in stable and all(
-        f"`ifnd-fast-{name}`" in stable for name in ("train", "eval", "report", "export")
+        f"`ifnd-fast-{name}`" in stable for name in ("train", "eval", "report", "export", "embed")
     )

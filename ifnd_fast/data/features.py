@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -53,24 +56,55 @@ def extract_share(
 ) -> tuple[Tensor, Tensor]:
     """`extract` of this rank's `distributed.share` of the images alone; `unreadable` gets those of all ranks."""
     own, device = distributed.share(len(images)), compute.device
-    was_training = encoder.training
-    encoder.eval()
     batches = []
     readable = torch.zeros(len(own), dtype=torch.bool, device=device)
-    loader = centre_loader(images, config, batch_size, own)
     found: dict[int, str] = {}
-    try:
-        with running(loader) as loaded:
-            for views, indices, ok, reasons in track(loaded, description, len(loader), batch_size):
-                with compute.autocast():
-                    batches.append(encoder(to_input(views, config, device)).float())
-                readable[indices.to(device) - own.start] = ok.to(device)
-                found |= {index: why for index, why in zip(indices.tolist(), reasons, strict=True) if why}
-    finally:
-        encoder.train(was_training)
+    for batch in extract_batches(encoder, images, config, compute, description, batch_size, own):
+        batches.append(batch.features)
+        ok = torch.tensor([not why for why in batch.reasons], dtype=torch.bool, device=device)
+        readable[batch.indices.to(device) - own.start] = ok
+        found |= {index: why for index, why in zip(batch.indices.tolist(), batch.reasons, strict=True) if why}
     gathered = {index: why for part in distributed.all_gather_objects(found) for index, why in part.items()}
     refuse_none(images, gathered)
     if unreadable is not None:
         for index in sorted(gathered):
             unreadable.add(index, gathered[index])
     return torch.cat(batches), readable
+
+
+class FeatureBatch(NamedTuple):
+    """Features of B images."""
+
+    features: Tensor
+    """(B, D) float32, of any numbers where an image is unreadable"""
+    indices: Tensor
+    """(B,) int64, of the images"""
+    reasons: list[str]
+    """why each is unreadable; "" where it is not"""
+
+
+def extract_batches(
+    encoder: nn.Module,
+    images: Images,
+    config: DataConfig,
+    compute: Compute,
+    description: str,
+    batch_size: int,
+    indices: Sequence[int],
+) -> Generator[FeatureBatch, None, None]:
+    """Features of these images' centre views, in eval mode, a batch after the other.
+
+    Raises:
+        LoadingError: a process that loads them failed.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    loader = centre_loader(images, config, batch_size, indices)
+    try:
+        with running(loader) as loaded:
+            for views, numbers, _, reasons in track(loaded, description, len(loader), batch_size):
+                with torch.inference_mode(), compute.autocast():
+                    features = encoder(to_input(views, config, compute.device)).float()
+                yield FeatureBatch(features, numbers, list(reasons))
+    finally:
+        encoder.train(was_training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -138,7 +138,7 @@ def pair_loader(images: Images, config: DataConfig, seed: int, batches: EpochBat
     return view_loader(PairDataset(images, config, seed), config, batches)
 
 
-def centre_loader(images: Images, config: DataConfig, batch_size: int, indices: range) -> DataLoader:
+def centre_loader(images: Images, config: DataConfig, batch_size: int, indices: Sequence[int]) -> DataLoader:
     """Batches of (centre view (B, 3, S, S), indices (B,), readable (B,), B reasons) over `indices`, in order, for
     `loading.running`."""
     return make_loader(CentreDataset(images, config), config.workers, batch_size=batch_size, sampler=indices)

@@ -27,21 +27,27 @@ from ifnd_fast.training.schedule import IMAGES_PER_CLUSTER, fit_levels
 
 
 @dataclass
-class ClusterOptions:
-    """How the training images are clustered."""
+class LevelOptions:
+    """How features are clustered."""
 
     levels: Annotated[tuple[int, ...] | None, at_least(2)] = None
     """clusters at each level; default: the run's (of bare weights the imagenet preset's), scaled down to at most one
     cluster for every 4 images that are readable and distinct"""
-    features: Literal["encoder", "backbone"] | None = None
-    """features of the run's momentum encoder, which training clusters, or of the backbone; default: the encoder's of
-    a run's folder, else the backbone's"""
     kmeans_iterations: Annotated[int, at_least(1)] = 20
     """most Lloyd iterations per level"""
     confidence_temperature: Annotated[float | None, TEMPERATURE] = None
     """of the labels' confidence; default: the run's"""
     seed: Annotated[int, SEED] = 0
     """of the initial centroids"""
+
+
+@dataclass
+class ClusterOptions(LevelOptions):
+    """How the training images are clustered."""
+
+    features: Literal["encoder", "backbone"] | None = None
+    """features of the run's momentum encoder, which training clusters, or of the backbone; default: the encoder's of
+    a run's folder, else the backbone's"""
 
 
 def labelled_training_images(data: DataConfig) -> tuple[Images, np.ndarray]:
@@ -67,25 +73,46 @@ def cluster_images(
         UsageError: an option is out of range, or there are fewer images than clusters were asked for.
         CommandError: the run has no checkpoint to take the encoder from, or the features can't be clustered.
     """
-    temperature = options.confidence_temperature
-    temperature = config.contrast.temperature if temperature is None else temperature
-    check(dataclasses.replace(options, confidence_temperature=temperature))
-    if options.levels is not None:
-        check_levels(options.levels)
+    check_clustering(config, options)
     out = subject.options.checkpoint
     kind = options.features or ("encoder" if has_checkpoint(out) else "backbone")
     if kind == "encoder":
         subject.network = load_encoder(out, config, subject.state).to(subject.compute.device)
     vectors, usable = subject.features(images)
+    return cluster_vectors(vectors, usable, config, options), kind
+
+
+def check_clustering(config: Config, options: LevelOptions) -> float:
+    """The temperature of confidence, the run's where none was given.
+
+    Raises:
+        UsageError: an option is out of range.
+    """
+    temperature = options.confidence_temperature
+    temperature = config.contrast.temperature if temperature is None else temperature
+    check(dataclasses.replace(options, confidence_temperature=temperature))
+    if options.levels is not None:
+        check_levels(options.levels)
+    return temperature
+
+
+def cluster_vectors(vectors: Tensor, usable: Tensor, config: Config, options: LevelOptions) -> ImageClusters:
+    """Cluster unit vectors of features (N, D) of N images, of those that are usable, (N,) bool, not zero, and finite.
+
+    Raises:
+        UsageError: an option is out of range, or there are fewer images than clusters were asked for.
+        CommandError: the features can't be clustered.
+    """
+    temperature = check_clustering(config, options)
     vectors = F.normalize(vectors)
     usable = usable & vectors.isfinite().all(dim=1) & vectors.any(dim=1)
     if not bool(usable.all()):
         warn(f"{int((~usable).sum()):,} images without features (unreadable, or all zero) are left out")
     levels = _levels(options.levels, config.cluster.levels, count_distinct(vectors[usable], Shards.alone(vectors)))
-    labels = torch.full((len(images), len(levels)), -1, dtype=torch.int32, device="cpu")
+    labels = torch.full((len(vectors), len(levels)), -1, dtype=torch.int32, device="cpu")
     confidence = torch.zeros(labels.shape, dtype=torch.float32, device="cpu")
     labels[usable.cpu()], confidence[usable.cpu()] = _cluster(vectors[usable], levels, temperature, options)
-    return ImageClusters(tuple(levels), labels, confidence), kind
+    return ImageClusters(tuple(levels), labels, confidence)
 
 
 def _levels(wanted: tuple[int, ...] | None, of_run: tuple[int, ...], n: int) -> tuple[int, ...]:
@@ -104,7 +131,7 @@ def _levels(wanted: tuple[int, ...] | None, of_run: tuple[int, ...], n: int) -> 
 
 
 def _cluster(
-    vectors: Tensor, levels: tuple[int, ...], temperature: float, options: ClusterOptions
+    vectors: Tensor, levels: tuple[int, ...], temperature: float, options: LevelOptions
 ) -> tuple[Tensor, Tensor]:
     """Labels and confidence (n, L) of unit vectors (n, D), on the CPU."""
     with progress("clustering", len(levels) * options.kmeans_iterations) as advance:

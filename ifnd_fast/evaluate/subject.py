@@ -65,6 +65,9 @@ class Options:
 class Subject:
     """The network that is measured, on its device, and the run's data options with what was asked for instead.
 
+    Args:
+        several_ranks: the evaluation may compute on several; all of them have to make it.
+
     Attributes:
         state: the run's checkpoint that is measured; None: its backbone.pt, or bare weights.
 
@@ -72,10 +75,11 @@ class Subject:
         CommandError, UsageError: the checkpoint can't be used, or an option is out of range.
     """
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, several_ranks: bool = False):
         self.options = options
         check(options)
-        distributed.refuse_ranks("this evaluation")
+        if not several_ranks:
+            distributed.refuse_ranks("this evaluation")
         check_json_file(options.json_file)
         self.state = chosen_state(options.checkpoint, options.step, options.json_file)
         self.unreadable: list[dict[str, str]] = []  # images met so far, {"image", "reason"} each
