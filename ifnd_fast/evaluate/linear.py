@@ -17,7 +17,7 @@ from ifnd_fast.data.images import Images
 from ifnd_fast.data.sources import rank_in_class
 from ifnd_fast.evaluate.classifier import ClassifierTraining, TrainingOptions, top_accuracies
 from ifnd_fast.evaluate.labelled import number_of_classes, open_labelled, warn_of_lacking
-from ifnd_fast.evaluate.linear_sweep import Setting, choose, held_out_figures, standardised, train_heads
+from ifnd_fast.evaluate.linear_sweep import Setting, choose, held_out_figures, standardise, train_heads
 from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.runtime import run_folder
 from ifnd_fast.runtime.console import say, track, warn
@@ -141,13 +141,15 @@ def _parts(subject: Subject, train: Images, test: Images, seed: int) -> Parts:
 def _by_sweep(subject: Subject, train: Images, test: Images, training: LinearOptions) -> dict[str, Any]:
     parts, n_classes = _parts(subject, train, test, training.seed), number_of_classes(train)
     device = subject.compute.device
-    x, y, test_x, test_y = (torch.from_numpy(values).to(device) for values in parts[:4])
-    held_out = torch.from_numpy(parts.held_out).to(device)
-    x, test_x = standardised(x, x), standardised(test_x, x)
+    x, y, test_x, test_y, held_out = map(torch.from_numpy, parts)
+    standardise(x, test_x)
+    rows = torch.arange(len(y))
     settings = [Setting(*pair) for pair in product(training.lrs, training.weight_decays)]
-    heads = train_heads(x[~held_out], y[~held_out], n_classes, settings, training, f"{len(settings)} classifiers")
+    name = f"{len(settings)} classifiers"
+    heads = train_heads(x, y, rows[~held_out], n_classes, settings, training, name, device)
+    found = held_out_figures(heads, x[held_out].to(device), y[held_out].to(device))
     try:
-        best, sweep = choose(settings, heads, *held_out_figures(heads, x[held_out], y[held_out]))
+        best, sweep = choose(settings, heads, *found)
     except ValueError as error:
         raise CommandError("linear: at every one of --lrs the loss rose above log(classes): give lower ones") from error
     chosen = settings[best]
@@ -155,11 +157,12 @@ def _by_sweep(subject: Subject, train: Images, test: Images, training: LinearOpt
         warn(f"{diverged} of {len(sweep)} settings diverged, to a loss above {CHANCE}, and were not chosen from")
     if len(training.lrs) > 2 and chosen.lr in (min(training.lrs), max(training.lrs)):
         warn(f"the best learning rate, {chosen.lr:g}, is the end of those tried")
-    final = train_heads(x, y, n_classes, [chosen], training, "classifier")
+    final = train_heads(x, y, rows, n_classes, [chosen], training, "classifier", device)
     loss = final.losses.item()
     if not loss <= math.log(n_classes):
         warn(f"the classifier diverged: its loss, {loss:.4g}, is above {CHANCE}; its accuracy says nothing")
-    accuracies = top_accuracies(F.linear(test_x, final.weights[0], final.biases[0]), test_y)
+    logits = F.linear(test_x.to(device), final.weights[0], final.biases[0])
+    accuracies = top_accuracies(logits, test_y.to(device))
     counts = {"train_images": len(y), "test_images": len(test_y)}
     return {
         **counts, **chosen._asdict(), "loss": loss if math.isfinite(loss) else None,

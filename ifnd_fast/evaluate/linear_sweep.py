@@ -35,37 +35,48 @@ class Heads(NamedTuple):
         return torch.baddbmm(self.biases[:, None], x.expand(len(self.weights), -1, -1), self.weights.mT)
 
 
-def standardised(x: Tensor, like: Tensor) -> Tensor:
-    """Features (N, D) less the means of `like` (M, D), in units of its deviations, and divided by sqrt(D): rows of
-    about length 1, so that learning rates mean the same whatever the encoder."""
-    mean, deviation = like.mean(0), like.std(0, correction=0)
-    return (x - mean) / torch.where(deviation > 0, deviation, 1.0) / math.sqrt(x.shape[1])
+def standardise(x: Tensor, *others: Tensor) -> None:
+    """In place: features (N, D), and others with them, less the means of `x`, in units of its deviations, and divided
+    by sqrt(D): rows of about length 1, so that learning rates mean the same whatever the encoder."""
+    mean, deviation = x.mean(0), x.std(0, correction=0)
+    scale = torch.where(deviation > 0, deviation, 1.0) * math.sqrt(x.shape[1])
+    for features in (x, *others):
+        features.sub_(mean).div_(scale)
 
 
 def train_heads(
-    x: Tensor, y: Tensor, n_classes: int, settings: Sequence[Setting], options: TrainingOptions, description: str
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    n_classes: int,
+    settings: Sequence[Setting],
+    options: TrainingOptions,
+    description: str,
+    device: torch.device,
 ) -> Heads:
     """SGD on cross-entropy from zero weights, one classifier for each setting, all on the same batches.
 
     Args:
-        x: (N, D) float32 features, `standardised`.
+        x: (N, D) float32 features after `standardise`; on the CPU, where they may be larger than a GPU's memory.
         y: (N,) int64 classes.
+        rows: (M,) numbers of those to train on.
         options: epochs, batch size, drops, momentum and seed of the batches' order; not its learning rate and decay.
+        device: of the classifiers.
     """
-    heads, device = len(settings), x.device
+    heads = len(settings)
     rates, decays = (torch.tensor(column, device=device) for column in zip(*settings, strict=True))
     weights = torch.zeros(heads, n_classes, x.shape[1], device=device)
     biases = torch.zeros(heads, n_classes, device=device)
     velocities = torch.zeros_like(weights), torch.zeros_like(biases)
-    size = min(options.batch_size, len(x))
-    steps = len(x) // size
+    size = min(options.batch_size, len(rows))
+    steps = len(rows) // size
     losses = torch.zeros(heads, dtype=torch.float64, device=device)
     for epoch in track(range(options.epochs), description, options.epochs):
-        order = torch.from_numpy(np.random.default_rng([options.seed, epoch]).permutation(len(x))).to(device)
+        order = rows[torch.from_numpy(np.random.default_rng([options.seed, epoch]).permutation(len(rows)))]
         rate = rates * options.drop_factor ** sum(epoch >= round(drop * options.epochs) for drop in options.drops)
         losses.zero_()
-        for rows in order[: steps * size].split(size):
-            loss, weight_grads, bias_grads = _gradients(x[rows], y[rows], weights, biases)
+        for batch in order[: steps * size].split(size):
+            loss, weight_grads, bias_grads = _gradients(x[batch].to(device), y[batch].to(device), weights, biases)
             losses += loss / steps
             weight_grads += decays[:, None, None] * weights
             for values, velocity, grads in zip((weights, biases), velocities, (weight_grads, bias_grads), strict=True):
