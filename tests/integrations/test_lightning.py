@@ -1,4 +1,4 @@
-"""The callbacks in real trainings by Lightning, on one rank and on two."""
+"""The callbacks in real trainings by Lightning (on two ranks: test_ranks.py)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, TensorDataset
 
 import ifnd_fast
-from tests.training.test_distributed import torchrun
 
 lightning = pytest.importorskip("lightning", reason="extra: lightning")
 
@@ -113,33 +112,6 @@ def test_a_resumed_training_ends_with_the_same_bits(trained, tmp_path):
         assert torch.equal(again[1].queue.state_dict()[name], value), name
     assert torch.equal(again[1].labels, queue.labels)
     assert torch.equal(again[2].pseudo_labels.labels, renewal.pseudo_labels.labels)
-
-
-RANKS = f"""
-import os, sys
-sys.path.insert(0, {str(__file__.rsplit("/tests/", 1)[0])!r})
-import torch
-from torch.utils.data.distributed import DistributedSampler
-from tests.integrations.test_lightning import IMAGES, images, train
-from ifnd_fast.runtime import distributed
-
-loader = images(sampler=DistributedSampler(IMAGES, 2, int(os.environ["RANK"]), shuffle=False))
-model, queue, renewal = train(sys.argv[1], epochs=2, loader=loader, strategy="ddp", devices=2)
-assert distributed.world_size() == 2 and len(model.seen) == 4
-keys, indices = (torch.cat([distributed.all_gather(step) for step in part]) for part in zip(*model.seen))
-slots = torch.arange(len(keys))[-40:] % 40
-assert torch.equal(queue.queue.features[slots], keys[-40:]) and torch.equal(queue.queue.indices[slots], indices[-40:])
-assert distributed.same_everywhere(*queue.queue.negatives(), queue.labels, *model.parameters())
-assert (model.labels[1] >= 0).sum(0).tolist() == [30, 30]
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_share_keys_and_labels(tmp_path):
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS)
-    done = torchrun(2, script, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_what_does_not_fit_is_told(tmp_path):
