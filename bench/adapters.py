@@ -65,7 +65,7 @@ def measure(case: str, ours: bool) -> tuple[float, float]:
 
 
 def rows(times: bool) -> list[tuple[str, ...]]:
-    found = []
+    found: list[tuple[str, ...]] = []
     for case, (_, _, n_rows, _) in CASES.items():
         measured = []
         for who in ("ours", "theirs"):
@@ -91,7 +91,6 @@ if __name__ == "__main__":
         sys.exit()
     told = machine()
     header = ("loss and gradient", "rows", "peak MB beside rows and bank", "theirs", "ms", "theirs")
-    header = header[:4] if options.no_times else header
     command = "python bench/adapters.py --write" + " --no-times" * options.no_times
     packages = ", ".join(f"{name} {version(name)}" for name in ("lightly", "pytorch-metric-learning", "torch"))
     text = "\n".join(
@@ -99,7 +98,7 @@ if __name__ == "__main__":
             "# The adapters beside what they stand in for\n",
             f"`{command}`, {datetime.date.today()}. {told['CPU']}, {told['threads']} threads, "
             f"kernels for {told['instruction set']}. {packages}. float32, D={DIM}, medians of {ROUNDS}.\n",
-            *table(header, rows(not options.no_times)),
+            *table(header[: 4 if options.no_times else 6], rows(not options.no_times)),
             "",
         ]
     )
