@@ -43,7 +43,7 @@ class Options(learning.Options):
     """file for the tables, which are printed too"""
 
 
-def detection_by_epoch(options: Options) -> list[str]:
+def detection_by_epoch(options: learning.Options) -> list[str]:
     """Lines of precision and recall by level while the first seed's runs train, of those that detect anything."""
     rows = []
     for strategy in options.strategies:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,7 @@ def queue(B: int, K: int, device: torch.device, dtype: torch.dtype) -> Calls:
     def step(loss):
         return torch.autograd.grad(loss(*batch[:3], *batch.labels_and_ids), batch.query)
 
-    return {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
+    return {name: partial(step, loss) for name, loss in losses.items()}
 
 
 def within(rows: int, device: torch.device, dtype: torch.dtype) -> Calls:
@@ -74,13 +75,13 @@ def within(rows: int, device: torch.device, dtype: torch.dtype) -> Calls:
     def step(loss):
         return torch.autograd.grad(loss(*features, *batch.labels_and_ids), z, retain_graph=True)
 
-    return {name: lambda loss=loss: step(loss) for name, loss in losses.items()}
+    return {name: partial(step, loss) for name, loss in losses.items()}
 
 
 def assignment(size: tuple[int, int, int], small: bool, device: torch.device, dtype: torch.dtype) -> Calls:
     x, c = (tensor.to(dtype) for tensor in points(size, small, device))
     found = backends_of("assign_clusters", device, dtype)
-    calls: Calls = {name: lambda b=backend: assign_clusters(x, c, backend=b) for name, backend in found.items()}
+    calls: Calls = {name: partial(assign_clusters, x, c, backend=backend) for name, backend in found.items()}
     fast = compiled(torch_in_chunks)
     return calls | {
         "cuBLAS + argmax": lambda: torch_in_chunks(x, c, "inner_product", True),
