@@ -154,8 +154,8 @@ def cuda_kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, CudaKe
     for step in ("DENSE", "MARKED_SUMS", "MARKED_GRAD", "NEGATIVES"):
         kernel = f"ifnd::cuda::info_nce_kernel<{of_type}::Pass::{step}>"
         warps = 4 if size.levels <= 4 else 2
-        shared = (32 * warps + 32) * (row + 8 + 4 * size.levels) + 32 * (20 if float32 else 12)
-        shared += 32 * warps * size.levels * 12 if step == "MARKED_SUMS" else 0
+        shared = (32 * warps + 32) * (row + 8 + 4 * size.levels) + 32 * (8 if float32 else 0)
+        shared += {"MARKED_SUMS": 32 * warps * size.levels * 12, "NEGATIVES": 32 * 12}.get(step, 0)
         out[f"cuda info_nce {step.lower()}"] = CudaKernel("info_nce.h", kernel, warps, shared)
     out["cuda info_nce normalise"] = CudaKernel("normalise.h", "ifnd::cuda::normalise_kernel", 4, 0)
     out["cuda info_nce add_splits"] = CudaKernel("normalise.h", "ifnd::cuda::add_splits_kernel", 8, 1024)

@@ -13,7 +13,7 @@ void run(const InfoNceArguments& p, int warps, int splits, Stream stream) {
   const int rows = warps * WARP_ROWS, chunks = PASS == Pass::MARKED_SUMS || !p.with_grad ? 1 : (p.D + CHUNK - 1) / CHUNK;
   launch("info_nce_kernel", info_nce_kernel<T, CHUNK, PASS>,
          dim3((p.rows.count + rows - 1) / rows, splits, chunks), 32 * warps,
-         LossShared<T, CHUNK>::bytes(warps, p.L, PASS == Pass::MARKED_SUMS), stream, p);
+         LossShared<T, CHUNK>::bytes(warps, p.L, PASS), stream, p);
 }
 
 template <class T, int CHUNK>

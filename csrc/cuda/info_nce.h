@@ -37,21 +37,20 @@ __device__ __forceinline__ void add_products(TileSums& s, const u16* rows, const
   }
 }
 
-// grad += weights, rounded to 16 bits, . columns.
-template <class T, int CHUNK, int GRAD_BLOCKS>
-__device__ __forceinline__ void add_weighted(float (&grad)[GRAD_BLOCKS][8], const TileSums& weights, const u16* columns,
-                                             int lane) {
+// grad += weights . columns; `load(a, k)` gives the weights of 16 columns, as 16 bits. Of two terms by a loop, else too many
+// products are begun for the registers.
+template <class T, int CHUNK, int GRAD_BLOCKS, class Load>
+__device__ __forceinline__ void add_weighted(float (&grad)[GRAD_BLOCKS][8], Load load, const u16* columns, int lane) {
   constexpr int STRIDE = CHUNK + PAD;
-#pragma unroll
+#pragma unroll (Terms<T>::STORED == 1 ? TILE_COLUMNS / 16 : 1)
   for (int k = 0; k < TILE_COLUMNS / 16; ++k) {
     u32 a[8];
-    Core::as_a(T(), a, weights[2 * k], weights[2 * k + 1], lane);
+    load(a, k);
 #pragma unroll
     for (int block = 0; block < GRAD_BLOCKS; ++block) {
       u32 b[Core::B_WORDS];
       Core::load_b_rows(b, columns + 16 * k * STRIDE + 8 * block, STRIDE, lane);
       add_product<T>(grad[block], [&](float (&sums)[8]) { Core::mma_rows(T(), sums, a, b); });
-      if (Terms<T>::STORED == 2) __syncwarp();  // else too many products are begun for the registers
     }
   }
 }
@@ -99,21 +98,21 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
     extern __shared__ __align__(16) unsigned char shared_memory[];
     constexpr bool GRAD = PASS != Pass::MARKED_SUMS, SELECTED = PASS == Pass::MARKED_SUMS || PASS == Pass::MARKED_GRAD;
     constexpr int STRIDE = CHUNK + PAD;
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, count = WARP_ROWS * warps;
-    const Lane own{(int)threadIdx.x % 32};
-    const LossShared<T, CHUNK> shared(shared_memory, warps, p.L);
-    const int block_row = blockIdx.x * count, warp_row = block_row + warp * WARP_ROWS, split = blockIdx.y;
+    const int count = blockDim.x, block_row = blockIdx.x * count, split = blockIdx.y;  // of rows: a thread for each
+    const auto place = [&] { return Place<T, CHUNK>(shared_memory, block_row, p.L, recomputed(threadIdx.x)); };
     constexpr int STORED = Terms<T>::STORED;
     const int chunks = (p.D + CHUNK - 1) / CHUNK, steps = Terms<T>::PRODUCTS * chunks, stride = STORED * p.D;
     const int grad_at = blockIdx.z * CHUNK, first_column = split * p.split_columns;
     const int end = p.columns.count < first_column + p.split_columns ? p.columns.count : first_column + p.split_columns;
-    const bool active = warp_row < p.rows.count;  // the warp has rows; without any it only helps to stage
 
-    stage_labels(shared.row_labels, shared.row_ids, p.rows, count, block_row, p.rows.count, p.L, -2);
-    if (steps == 1) stage<CHUNK>(shared.rows, p.rows, count, block_row, p.rows.count, stride, 0, p.D);
-    if (PASS == Pass::MARKED_SUMS)
-      for (int i = threadIdx.x; i < count * p.n_losses; i += blockDim.x)
-        shared.level_max[i] = -infinity(), shared.level_sum[i] = 0, shared.level_count[i] = 0;
+    {
+      const LossShared<T, CHUNK> shared = place().shared;
+      stage_labels(shared.row_labels, shared.row_ids, p.rows, count, block_row, p.rows.count, p.L, -2);
+      if (steps == 1) stage<CHUNK>(shared.rows, p.rows, count, block_row, p.rows.count, stride, 0, p.D);
+      if (PASS == Pass::MARKED_SUMS)
+        for (int i = threadIdx.x; i < count * p.n_losses; i += blockDim.x)
+          shared.level_max[i] = -infinity(), shared.level_sum[i] = 0, shared.level_count[i] = 0;
+    }
 
     float grad[GRAD ? CHUNK / 8 : 1][8] = {};
     float highest[Core::ROWS], total[Core::ROWS];
@@ -122,11 +121,13 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
 
 #pragma unroll 1
     for (int first = first_column; first < end; first += TILE_COLUMNS) {
-      const long long group = warp_row / WARP_ROWS;
+      const Place<T, CHUNK> here = place();
+      const LossShared<T, CHUNK>& shared = here.shared;
+      const long long group = here.warp_row / WARP_ROWS;
       unsigned char* flag = p.flags ? p.flags + group * p.tiles + first / TILE_COLUMNS : nullptr;
-      bool visit = active;
+      bool visit = here.warp_row < p.rows.count;  // the warp has rows; without any it only helps to stage
       if (SELECTED) {
-        visit = active && *flag;
+        visit = visit && *flag;
         if (!__syncthreads_or(visit)) continue;
       } else {
         __syncthreads();  // the tile before was read
@@ -135,37 +136,40 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
       if (STORED == 2) stage_units(shared, p.columns, first, end);
       if (PASS == Pass::NEGATIVES) stage_query_factors(p, shared, first, end);
 
-      // 1. Products.
+      // 1. Products. Of two terms the first two share the rows' high terms.
       TileSums s = {};
 #pragma unroll 1
       for (int step = 0; step < steps; ++step) {
         const Step at = Step::of<CHUNK>(step, p.D);
         if (step > 0) __syncthreads();
-        if (steps > 1) stage<CHUNK>(shared.rows, p.rows, count, block_row, p.rows.count, stride, at.a, at.columns);
+        if (steps > 1 && (step == 0 || at.a != Step::of<CHUNK>(step - 1, p.D).a))
+          stage<CHUNK>(shared.rows, p.rows, count, block_row, p.rows.count, stride, at.a, at.columns);
         stage<CHUNK>(shared.tile, p.columns, TILE_COLUMNS, first, end, stride, at.b, at.columns);
         __syncthreads();
-        if (visit) add_products<T, CHUNK>(s, shared.rows + warp * WARP_ROWS * STRIDE, shared.tile, own.lane);
+        if (visit) add_products<T, CHUNK>(s, shared.rows + here.warp * WARP_ROWS * STRIDE, shared.tile, here.own.lane);
       }
 
       // 2. Weights, in their place.
       if (visit) {
-        const Pairs<T, CHUNK> pairs(p, shared, own, warp, first, end);
-        multiply_units(pairs, s, warp_row);
+        const Place<T, CHUNK> here = place();
+        const Pairs<T, CHUNK> pairs(p, here.shared, here.own, here.warp, first, end);
+        multiply_units(pairs, s, here.warp_row);
         float rescale[Core::ROWS];
         if constexpr (PASS == Pass::DENSE) {
           const bool any = __any_sync(0xffffffffu, pairs.marked != 0);
-          if (flag && own.lane == 0) *flag = any;
+          if (flag && here.own.lane == 0) *flag = any;
           dense_weights(pairs, s, p.scale, highest, total, rescale);
           if (p.with_grad) multiply_rows(grad, rescale);
         } else if constexpr (PASS == Pass::MARKED_SUMS) {
           add_marked(pairs, s, p.scale);
         } else if constexpr (PASS == Pass::MARKED_GRAD) {
-          marked_grad_weights(pairs, s, p.scale, warp_row);
+          marked_grad_weights(pairs, s, p.scale, here.warp_row);
         } else {
-          negatives_weights(pairs, s, p.scale, warp_row, highest, rescale);
+          negatives_weights(pairs, s, p.scale, here.warp_row, highest, rescale);
           multiply_rows(grad, rescale);
         }
         if (PASS == Pass::DENSE || PASS == Pass::MARKED_GRAD) multiply_shares(pairs, s);
+        if (GRAD && STORED == 2 && p.with_grad) keep_terms<T>(here.weight_terms(), s, here.own.lane);
       }
 
       // 3. The weighted sum of the columns' features.
@@ -180,26 +184,33 @@ __global__ void __launch_bounds__(32 * MAX_LOSS_WARPS, 2) info_nce_kernel(InfoNc
           }
           if (!visit) continue;
 #pragma unroll 1
-          for (int weight_term = 0; weight_term < STORED - term; ++weight_term) {
-            if (weight_term == 1) keep_rests<T>(s);
-            add_weighted<T, CHUNK>(grad, s, shared.tile, own.lane);
-          }
+          for (int weight_term = 0; weight_term < STORED - term; ++weight_term)
+            add_weighted<T, CHUNK>(
+                grad,
+                [&](u32(&a)[8], int k) {
+                  if (STORED == 1)
+                    Core::as_a(T(), a, s[2 * k], s[2 * k + 1], here.own.lane);
+                  else
+                    load_term(a, here.weight_terms(), 2 * k + weight_term, here.own.lane);
+                },
+                shared.tile, here.own.lane);
         }
       }
     }
 
     // 4. What the split's rows have come to.
-    if (PASS == Pass::MARKED_SUMS) store_level_sums(p, shared, count);
+    const Place<T, CHUNK> here = place();
+    if (PASS == Pass::MARKED_SUMS) store_level_sums(p, here.shared, count);
 #pragma unroll
     for (int r = 0; r < Core::ROWS; ++r) {
-      const int row = warp_row + Core::row(own.lane, r);
+      const int row = here.warp_row + Core::row(here.own.lane, r), lane = here.own.lane;
       const long long at = (long long)split * p.rows.count + row;
       if (PASS == Pass::DENSE) {
         const float sum = sum_of_row(total[r]) * exp2_fast(-p.shift);
-        if (row < p.rows.count && blockIdx.z == 0 && (own.lane & (4 - Core::FIRST_PARTNER)) == 0)
+        if (row < p.rows.count && blockIdx.z == 0 && (lane & (4 - Core::FIRST_PARTNER)) == 0)
           p.split_max[at] = highest[r], p.split_sum[at] = sum;
       }
-      if (GRAD && p.with_grad && row < p.rows.count) store_grad<T, PASS>(p, grad, r, at, highest[r], grad_at, own.lane);
+      if (GRAD && p.with_grad && row < p.rows.count) store_grad<T, PASS>(p, grad, r, at, highest[r], grad_at, lane);
     }
   }
 }

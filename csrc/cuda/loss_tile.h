@@ -19,16 +19,17 @@ struct LossShared {
   u16 *rows, *tile;                 // (32 * warps, STRIDE), (32, STRIDE)
   long long *row_ids, *column_ids;  // (32 * warps,), (32,)
   int *row_labels, *column_labels;  // (L, .): a lane then reads its columns at fixed distances
-  float *column_shift, *column_most, *column_factor;  // NEGATIVES: of queries' exponentials
-  float *level_max, *level_sum;         // MARKED_SUMS: (32 * warps, n_losses), L at most
-  int* level_count;
   float *column_units, *column_shares;  // of two terms, and relative to the largest
+  float *column_shift, *column_most, *column_factor;  // NEGATIVES: of queries' exponentials
+  float *level_max, *level_sum;  // MARKED_SUMS: (32 * warps, n_losses), L at most
+  int* level_count;
 
-  __host__ __device__ static constexpr int bytes(int warps, int L, bool level_sums) {
-    const int rows = WARP_ROWS * warps, both = rows + TILE_COLUMNS, of_columns = Terms<T>::STORED == 1 ? 12 : 20;
-    return both * (STRIDE * 2 + 8 + 4 * L) + TILE_COLUMNS * of_columns + (level_sums ? rows * L * 12 : 0);
+  __host__ __device__ static constexpr int bytes(int warps, int L, Pass pass) {
+    const int rows = WARP_ROWS * warps, both = rows + TILE_COLUMNS, of_terms = Terms<T>::STORED == 1 ? 0 : 8;
+    const int of_pass = pass == Pass::MARKED_SUMS ? rows * L * 12 : pass == Pass::NEGATIVES ? TILE_COLUMNS * 12 : 0;
+    return both * (STRIDE * 2 + 8 + 4 * L) + TILE_COLUMNS * of_terms + of_pass;
   }
-  __device__ LossShared(unsigned char* memory, int warps, int L) {
+  __device__ __forceinline__ LossShared(unsigned char* memory, int warps, int L) {
     const int count = WARP_ROWS * warps;
     rows = (u16*)memory;
     tile = rows + count * STRIDE;
@@ -36,12 +37,13 @@ struct LossShared {
     column_ids = row_ids + count;
     row_labels = (int*)(column_ids + TILE_COLUMNS);
     column_labels = row_labels + count * L;
-    column_shift = (float*)(column_labels + TILE_COLUMNS * L);
+    column_units = (float*)(column_labels + TILE_COLUMNS * L);
+    column_shares = column_units + TILE_COLUMNS;
+    float* of_pass = Terms<T>::STORED == 1 ? column_units : column_shares + TILE_COLUMNS;
+    column_shift = of_pass;
     column_most = column_shift + TILE_COLUMNS;
     column_factor = column_most + TILE_COLUMNS;
-    column_units = column_factor + TILE_COLUMNS;
-    column_shares = column_units + TILE_COLUMNS;
-    level_max = Terms<T>::STORED == 1 ? column_units : column_shares + TILE_COLUMNS;
+    level_max = of_pass;
     level_sum = level_max + count * L;
     level_count = (int*)(level_sum + count * L);
   }
@@ -53,7 +55,7 @@ __device__ __forceinline__ void stage(u16* shared, const Side& side, int count, 
                                       int columns) {
   constexpr int ACROSS = CHUNK / PIECE;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < count * ACROSS; i += blockDim.x) {
+  for (int i = recomputed(threadIdx.x); i < count * ACROSS; i += blockDim.x) {
     const int row = first + i / ACROSS, column = i % ACROSS * PIECE;
     *(uint4*)(shared + i / ACROSS * (CHUNK + PAD) + column) =
         row < last && column < columns ? *(const uint4*)(side.features + (long long)row * stride + at + column)
@@ -64,12 +66,12 @@ __device__ __forceinline__ void stage(u16* shared, const Side& side, int count, 
 // Their labels and ids, `none` for none.
 __device__ __forceinline__ void stage_labels(int* labels, long long* ids, const Side& side, int count, int first, int last,
                                              int L, int none) {
-  for (int i = threadIdx.x; i < count * L; i += blockDim.x) {
+  for (int i = recomputed(threadIdx.x); i < count * L; i += blockDim.x) {
     const int label = first + i / L < last ? side.labels[(long long)first * L + i] : -1;
     labels[i % L * count + i / L] = label < 0 ? none : label;
   }
   if (side.ids)
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    for (int i = recomputed(threadIdx.x); i < count; i += blockDim.x) {
       const long long id = first + i < last ? side.ids[first + i] : -1;
       ids[i] = id < 0 ? none : id;
     }
@@ -107,6 +109,24 @@ struct Lane {
         for (int r = 0; r < Core::ROWS; ++r) bits |= own[r] == other ? 1u << index(block, r, v) : 0u;
       }
     return bits;
+  }
+};
+
+// Where a thread is, and what its block has in shared memory. It is found out anew for each part of a tile: kept over
+// them all it would take registers that the gradient leaves no room for.
+template <class T, int CHUNK>
+struct Place {
+  const int warp, warp_row;
+  const Lane own;
+  const LossShared<T, CHUNK> shared;
+  __device__ __forceinline__ Place(unsigned char* memory, int block_row, int L, int thread)
+      : warp(thread / 32),
+        warp_row(block_row + warp * WARP_ROWS),
+        own{thread % 32},
+        shared(memory, recomputed(blockDim.x) / 32, L) {}
+  // Of two terms: the warp's weights, where its rows were until they were multiplied.
+  __device__ __forceinline__ uint4* weight_terms() const {
+    return (uint4*)(shared.rows + warp * WARP_ROWS * LossShared<T, CHUNK>::STRIDE);
   }
 };
 

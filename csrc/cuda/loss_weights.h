@@ -94,13 +94,27 @@ __device__ __forceinline__ void multiply_shares(const Pairs<T, CHUNK>& pairs, Ti
       FOR_ROW(i, r) weights[i / 8][i % 8] *= pairs.shared.column_shares[pairs.own.column(block_, v_)];
 }
 
-// What rounding weights to 16 bits, their first term, leaves of them.
+// Of two terms: weights as their terms of 16 bits, fragments of A, in a lane's own places of shared memory: registers would
+// not hold them beside the gradient. Fragment 2 k + term is of columns 16 k to 16 k + 15.
 template <class T>
-__device__ __forceinline__ void keep_rests(TileSums& weights) {
+__device__ __forceinline__ void keep_terms(uint4* places, TileSums& weights, int lane) {
 #pragma unroll
-  for (int block = 0; block < TILE_BLOCKS; ++block)
+  for (int fragment = 0; fragment < TILE_BLOCKS; ++fragment) {
+    float(&left)[8] = weights[fragment / 2 * 2], (&right)[8] = weights[fragment / 2 * 2 + 1];
+    u32 a[8];
+    Core::as_a(T(), a, left, right, lane);
+    places[64 * fragment + lane] = {a[0], a[1], a[2], a[3]};
+    places[64 * fragment + 32 + lane] = {a[4], a[5], a[6], a[7]};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) weights[block][i] -= unpack(T(), (u16)pack(T(), weights[block][i], 0));
+    for (int i = 0; fragment % 2 == 0 && i < 8; ++i) {  // what rounding leaves
+      left[i] -= unpack(T(), (u16)pack(T(), left[i], 0));
+      right[i] -= unpack(T(), (u16)pack(T(), right[i], 0));
+    }
+  }
+}
+__device__ __forceinline__ void load_term(u32 (&a)[8], const uint4* places, int fragment, int lane) {
+  const uint4 x = places[64 * fragment + lane], y = places[64 * fragment + 32 + lane];
+  a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w, a[4] = y.x, a[5] = y.y, a[6] = y.z, a[7] = y.w;
 }
 
 // e^{s - lse} by their logarithms to base 2. Rounded, a large lse may be below s: none is more than 1.
@@ -150,7 +164,7 @@ __device__ __forceinline__ void marked_grad_weights(const Pairs<T, CHUNK>& pairs
 
 // In shared memory, for each of the tile's queries, with a = min_l lse_l: e^{s - a} g mean_l e^{a - lse_l} is a power of 2
 // whose exponent is the logit less `column_shift`, times `column_factor`. Where a is moderate the shift is 0, else an
-// integer: the exponent of a small logit is then as exact as that logit.
+// integer: the exponent of a small logit is then as exact as that logit. Of two terms the factor has the column's share.
 template <class T, int CHUNK>
 __device__ __forceinline__ void stage_query_factors(const InfoNceArguments& p, const LossShared<T, CHUNK>& shared, int first,
                                                     int end) {
@@ -166,6 +180,7 @@ __device__ __forceinline__ void stage_query_factors(const InfoNceArguments& p, c
   shared.column_most[threadIdx.x] = moderate ? whole + rest : rest;
   shared.column_factor[threadIdx.x] =
       i < end ? p.loss_grad[i] * mean / p.n_losses * exp2_fast(-rest) * (moderate ? exp2_fast(-whole) : 1.f) : 0.f;
+  if constexpr (Terms<T>::STORED == 2) shared.column_factor[threadIdx.x] *= shared.column_shares[threadIdx.x];
 }
 
 // g d loss / d s of each pair, rows being keys: of pairs that are not marked one exponential, e^{s - a} times a query's
@@ -185,9 +200,11 @@ __device__ __forceinline__ void negatives_weights(const Pairs<T, CHUNK>& pairs, 
       const int column = pairs.own.column(block_, v_);
       const float power = fminf(s[i / 8][i % 8] - pairs.shared.column_shift[column], pairs.shared.column_most[column]);
       float w = exp2_fast(power) * pairs.shared.column_factor[column];
-      if (pairs.marked >> i & 1) w = weights[i / 8][i % 8] * p.loss_grad[pairs.first + column] / p.n_losses;
+      if (pairs.marked >> i & 1) {
+        w = weights[i / 8][i % 8] * p.loss_grad[pairs.first + column] / p.n_losses;
+        if constexpr (Terms<T>::STORED == 2) w *= pairs.shared.column_shares[column];
+      }
       if (pairs.excluded >> i & 1) w = 0;
-      if constexpr (Terms<T>::STORED == 2) w *= pairs.shared.column_shares[column];
       s[i / 8][i % 8] = w;
       raised = fmaxf(raised, fabsf(w));
     }

@@ -77,6 +77,13 @@ __device__ __forceinline__ float unpack(Half, u16 x) {
 }
 __device__ __forceinline__ float unpack(Bfloat16, u16 x) { return __uint_as_float((u32)x << 16); }
 
+// The same number, as one that the compiler doesn't know: what is computed of it in a loop stays there, where before it
+// would occupy registers all the while.
+__device__ __forceinline__ int recomputed(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 // 2^x within 2 units of rounding; 0 at -infinity.
