@@ -73,11 +73,42 @@ class Loss:
 
     def between(self, card: Card) -> float:
         """The splits' parts, written and read: gradients twice, as the false negatives' part is added to each."""
-        rows = 128 if card.backend == "cuda" else 64
-        blocks = -(-self.B // min(rows, -(-self.B // 32) * 32))
+        return 2 * self.splits(card) * self.B * (2 * 4 * self.D + 12 * self.L + 12)
+
+    def block_rows(self, card: Card) -> int:
+        return min(128, -(-self.B // 32) * 32) if card.backend == "cuda" else 64
+
+    def splits(self, card: Card) -> int:
         resident = 4 if card.backend == "cuda" and self.B <= 32 else 2
-        splits = max(1, resident * card.multiprocessors // blocks)
-        return 2 * splits * self.B * (2 * 4 * self.D + 12 * self.L + 12)
+        return max(1, resident * card.multiprocessors // -(-self.B // self.block_rows(card)))
+
+
+# The loss's targets by estimate, microseconds, by card and number of queries.
+TARGETS = {"V100": {256: 260, 32: 90}, "A100": {256: 110, 32: 50}, "H100": {256: 60, 32: 40}}
+# Assumed: from one kernel's end to the next one's full speed, in one stream; and normalise's chain of reads.
+START, CHAIN = 3e-6, 6e-6
+# A pair is a false negative: half of the labels accepted, ImageNet's three levels, clusters of equal size.
+FALSE_NEGATIVE = (1 / 25_000 + 1 / 50_000 + 1 / 100_000) / 4
+
+
+def launches(shape: Loss, card: Card, share: tuple[float, float]) -> list[tuple[str, float, float, float]]:
+    """Of the loss with the query's gradient: name, bytes, and seconds at the higher and the lower share of peak."""
+    rows, grad = shape.block_rows(card), shape.splits(card) * shape.B * 4 * shape.D
+    operations = shape.operations() * -(-shape.B // rows) * rows / shape.B
+    flagged = 1 - (1 - FALSE_NEGATIVE) ** (rows * (32 if card.backend == "cuda" else 64))
+    sums = shape.splits(card) * shape.B * (8 + 12 * shape.L)
+    parts = (
+        ("dense", operations, shape.floor_bytes() + grad, 0.0),
+        ("marked sums", flagged * operations / 2, flagged * shape.floor_bytes() + sums, 0.0),
+        ("normalise", 0.0, sums, CHAIN),
+        ("marked gradient", flagged * operations, flagged * shape.floor_bytes() + 2 * grad, 0.0),
+        ("add splits", 0.0, grad, 0.0),
+    )
+    best, worst = share if shape.B > 32 else (share[1], share[1])  # few warps: nothing overlaps
+    return [
+        (name, size, *(START + wait + max(work / card.tensor / s, size / card.memory) for s in (best, worst)))
+        for name, work, size, wait in parts
+    ]
 
 
 @dataclass(frozen=True)
@@ -234,6 +265,35 @@ def table() -> list[str]:
     return lines
 
 
+ESTIMATES = (
+    "The loss with the query's gradient, K=65,536 D=128 L=3, float16, launch by launch: at each, "
+    f"{START * 1e6:.0f} us to start and, of normalise, {CHAIN * 1e6:.0f} us of reads that wait for each other, both "
+    "assumed; then the longer of operations, at the share of peak above, and bytes at the memory's rate, as if no "
+    "cache kept any. Tiles are visited again as often as clusters of equal size, half of the labels accepted, flag them. "
+    "Barriers are not counted, so these are the least that is likely. What the host takes to launch them is measured "
+    "by `python bench/host_time.py`. Nothing here was timed on a card:"
+)
+
+
+def estimates() -> list[str]:
+    header = ("B", "card, backend", "launch", "bytes", "estimate", "target")
+    lines = [row(*header), row(*["---"] * len(header))]
+    for shape in (shape for shape in SHAPES[:2] if isinstance(shape, Loss)):
+        for card in CARDS:
+            parts = launches(shape, card, mix_of(shape, card).share(card))
+            name = f"{card.name}, {card.backend}"
+            lines += [
+                row(shape.B, name, part, f"{size / 1e6:.1f} MB", f"{best * 1e6:.0f} to {worst * 1e6:.0f} us", "")
+                for part, size, best, worst in parts
+            ]
+            best, worst = (sum(part[i] for part in parts) * 1e6 for i in (2, 3))
+            target = TARGETS[card.name][shape.B]
+            met = "met" if worst <= target else "missed" if best > target else "met at best"
+            size = f"{sum(part[1] for part in parts) / 1e6:.1f} MB"
+            lines.append(row(shape.B, name, "all", size, f"{best:.0f} to {worst:.0f} us", f"{target} us: {met}"))
+    return lines
+
+
 def mixes() -> list[str]:
     header = (
         "kernel", "card, backend", "tensor cycles", "instructions", "tensor instructions", "exponentials",
@@ -258,7 +318,7 @@ def main() -> None:
         "",
     ]
     between = ["", "Of one warp for one tile, D=128, float16, with the cycles that its products take at the peak:", ""]
-    text = "\n".join([*title, *table(), *between, *mixes()]) + "\n"
+    text = "\n".join([*title, *table(), *between, *mixes(), "", ESTIMATES, "", *estimates()]) + "\n"
     print(text)
     RESULT.write_text(text)
 

@@ -101,22 +101,29 @@ def info_nce_forward(
         "flags": query.new_empty((-(-B // WARP_ROWS), tiles), dtype=torch.uint8) if has_marked_pass else None,
         "log_normalizer": log_normalizer, "false_negative_counts": false_negative_counts,
     }  # fmt: skip
-    cut = {"split_columns": split_columns, "splits": splits, "tiles": tiles, "warps": warps}
-    passes = {**both, **sums, **cut, "with_grad": with_grad, "grad_columns": D}
-    joins: dict[str, Any] = {
-        **sums, "query": query.contiguous(), "positive": positive.contiguous(), "loss": loss,
-        "positive_weight": positive_weight, "query_grad": query_grad, "B": B, "D": D, "n_losses": n_losses,
-        "splits": splits, "kind": _KINDS[query.dtype], "scale": both["scale"],
+    device = query.device
+    kept = launch.addresses(device, **sums)
+    passes = {
+        **launch.addresses(device, **both), **kept, "split_columns": split_columns, "splits": splits, "tiles": tiles,
+        "warps": warps, "with_grad": with_grad, "grad_columns": D,
+    }  # fmt: skip
+    joins = {
+        **kept,
+        **launch.addresses(
+            device, query=query.contiguous(), positive=positive.contiguous(), loss=loss,
+            positive_weight=positive_weight, query_grad=query_grad,
+        ),
+        "B": B, "D": D, "n_losses": n_losses, "splits": splits, "kind": _KINDS[query.dtype], "scale": both["scale"],
         "inverse_temperature": 1 / temperature, "attract": both["attract"], "has_marked_pass": has_marked_pass,
     }  # fmt: skip
-    launch.kernel("info_nce", query.device, step="dense", **passes)
+    launch.kernel_at("info_nce", device, passes, step="dense")
     if has_marked_pass:
-        launch.kernel("info_nce", query.device, step="marked_sums", **passes)
-    launch.kernel("info_nce_normalise", query.device, **joins)
+        launch.kernel_at("info_nce", device, passes, step="marked_sums")
+    launch.kernel_at("info_nce_normalise", device, joins)
     if with_grad:
         if has_marked_pass:
-            launch.kernel("info_nce", query.device, step="marked_grad", **passes)
-        launch.kernel("info_nce_add_splits", query.device, **joins)
+            launch.kernel_at("info_nce", device, passes, step="marked_grad")
+        launch.kernel_at("info_nce_add_splits", device, joins)
     return loss, query_grad, positive_weight, log_normalizer, false_negative_counts
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ifnd_fast.ops.address import address
 from ifnd_fast.ops.backends import _cuda
+
+Argument = Tensor | bool | int | float | str | None
 
 # What the kernels read and write where it is always the same; rows of 16 bits, or of a kind that they are told, aside.
 _DTYPES = {
@@ -24,20 +28,32 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def kernel(name: str, device: torch.device, **arguments: Tensor | bool | int | float | str | None) -> None:
-    """Call this function of ifnd_fast._cuda; None is a null pointer."""
-    values = {
-        key: address(key, value, _DTYPES.get(key, value.dtype), device.type, None)
+def addresses(device: torch.device, **arguments: Argument) -> dict[str, int | float | str]:
+    """What kernels of this device take: tensors as addresses, None as a null pointer. What several launches share is
+    looked at once, and given to them as it comes from here."""
+    kind = device.type
+    return {
+        key: address(key, value, _DTYPES.get(key, value.dtype), kind, None)
         if isinstance(value, Tensor)
         else (0 if value is None else value)
         for key, value in arguments.items()
     }
-    getattr(_cuda, name)(stream=stream(device), **values)
+
+
+def kernel(name: str, device: torch.device, **arguments: Argument) -> None:
+    """Call this function of ifnd_fast._cuda."""
+    getattr(_cuda, name)(stream=stream(device), **addresses(device, **arguments))
+
+
+def kernel_at(name: str, device: torch.device, arguments: dict[str, int | float | str], **more: int | str) -> None:
+    """The same with arguments that `addresses` gave."""
+    getattr(_cuda, name)(stream=stream(device), **arguments, **more)
 
 
 def stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,10 +1,15 @@
-"""How the work is cut up: on no card a second wave of a few blocks, no part of the work left out."""
+"""How the work is cut up: on no card a second wave of a few blocks, no part of the work left out; and launched."""
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from ifnd_fast.ops import cuda
+import pytest
+import torch
+
+from ifnd_fast.ops import cuda, launch
+from tests.gpu import emulated
+from tests.ops.cases import make_case
 
 MULTIPROCESSORS = {"V100": 80, "T4": 40, "A100": 108, "H100": 132}
 ROWS = (1, 32, 33, 256, 320, 384, 768, 1024, 2048, 4096)
@@ -36,3 +41,21 @@ def test_triton_programs_run_in_one_wave(card, B, K):
     plan = info_nce.plan_of(B, K, Tile(64, 64, 4, 2), 1, MULTIPROCESSORS[card])
     assert plan.splits * programs <= max(resident, programs)
     assert plan.split_keys % 64 == 0 and (plan.splits - 1) * plan.split_keys < K <= plan.splits * plan.split_keys
+
+
+def test_each_tensor_is_looked_at_once(monkeypatch):
+    """Five launches share them: of the host's time addresses were the largest part."""
+    looked_at, launched = [], []
+    address = launch.address
+    monkeypatch.setattr(launch, "address", lambda name, *rest: looked_at.append(name) or address(name, *rest))
+    functions = ("info_nce", "info_nce_normalise", "info_nce_add_splits")
+    card = SimpleNamespace(**{name: lambda name=name, **given: launched.append((name, given)) for name in functions})
+    emulated.use(monkeypatch, card, "Ampere")
+    case = make_case(4, 40, 16, 3, dtype=torch.float16)
+    case.query.requires_grad_()
+    case.loss(backend="cuda")
+    passes = [given["step"] for name, given in launched if name == "info_nce"]
+    assert passes == ["dense", "marked_sums", "marked_grad"] and len(launched) == 5
+    assert set(looked_at) > {"query", "negatives", "split_grad"}
+    assert len(looked_at) - len(set(looked_at)) <= 1  # the query, as an operand and as it was given
+    assert not any(isinstance(value, torch.Tensor) for _, given in launched for value in given.values())
