@@ -269,9 +269,9 @@ ESTIMATES = (
     "The loss with the query's gradient, K=65,536 D=128 L=3, float16, launch by launch: at each, "
     f"{START * 1e6:.0f} us to start and, of normalise, {CHAIN * 1e6:.0f} us of reads that wait for each other, both "
     "assumed; then the longer of operations, at the share of peak above, and bytes at the memory's rate, as if no "
-    "cache kept any. Tiles are visited again as often as clusters of equal size, half of the labels accepted, flag them. "
-    "Barriers are not counted, so these are the least that is likely. What the host takes to launch them is measured "
-    "by `python bench/host_time.py`. Nothing here was timed on a card:"
+    "cache kept any. Tiles are visited again as often as clusters of equal size, half of the labels accepted, flag "
+    "them. Barriers are not counted, so these are the least that is likely. What the host takes to launch them is "
+    "measured by `python bench/host_time.py`. Nothing here was timed on a card:"
 )
 
 
