@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ifnd_fast.ops import backends, checks, reference
 from ifnd_fast.ops.batches import one_by_one
+from ifnd_fast.ops.direct import is_plain
 
 FAR = 100.0  # from the origin: squared distance in squared spreads
 FAR_SAMPLE = 32  # centroids or more tell where all of them are
@@ -115,12 +116,12 @@ def assign_clusters(
     if backend == "reference":
         labels, confidence = _by_definition(features, centroids, temperature, metric, return_confidence)
     else:
-        labels, confidence = _assign_clusters(features, centroids, temperature, metric, return_confidence, backend)
+        run = _by_kernel if is_plain(features, centroids) else _assign_clusters
+        labels, confidence = run(features, centroids, temperature, metric, return_confidence, backend)
     return (labels, confidence) if return_confidence else labels
 
 
-@torch.library.custom_op("ifnd_fast::assign_clusters", mutates_args=())
-def _assign_clusters(
+def _by_kernel(
     features: Tensor, centroids: Tensor, temperature: float, metric: str, return_confidence: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Labels (N,) int32 and confidence (N,), or (0,) where it is not wanted."""
@@ -138,6 +139,9 @@ def _assign_clusters(
         parts = features.split(max(1, at_once // features.shape[1]))
         labels, confidence = zip(*(assign(part.float() - middle, centroids) for part in parts), strict=True)
         return torch.cat(labels), torch.cat(confidence)
+
+
+_assign_clusters = torch.library.custom_op("ifnd_fast::assign_clusters", _by_kernel, mutates_args=())
 
 
 def middle_of(centroids: Tensor) -> tuple[Tensor, Tensor]:
