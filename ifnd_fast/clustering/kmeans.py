@@ -18,7 +18,7 @@ from ifnd_fast.clustering.estimator import Estimator
 from ifnd_fast.clustering.faiss_engine import _import_faiss, faiss_lloyd
 from ifnd_fast.clustering.frame import Frame, frame_of
 from ifnd_fast.clustering.lloyd import Callback, KMeansRun, assign, fill, lloyd, weighted_sum
-from ifnd_fast.clustering.rows import as_given, as_matrix, check_rows, single, unit_rows
+from ifnd_fast.clustering.rows import as_given, as_matrix, as_tensor, check_rows, single, unit_rows
 from ifnd_fast.clustering.seeding import initial_centroids, random_centroids
 from ifnd_fast.clustering.shards import Shards
 from ifnd_fast.clustering.weights import as_weights, relative_weights
@@ -270,7 +270,7 @@ class KMeans(Estimator):
 
     def _centers(self, x: Tensor) -> Tensor:
         """cluster_centers_ as a tensor beside x."""
-        return torch.as_tensor(self.cluster_centers_).to(x.device)
+        return as_tensor(self.cluster_centers_).to(x.device)
 
     def _nearest(self, x: Tensor, norms: Tensor, centers: Tensor, frame: Frame | None) -> Tensor:
         if self.spherical:  # in half precision, scaled rows are not quite parallel to what they were
@@ -282,8 +282,8 @@ class KMeans(Estimator):
     def _frame(self) -> Frame | None:
         """That of the fit; of centroids that came otherwise, their own."""
         centers, frame = getattr(self, "_found_in", (None, None))
-        found = torch.as_tensor(self.cluster_centers_)
-        if self.spherical or (centers is not None and torch.equal(torch.as_tensor(centers), found)):
+        found = as_tensor(self.cluster_centers_)
+        if self.spherical or (centers is not None and torch.equal(as_tensor(centers), found)):
             return frame
         found = found.double()
         return frame_of(found, found.sum(0), found.square().sum(), Shards.alone(found))

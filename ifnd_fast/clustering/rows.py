@@ -50,6 +50,11 @@ def as_floats(name: str, x: Any) -> np.ndarray:
     return np.require(array, array.dtype.newbyteorder("="), ("C_CONTIGUOUS", "WRITEABLE"))
 
 
+def as_tensor(found: Tensor | np.ndarray) -> Tensor:
+    """What `as_given` gave, as a tensor again. torch.as_tensor would take an array to torch's default device."""
+    return found if isinstance(found, Tensor) else torch.from_numpy(found)
+
+
 def as_given(result: Tensor, x: Any) -> Tensor | np.ndarray:
     """A result for rows x: a tensor for a tensor, an array for whatever else."""
     return result if isinstance(x, Tensor) else result.cpu().numpy()
