@@ -164,7 +164,7 @@ def no_more(_: Options) -> list[str]:
     return []
 
 
-def main(options: Options, more: Callable[[Options], list[str]] = no_more) -> None:
+def main(options: Options, more: Callable[[Any], list[str]] = no_more) -> None:
     """`more` are lines after the tables."""
     with ThreadPoolExecutor(options.jobs) as pool:  # seed by seed, so that what is finished is paired
         futures = {
