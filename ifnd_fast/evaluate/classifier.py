@@ -228,7 +228,7 @@ class ClassifierTraining:
         chance, last = math.log(self.model.head.out_features), self.epoch == self.options.epochs
         if loss > 1.1 * chance and (last or not self.warned):
             self.warned = True
-            end = "the figures are of a classifier that diverged" if last else "it may have diverged"
+            end = "the figures may tell of its training more than of the features" if last else "it may have diverged"
             warn(
                 f"the loss of epoch {self.epoch}, {loss:.4g}, is above log({self.model.head.out_features} classes) = "
                 f"{chance:.3f}, which guessing has: {end}; a lower learning rate of the last layer than "

@@ -160,7 +160,10 @@ def _by_sweep(subject: Subject, train: Images, test: Images, training: LinearOpt
     final = train_heads(x, y, rows, n_classes, [chosen], training, "classifier", device)
     loss = final.losses.item()
     if not loss <= math.log(n_classes):
-        warn(f"the classifier diverged: its loss, {loss:.4g}, is above {CHANCE}; its accuracy says nothing")
+        warn(
+            f"the classifier diverged: its loss, {loss:.4g}, is above {CHANCE}; its accuracy tells of that more than "
+            "of the features"
+        )
     logits = F.linear(test_x.to(device), final.weights[0], final.biases[0])
     accuracies = top_accuracies(logits, test_y.to(device))
     counts = {"train_images": len(y), "test_images": len(test_y)}
