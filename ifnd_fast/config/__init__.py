@@ -31,7 +31,7 @@ from ifnd_fast.config.ranges import (
     check_levels,
     may_change,
 )
-from ifnd_fast.config.saved import changes, decisive, differences, from_dict, load, to_dict, to_yaml
+from ifnd_fast.config.saved import changes, decisive, differences, flatten, from_dict, load, to_dict, to_yaml
 
 __all__ = [
     "BUILT_IN",
@@ -59,6 +59,7 @@ __all__ = [
     "check_levels",
     "decisive",
     "differences",
+    "flatten",
     "from_dict",
     "full_data",
     "full_path",

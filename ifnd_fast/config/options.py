@@ -206,6 +206,12 @@ class RunConfig:
     """minutes after which a rank that does not answer ends the run, with several ranks"""
     tensorboard: MayChange[bool] = False
     """write TensorBoard event files to OUT/tensorboard too (pip install ifnd-fast[tensorboard])"""
+    wandb: MayChange[str] = ""
+    """log to this project of Weights & Biases too (pip install ifnd-fast[wandb]); WANDB_MODE=offline in the environment
+    keeps it in OUT/wandb"""
+    mlflow: MayChange[str] = ""
+    """log to this experiment of MLflow too (pip install ifnd-fast[mlflow]), on the server that the environment's
+    MLFLOW_TRACKING_URI names"""
 
 
 @dataclass

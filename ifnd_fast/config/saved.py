@@ -51,6 +51,19 @@ def from_dict(values: dict[str, Any]) -> Config:
     return build(Config, values)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as ("section.name", value) pairs, in their order."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            rows += flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) or "none"))
+        else:
+            rows.append((f"{prefix}{key}", "none" if value is None else str(value)))
+    return rows
+
+
 def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 

@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ifnd_fast.config import Config, may_change
-from ifnd_fast.report.html import flatten, inline, render_template, write_page
+from ifnd_fast.config import Config, flatten, may_change
+from ifnd_fast.report.html import inline, render_template, write_page
 from ifnd_fast.report.plots import SERIES, Texts, draw_picture, epoch_axis, percent_axis, plot_line, shortened
 from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.training.accuracies import HEADLINE_LABELS, few_labels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,3 @@ def render_template(name: str, **values: Any) -> str:
 def inline(pictures: Sequence[Picture | None]) -> list[tuple[Picture, Markup]]:
     """Those that there are, each with its SVG as markup."""
     return [(picture, Markup(picture.svg)) for picture in pictures if picture]
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as ("section.name", value) pairs, in their order."""
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            rows += flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) or "none"))
-        else:
-            rows.append((f"{prefix}{key}", "none" if value is None else str(value)))
-    return rows

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ifnd_fast.clustering.image_clusters import ImageClusters
+from ifnd_fast.config import flatten
 from ifnd_fast.data.images import Images
 from ifnd_fast.metrics.false_negatives import detection_of
 from ifnd_fast.metrics.feature_quality import collapse
@@ -16,7 +17,7 @@ from ifnd_fast.report.curves import draw_figures
 from ifnd_fast.report.detection_by_rate import draw_detection_by_rate
 from ifnd_fast.report.detections import detection_sheets
 from ifnd_fast.report.embedding import draw_embedding
-from ifnd_fast.report.html import flatten, inline, render_template, write_page
+from ifnd_fast.report.html import inline, render_template, write_page
 from ifnd_fast.report.plots import Picture, draw_picture
 from ifnd_fast.report.thumbnails import Sheet, name_of_class
 from ifnd_fast.training.accuracies import HEADLINE_LABELS, accuracy_table, few_labels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.console import say, stage, warn
 from ifnd_fast.runtime.errors import CommandError
-from ifnd_fast.runtime.run_folder import append_metrics, summary_writer
+from ifnd_fast.runtime.run_folder import append_metrics
 
 FEW_LABELS = 10_000
 """Labelled images that a run's own logistic regressions take at most: `ifnd-fast-eval few-shot` takes more."""
@@ -111,7 +110,7 @@ class Measuring:
 
 
 def report_epoch(settings: Config, metrics: dict[str, Any]) -> None:
-    """An epoch's line of metrics.jsonl, its TensorBoard scalars if asked for, and a line for the person.
+    """An epoch's line of metrics.jsonl, and a line for the person.
 
     Raises:
         CommandError: the disk is full or not writable.
@@ -124,21 +123,5 @@ def report_epoch(settings: Config, metrics: dict[str, Any]) -> None:
         f"  accepted {metrics['acceptance_rate']:.0%}  false negatives/query {counts}"
         f"  {metrics['images_per_second']:.0f} images/s{knn}{skipped}"
     )
-    if distributed.rank() != 0:
-        return
-    append_metrics(settings.run.out, metrics)
-    if settings.run.tensorboard:
-        _write_scalars(settings.run.out, metrics)
-
-
-def _write_scalars(out: Path, metrics: dict[str, Any]) -> None:
-    with summary_writer(out) as writer:
-        for name, value in metrics.items():
-            if isinstance(value, list):
-                for level, item in enumerate(value):
-                    if isinstance(item, list):  # a figure per iteration: where it ended
-                        item = item[-1]
-                    if item is not None:
-                        writer.add_scalar(f"{name}/level_{level}", item, metrics["epoch"])
-            elif name not in ("epoch", "step"):
-                writer.add_scalar(name, value, metrics["epoch"])
+    if distributed.rank() == 0:
+        append_metrics(settings.run.out, metrics)

@@ -22,6 +22,8 @@ def check_packages(config: Config) -> None:
     """Raises UsageError: an option needs a package that is not installed, or can't be imported."""
     wanted = [
         (config.run.tensorboard, "--tensorboard", "torch.utils.tensorboard", "'ifnd-fast[tensorboard]'"),
+        (config.run.wandb, "--wandb", "wandb", "'ifnd-fast[wandb]'"),
+        (config.run.mlflow, "--mlflow", "mlflow", "'ifnd-fast[mlflow]'"),
         (config.data.augment == "device" and config.data.color_jitter > 0, "--augment device with --color-jitter",
          "kornia", "'ifnd-fast[augment]'"),
         (config.cluster.kmeans_engine == "faiss", "--kmeans-engine faiss", "faiss", "faiss-cpu"),

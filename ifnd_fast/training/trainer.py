@@ -27,6 +27,7 @@ from ifnd_fast.training import precheck, saved_run
 from ifnd_fast.training.feature_watch import FeatureWatch
 from ifnd_fast.training.initial_weights import initial_weights
 from ifnd_fast.training.labeller import Labeller
+from ifnd_fast.training.loggers import Loggers
 from ifnd_fast.training.measuring import Measuring, report_epoch
 from ifnd_fast.training.objective import across_ranks, build_objective, exchanging, memory_format
 from ifnd_fast.training.optimization import Optimization
@@ -76,6 +77,7 @@ class Trainer:
         self.totals = {"loss": 0.0, "seconds": 0.0, "skipped": 0.0}  # of this epoch
         self.seconds = 0.0  # of all epochs so far, also before a resume
         self.watch, self.feature_watch = Watch(self.session, self.device), FeatureWatch(config)
+        self.loggers = Loggers(config)
 
     # ---- the loop ----
 
@@ -86,10 +88,11 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to the end from wherever the run is; the result's figures."""
         precheck.tell_plan(self.config, len(self.images), self.epoch)
-        self.measuring.before_training(self.encoder)
-        for _ in self.epochs():
-            pass
-        return self._finish()
+        with self.loggers:
+            self.measuring.before_training(self.encoder)
+            for _ in self.epochs():
+                pass
+            return self._finish()
 
     def epochs(self) -> Iterator[None]:
         """Train the rest of the run, an epoch at a time."""
@@ -182,7 +185,9 @@ class Trainer:
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         for buffer in self.model.buffers():  # batch norm's: each rank measures with those of its own images otherwise
             distributed.broadcast(buffer)
-        report_epoch(self.config, self._metrics(last_indices) | self.measuring.after_epoch(self.epoch, self.encoder))
+        metrics = self._metrics(last_indices) | self.measuring.after_epoch(self.epoch, self.encoder)
+        report_epoch(self.config, metrics)
+        self.loggers.log(metrics)
         self.objective.check_ranks(self.epoch)
         self.seconds += self.totals["seconds"] + sum(self.labeller.seconds.values())
         for totals in (self.totals, self.labeller.seconds):

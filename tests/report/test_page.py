@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ifnd_fast.config import Config, to_yaml
-from ifnd_fast.report.html import flatten
+from ifnd_fast.config import Config, flatten, to_yaml
 from ifnd_fast.report.page import headline, write_report
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.training.saved_run import duration, read_run

@@ -17,6 +17,8 @@ from tests.training.test_trainer import new
     "options, module, words",
     [
         (["--tensorboard"], "tensorboard", r"--tensorboard: pip install 'ifnd-fast\[tensorboard\]' first"),
+        (["--wandb", "cats"], "wandb", r"--wandb: pip install 'ifnd-fast\[wandb\]' first"),
+        (["--mlflow", "cats"], "mlflow", r"--mlflow: pip install 'ifnd-fast\[mlflow\]' first"),
         (["--augment", "device", "--color-jitter", "0.4"], "kornia", r"pip install 'ifnd-fast\[augment\]' first"),
         (["--kmeans-engine", "faiss"], "faiss", "--kmeans-engine faiss: pip install faiss-cpu first"),
     ],
