@@ -320,7 +320,7 @@ def run_step(step: int, o: Options, out: Path, deadline: float) -> str:
         "|---|---|---|---|",
     ]
     (out / f"{step}-{NAMES[step]}.md").write_text("\n".join([*lines, *rows, *tails]) + "\n")
-    print(f"{step} {NAMES[step]}: {verdict}", *(f"  {row}" for row in rows), sep="\n", flush=True)
+    print(f"{step} {NAMES[step]}: {verdict}{some}", *(f"  {row}" for row in rows), sep="\n", flush=True)
     return verdict
 
 
