@@ -311,8 +311,9 @@ def run_step(step: int, o: Options, out: Path, deadline: float) -> str:
         if log.exists() and verdict != SKIPPED:
             tails += ["", f"## {command.name}", "", "```", *log.read_text().splitlines()[-60:], "```"]
     verdict = verdict_of(verdicts)
+    some = f", {verdicts.count(SKIPPED)} of {len(verdicts)} skipped" * (verdict != SKIPPED and SKIPPED in verdicts)
     lines = [
-        f"# {step} {NAMES[step]}: {verdict}",
+        f"# {step} {NAMES[step]}: {verdict}{some}",
         "",
         card(),
         "",
