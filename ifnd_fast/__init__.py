@@ -10,7 +10,7 @@ from ifnd_fast.clustering.pseudo_labels import PseudoLabels
 from ifnd_fast.contrast.loss import IFNDLoss
 from ifnd_fast.contrast.models import InBatch, MoCo
 from ifnd_fast.contrast.queue import NegativeQueue
-from ifnd_fast.ops import assign_clusters, info_nce
+from ifnd_fast.ops import assign_clusters, info_nce, symmetric_info_nce
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "cluster_levels",
     "info_nce",
     "pretrain",
+    "symmetric_info_nce",
 ]
 
 

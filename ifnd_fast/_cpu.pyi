@@ -29,6 +29,8 @@ def info_nce_forward(
     log_normalizer: int,
     false_negative_counts: int,
     threads: int,
+    ceiling: int = 0,
+    log_hard: int = 0,
 ) -> None: ...
 def info_nce_negatives_grad(
     query: int,
@@ -50,6 +52,7 @@ def info_nce_negatives_grad(
     false_negative_counts: int,
     negatives_grad: int,
     threads: int,
+    ceiling: int = 0,
 ) -> None: ...
 def assign_clusters(
     features: int,

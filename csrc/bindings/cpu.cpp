@@ -24,7 +24,7 @@ void check(bool right, const char* message) {
 }
 
 void check_common(int64_t D, int dtype, double temperature, int threads) {
-  check(D >= 1 && D <= ifnd::kMaxDim, "D must be 1 to 2048");
+  check(D >= 1 && D <= ifnd::kMaxDim, "D must be 1 to 16384");
   check(dtype >= 0 && dtype <= 2, "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
   check(temperature > 0 && temperature < HUGE_VAL, "temperature must be a finite number above 0");
   check(threads >= 1 && threads <= 4096, "threads must be 1 to 4096");
@@ -33,7 +33,7 @@ void check_common(int64_t D, int dtype, double temperature, int threads) {
 template <class Problem>
 Problem info_nce_problem(Address query, Address negatives, Address query_labels, Address negative_labels,
                          Address query_ids, Address negative_ids, int64_t B, int64_t K, int64_t D, int64_t L,
-                         int dtype, double temperature, int strategy, int combination, int threads) {
+                         int dtype, double temperature, int strategy, int combination, Address ceiling, int threads) {
   check_common(D, dtype, temperature, threads);
   check(B >= 1 && K >= 0, "B must be 1 or more and K 0 or more");
   check(L >= 1 && L <= ifnd::kMaxLevels, "L must be 1 to 16");
@@ -46,6 +46,7 @@ Problem info_nce_problem(Address query, Address negatives, Address query_labels,
   p.negative_labels = pointer<const int32_t>(negative_labels);
   p.query_ids = pointer<const int64_t>(query_ids);
   p.negative_ids = pointer<const int64_t>(negative_ids);
+  p.ceiling = pointer<const float>(ceiling);
   p.B = B, p.K = K, p.D = int(D), p.label_columns = int(L);
   p.dtype = ifnd::DType(dtype);
   p.temperature = temperature;
@@ -59,11 +60,12 @@ void info_nce_forward(Address query, Address positive, Address negatives, Addres
                       Address negative_labels, Address query_ids, Address negative_ids, int64_t B, int64_t K,
                       int64_t D, int64_t L, int dtype, double temperature, int strategy, int combination,
                       Address loss, Address query_grad, Address positive_weight, Address log_normalizer,
-                      Address false_negative_counts, int threads) {
+                      Address false_negative_counts, int threads, Address ceiling, Address log_hard) {
   auto p = info_nce_problem<ifnd::InfoNceForward>(query, negatives, query_labels, negative_labels, query_ids,
                                                   negative_ids, B, K, D, L, dtype, temperature, strategy, combination,
-                                                  threads);
+                                                  ceiling, threads);
   p.positive = pointer<const void>(positive);
+  p.log_hard = pointer<const float>(log_hard);
   p.loss = pointer<float>(loss);
   p.query_grad = pointer<float>(query_grad);
   p.positive_weight = pointer<float>(positive_weight);
@@ -77,10 +79,10 @@ void info_nce_negatives_grad(Address query, Address negatives, Address query_lab
                              Address query_ids, Address negative_ids, int64_t B, int64_t K, int64_t D, int64_t L,
                              int dtype, double temperature, int strategy, int combination,
                              Address loss_grad, Address log_normalizer, Address false_negative_counts, Address negatives_grad,
-                             int threads) {
+                             int threads, Address ceiling) {
   auto p = info_nce_problem<ifnd::InfoNceNegativesGrad>(query, negatives, query_labels, negative_labels,
                                                         query_ids, negative_ids, B, K, D, L, dtype, temperature,
-                                                        strategy, combination, threads);
+                                                        strategy, combination, ceiling, threads);
   p.loss_grad = pointer<const float>(loss_grad);
   p.log_normalizer = pointer<const float>(log_normalizer);
   p.false_negative_counts = pointer<const int32_t>(false_negative_counts);
@@ -141,11 +143,11 @@ NB_MODULE(_cpu, m) {
   m.def("info_nce_forward", &info_nce_forward, "query"_a, "positive"_a, "negatives"_a, "query_labels"_a,
         "negative_labels"_a, "query_ids"_a, "negative_ids"_a, "B"_a, "K"_a, "D"_a, "L"_a, "dtype"_a,
         "temperature"_a, "strategy"_a, "combination"_a, "loss"_a, "query_grad"_a, "positive_weight"_a, "log_normalizer"_a,
-        "false_negative_counts"_a, "threads"_a);
+        "false_negative_counts"_a, "threads"_a, "ceiling"_a = 0, "log_hard"_a = 0);
   m.def("info_nce_negatives_grad", &info_nce_negatives_grad, "query"_a, "negatives"_a, "query_labels"_a,
         "negative_labels"_a, "query_ids"_a, "negative_ids"_a, "B"_a, "K"_a, "D"_a, "L"_a, "dtype"_a,
         "temperature"_a, "strategy"_a, "combination"_a, "loss_grad"_a, "log_normalizer"_a, "false_negative_counts"_a,
-        "negatives_grad"_a, "threads"_a);
+        "negatives_grad"_a, "threads"_a, "ceiling"_a = 0);
   m.def("assign_clusters", &assign_clusters, "features"_a, "centroids"_a, "N"_a, "C"_a, "D"_a, "dtype"_a,
         "metric"_a, "temperature"_a, "labels"_a, "confidence"_a, "threads"_a);
   m.def("reassign", &reassign, "features"_a, "previous"_a, "centroids"_a, "N"_a, "C"_a, "D"_a, "labels"_a, "bounds"_a,

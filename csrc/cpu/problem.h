@@ -14,7 +14,7 @@ enum class Strategy : int { eliminate, attract, keep };
 enum class Combination : int { mean, any, all };
 enum class Metric : int { inner_product, l2 };
 
-constexpr int kMaxDim = 2048;
+constexpr int kMaxDim = 16384;
 constexpr int kMaxLevels = 16;
 
 struct Range {
@@ -28,6 +28,7 @@ struct InfoNce {
   const int32_t* negative_labels;  // (K, label_columns)
   const int64_t* query_ids;        // (B,), negative: unknown
   const int64_t* negative_ids;     // (K,)
+  const float* ceiling;            // (B,) or null: a key with q.n above it is in no sum
   int64_t B, K;
   int D, label_columns, L;  // L losses: label_columns, or 1 where the levels are combined
   DType dtype;
@@ -38,6 +39,7 @@ struct InfoNce {
 
 struct InfoNceForward : InfoNce {
   const void* positive;            // (B, D)
+  const float* log_hard;           // (B,) or null: of exponentials that join the query's sums at every level
   float* loss;                     // (B,)
   float* query_grad;               // (B, D) or null
   float* positive_weight;          // (B,)

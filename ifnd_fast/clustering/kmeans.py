@@ -368,7 +368,7 @@ def pick_engine(x: Tensor, tol: float = 0.0) -> str:
     The rule is measured: with a kernel, fused takes a third to a quarter of faiss's time (bench/results/clustering.md);
     without, plain torch takes 1.75 times faiss's (labels of 100,000 rows, 3,000 centroids, bench/results/cpu.md).
     """
-    if tol or backends.choose("auto", "assign_clusters", x.device, x.dtype) != "reference":
+    if tol or backends.choose("auto", "assign_clusters", x.device, x.dtype, x.shape[1]) != "reference":
         return "fused"
     try:
         faiss = _import_faiss()

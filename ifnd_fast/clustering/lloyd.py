@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ifnd_fast.clustering.distinct import TooFewDistinct, distinct_rows, first_occurrences
 from ifnd_fast.clustering.shards import Shards
-from ifnd_fast.ops import assign_clusters, backends
-from ifnd_fast.ops.assign_clusters import is_far
+from ifnd_fast.ops import backends
+from ifnd_fast.ops.assign_clusters import assign_clusters, is_far
 from ifnd_fast.ops.chunks import chunk_rows, chunks
 from ifnd_fast.ops.cluster_sums import cluster_sums, squared_distances
 
@@ -76,7 +76,8 @@ class Nearest:
         self.labels = torch.empty(0, dtype=torch.int32, device=x.device)
         self.centroids: Tensor | None = None
         assigns, reassigns = (
-            backends.choose("auto", operator, x.device, x.dtype) for operator in ("assign_clusters", "reassign")
+            backends.choose("auto", operator, x.device, x.dtype, x.shape[1])
+            for operator in ("assign_clusters", "reassign")
         )
         self.bounds: Tensor | None = None
         if assigns == reassigns != "reference":  # to the same bits

@@ -13,8 +13,10 @@ class IFNDLoss(nn.Module):
     """`ifnd_fast.info_nce` with its settings kept: InfoNCE without its false negatives.
 
     Args:
-        temperature: softmax temperature, 1e-6 to 1e6 (MoCo v2: 0.2).
-        false_negatives: "eliminate" (default), "attract" or "keep" (plain InfoNCE).
+        temperature: softmax temperature, 1e-6 to 1e6 (MoCo v2: 0.2). A tensor of one number is learned: hand in a
+            torch.nn.Parameter, which is then this module's.
+        false_negatives: "eliminate" (default), "attract", "keep" (plain InfoNCE) or "margin".
+        margin: of "margin".
         level_combination: "mean" (default), "any" or "all": see `ifnd_fast.info_nce`.
         reduction: "mean", "sum" or "none".
         backend: "auto", or one of "cuda", "triton", "cpu", "reference" by name.
@@ -34,18 +36,24 @@ class IFNDLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.2,
+        temperature: float | Tensor = 0.2,
         false_negatives: str = "eliminate",
         reduction: str = "mean",
         level_combination: str = "mean",
         backend: str = "auto",
+        margin: float = 0.1,
     ):
         super().__init__()
         checks.choice("false_negatives", false_negatives, STRATEGIES)
         checks.choice("reduction", reduction, REDUCTIONS)
         checks.choice("level_combination", level_combination, COMBINATIONS)
         checks.choice("backend", backend, ("auto", *BACKENDS))
-        self.temperature = checks.temperature(temperature)
+        if isinstance(temperature, Tensor):
+            checks.learned_temperature(temperature)
+            self.temperature: float | Tensor = temperature
+        else:
+            self.temperature = checks.temperature(temperature)
+        self.margin = checks.finite("margin", margin)
         self.false_negatives = false_negatives
         self.reduction = reduction
         self.level_combination = level_combination
@@ -60,6 +68,7 @@ class IFNDLoss(nn.Module):
         negative_labels: Tensor | None = None,
         query_ids: Tensor | None = None,
         negative_ids: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
     ) -> Tensor:
         """Loss of queries (B, D) against positives (B, D) and negatives (K, D); see `ifnd_fast.info_nce`."""
         return info_nce(
@@ -71,7 +80,9 @@ class IFNDLoss(nn.Module):
             negative_labels=negative_labels,
             query_ids=query_ids,
             negative_ids=negative_ids,
+            hard_negatives=hard_negatives,
             false_negatives=self.false_negatives,
+            margin=self.margin,
             level_combination=self.level_combination,
             reduction=self.reduction,
             backend=self.backend,

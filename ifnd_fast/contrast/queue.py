@@ -49,7 +49,17 @@ class NegativeQueue(nn.Module):
         self.register_buffer("labels", torch.full((size, levels), -1, dtype=torch.int32))
         self.register_buffer("indices", torch.full((size,), -1, dtype=torch.int64))
         self.pointer = 0  # the slot that the next key goes to
-        self.count = 0  # filled slots
+        self._set_count(0)
+
+    @property
+    def count(self) -> int:
+        """Filled slots."""
+        return self._filled.shape[0]
+
+    def _set_count(self, count: int) -> None:
+        # As a size of a tensor without numbers: torch.compile takes a module's integers for constants, so a step
+        # that reads the queue would be compiled anew for each count; sizes of tensors vary.
+        self._filled = torch.empty((count, 0), device="cpu")
 
     @property
     def size(self) -> int:
@@ -63,7 +73,8 @@ class NegativeQueue(nn.Module):
     def enqueue(self, keys: Tensor, labels: Tensor | None = None, indices: Tensor | None = None) -> None:
         """Append keys in order, over the oldest ones; of more than K keys the last K stay.
 
-        Writes in place: call it after the backward pass of a loss on `negatives()`.
+        Writes in place. The loss's fused backends keep nothing of `negatives()` that get no gradient, so it may come
+        before the backward pass, as in MoCo; the reference backend then says that it may not.
 
         Args:
             keys: (B, D) float tensor, any B; stored in the queue's dtype, without gradient.
@@ -84,7 +95,7 @@ class NegativeQueue(nn.Module):
             self.labels[slots] = -1 if labels is None else labels[start:end]
             self.indices[slots] = -1 if indices is None else indices[start:end]
         self.pointer = (self.pointer + batch) % self.size
-        self.count = min(self.size, self.count + batch)
+        self._set_count(min(self.size, self.count + batch))
 
     def negatives(self) -> tuple[Tensor, Tensor, Tensor]:
         """Features (k, D), labels (k, L), indices (k,) of the k = `count` filled slots, in slot order.
@@ -121,7 +132,8 @@ class NegativeQueue(nn.Module):
         full = 0 <= pointer < count == self.size
         if not (filling or full):
             raise ValueError(f"pointer {pointer} and count {count} don't fit a queue of size {self.size}")
-        self.pointer, self.count = pointer, count
+        self.pointer = pointer
+        self._set_count(count)
 
     def _check(self, keys: Tensor, labels: Tensor | None, indices: Tensor | None) -> None:
         if not isinstance(keys, Tensor):

@@ -67,7 +67,7 @@ class NTXentLoss(nn.Module):
             self.queue.enqueue(F.normalize(torch.randn(size), dim=1))
 
     @property
-    def temperature(self) -> float:
+    def temperature(self) -> float | Tensor:
         return self.contrast.temperature
 
     @temperature.setter

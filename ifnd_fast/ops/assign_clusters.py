@@ -111,7 +111,7 @@ def assign_clusters(
             "features and centroids must have at least one row each, "
             f"got shapes {tuple(features.shape)} and {tuple(centroids.shape)}"
         )
-    backend = backends.choose(backend, "assign_clusters", features.device, features.dtype)
+    backend = backends.choose(backend, "assign_clusters", features.device, features.dtype, features.shape[1])
     features, centroids = features.detach(), centroids.detach()
     if backend == "reference":
         labels, confidence = _by_definition(features, centroids, temperature, metric, return_confidence)

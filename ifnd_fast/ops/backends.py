@@ -135,10 +135,12 @@ def _triton_leads(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class Kernels(NamedTuple):
-    """A backend's function of one operator: the module that has it, and the dtypes that it takes."""
+    """A backend's function of one operator: the module that has it, and what it takes."""
 
     module: str
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    max_dim: int = 2048  # columns of a row
+    unusual: tuple[str, ...] = ()  # arguments that few calls have and not every backend takes
 
 
 class Backend(NamedTuple):
@@ -151,7 +153,7 @@ class Backend(NamedTuple):
 
 
 _IN_CUDA = Kernels("ifnd_fast.ops.cuda")
-_IN_CPU = Kernels("ifnd_fast.ops.cpu")
+_IN_CPU = Kernels("ifnd_fast.ops.cpu", max_dim=16384)
 FUSED = {  # as a rule, fastest first
     "cuda": Backend(
         "cuda", _cuda_refusal, dict.fromkeys(("info_nce", "assign_clusters", "cluster_sums"), _IN_CUDA),
@@ -163,15 +165,19 @@ FUSED = {  # as a rule, fastest first
     ),
     "cpu": Backend(
         "cpu", _cpu_refusal,
-        {**dict.fromkeys(("info_nce", "assign_clusters", "cluster_sums"), _IN_CPU),
+        {**dict.fromkeys(("assign_clusters", "cluster_sums"), _IN_CPU),
+         "info_nce": _IN_CPU._replace(unusual=("hard_negatives", "margin")),
          "reassign": _IN_CPU._replace(dtypes=(torch.float32,))},
     ),
 }  # fmt: skip
 BACKENDS = (*FUSED, "reference")  # which always can
 
 
-def refusal(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` can't run `operator` for tensors of this device and dtype; None when it can."""
+def refusal(
+    backend: str, operator: str, device: torch.device, dtype: torch.dtype, dim: int = 1, unusual: tuple[str, ...] = ()
+) -> str | None:
+    """Why `backend` can't run `operator` for tensors of this device, dtype and columns, with these unusual arguments;
+    None when it can."""
     if backend == "reference":
         return None
     fused = FUSED[backend]
@@ -183,6 +189,11 @@ def refusal(backend: str, operator: str, device: torch.device, dtype: torch.dtyp
         *others, last = (str(taken).removeprefix("torch.") for taken in kernels.dtypes)
         taken = ", ".join(others) + " and " * bool(others) + last
         return f"it takes {taken}, not {dtype}"
+    if reason is None and dim > kernels.max_dim:
+        return f"it takes rows of up to {kernels.max_dim} columns, not {dim}"
+    lacking = [name for name in unusual if name not in kernels.unusual]
+    if reason is None and lacking:
+        return f"it has no kernel for {lacking[0]}"
     return reason
 
 
@@ -197,7 +208,9 @@ def _fastest_first(device: torch.device, dtype: torch.dtype) -> list[str]:
     return leaders + [name for name in FUSED if name not in leaders] if leaders else list(FUSED)
 
 
-def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(
+    backend: str, operator: str, device: torch.device, dtype: torch.dtype, dim: int = 1, unusual: tuple[str, ...] = ()
+) -> str:
     """The backend to run: the one asked for, or for "auto" the fastest that can. One whose kernels a CPU can but
     interpret is taken there only by name.
 
@@ -206,12 +219,12 @@ def choose(backend: str, operator: str, device: torch.device, dtype: torch.dtype
     """
     if isinstance(backend, str) and backend == "auto":
         for name in _fastest_first(device, dtype):
-            if FUSED[name].device == device.type and refusal(name, operator, device, dtype) is None:
+            if FUSED[name].device == device.type and refusal(name, operator, device, dtype, dim, unusual) is None:
                 return name
         return "reference"
     if not isinstance(backend, str) or (backend not in FUSED and backend != "reference"):
         raise ValueError(f"backend must be one of {('auto', *FUSED, 'reference')}, got {backend!r}")
-    reason = refusal(backend, operator, device, dtype)
+    reason = refusal(backend, operator, device, dtype, dim, unusual)
     if reason is not None:
         raise ValueError(f"backend={backend!r} can't run {operator} here: {reason}")
     return backend

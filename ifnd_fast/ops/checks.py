@@ -10,36 +10,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ifnd_fast.ops.pair_labels import PairLabels
+
 # The kernels on the CPU know each by its place here (csrc/cpu/problem.h).
-STRATEGIES = ("eliminate", "attract", "keep")
+STRATEGIES = ("eliminate", "attract", "keep", "margin")  # which the kernels are told as "keep" below a ceiling
 COMBINATIONS = ("mean", "any", "all")
 METRICS = ("inner_product", "l2")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_DIM = 2048
+MAX_DIM = 16384  # raw pictures of 64 x 64 in color have 12,288
 # Beyond, a softmax of unit rows in float32 is one-hot, or uniform, to the last bit: no temperature that is meant.
 SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-6, 1e6
 
 
-def matrix(name: str, value: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
-    """`value` is a (rows, D) float tensor, 1 <= D <= 2048, of the same D, dtype and device as `like`."""
+def tensor(name: str, value: Any, axes: tuple[str, ...], like: Tensor | None = None, like_name: str = "") -> None:
+    """`value` is a dense float tensor of these dimensions, of the same dtype and device as `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {value.dtype}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {value.layout}: pass {name}.to_dense()")
-    if value.dim() != 2:
-        raise ValueError(f"{name} must have two dimensions (rows, D), got shape {tuple(value.shape)}")
+    if value.dim() != len(axes):
+        count = {2: "two", 3: "three"}[len(axes)]
+        raise ValueError(f"{name} must have {count} dimensions ({', '.join(axes)}), got shape {tuple(value.shape)}")
+    if like is not None and value.dtype != like.dtype:
+        raise TypeError(f"{name} must have {like_name}'s dtype {like.dtype}, got {value.dtype}")
+    if like is not None:
+        same_device(name, value, like, like_name)
+
+
+def matrix(name: str, value: Tensor, like: Tensor | None = None, like_name: str = "") -> None:
+    """`value` is a (rows, D) float tensor, 1 <= D <= MAX_DIM, of the same D, dtype and device as `like`."""
+    tensor(name, value, ("rows", "D"), like, like_name)
     if not 1 <= value.shape[1] <= MAX_DIM:
         raise ValueError(f"{name} must have 1 to {MAX_DIM} columns, got shape {tuple(value.shape)}")
-    if like is None:
-        return
-    if value.dtype != like.dtype:
-        raise TypeError(f"{name} must have {like_name}'s dtype {like.dtype}, got {value.dtype}")
-    if value.shape[1] != like.shape[1]:
+    if like is not None and value.shape[1] != like.shape[1]:
         raise ValueError(f"{name} must have {like_name}'s {like.shape[1]} columns, got {value.shape[1]}")
-    same_device(name, value, like, like_name)
 
 
 def same_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
@@ -61,17 +68,44 @@ def integers(
     same_device(name, value, like, like_name)
 
 
+def label_range(labels: PairLabels) -> None:
+    """Of query and negatives, -1 or more. On the CPU only: on a GPU it would stall the stream, and there any negative
+    label counts as -1."""
+    if torch.compiler.is_compiling() or transformed():
+        return
+    for name, given in (("query_labels", labels.query_labels), ("negative_labels", labels.negative_labels)):
+        if given is not None and given.device.type == "cpu" and given.numel() and int(given.min()) < -1:
+            raise ValueError(f"{name} must be -1 (no label) or a cluster number, got {int(given.min())}")
+
+
+def transformed() -> bool:
+    """Whether torch.func differentiates or batches this call: its tensors have no values of their own to look at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def temperature(value: float) -> float:
     """As a float, from 1e-6 to 1e6. Whatever takes a temperature of these operators checks it here."""
     if isinstance(value, Tensor):
         raise TypeError(
             f"temperature must be a number, got a {tuple(value.shape)} tensor, which would get no gradient: "
-            "pass its float(), or for a learned temperature scale query by it"
+            "pass its float()"
         )
     value = number("temperature", value)
     if not SMALLEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:
         raise ValueError(f"temperature must be a number from 1e-6 to 1e6, got {value}")
     return value
+
+
+def learned_temperature(value: Tensor, like: Tensor | None = None) -> None:
+    """A float tensor of one number in range, on the CPU or on `like`'s device: there the kernels' callers read it."""
+    if not value.is_floating_point() or value.numel() != 1:
+        raise TypeError(
+            f"temperature must be a number, or a float tensor of one, got {value.dtype} of shape {tuple(value.shape)}"
+        )
+    if value.device.type != "cpu" and like is not None:
+        same_device("temperature", value, like, "query")
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed():
+        temperature(value.detach().item())
 
 
 def number(name: str, value: Any) -> float:
@@ -82,6 +116,13 @@ def number(name: str, value: Any) -> float:
         return float(value)
     except OverflowError:  # an integer of hundreds of digits
         return -math.inf if str(value).startswith("-") else math.inf
+
+
+def finite(name: str, value: Any) -> float:
+    value = number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return value
 
 
 def fraction(name: str, value: Any) -> float:

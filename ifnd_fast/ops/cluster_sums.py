@@ -40,7 +40,9 @@ def cluster_sums(
     by cluster and added up in float32 in bags of at most BAG_ROWS, the bags in float64: rounding does not grow with a
     cluster's size.
     """
-    backend = "reference" if weights is not None else backends.choose("auto", "cluster_sums", x.device, x.dtype)
+    backend = "reference"
+    if weights is None:
+        backend = backends.choose("auto", "cluster_sums", x.device, x.dtype, x.shape[1])
     if backend != "reference":
         with torch.cuda.device_of(x):
             return backends.module_of(backend, "cluster_sums").cluster_sums(x, labels, centroids)

@@ -34,6 +34,12 @@ def _arguments_of(labels: PairLabels, rows: int, keys: int) -> list:
     return list(zip(labels._fields, labels.plain(), dtypes, shapes, strict=True))
 
 
+def _given(rows: int, *of_rows: Tensor | None) -> list:
+    """Numbers (rows,) float32 as `_call` takes them; none where no call has any."""
+    present = any(t is not None for t in of_rows)
+    return [("of_rows", None if t is None else plain(t), torch.float32, (rows,)) for t in of_rows if present]
+
+
 def info_nce_forward(
     query: Tensor,
     positive: Tensor,
@@ -43,9 +49,12 @@ def info_nce_forward(
     false_negatives: str,
     level_combination: str,
     with_grad: bool,
+    log_hard: Tensor | None = None,
+    ceiling: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss (B,), query_grad (B, D) or (0, D), positive_weight (B,), log_normalizer and false_negative_counts
-    (B, n_losses)."""
+    (B, n_losses). log_hard (B,) float32: of exponentials that join each sum. ceiling (B,) float32: a key with q.n above
+    it is in no sum."""
     (rows, dim), keys, dtype, levels = query.shape, len(negatives), query.dtype, max(1, labels.levels)
     n_losses = labels.n_losses(level_combination)
     loss, positive_weight, log_normalizer = _empty(rows), _empty(rows), _empty(rows, n_losses)
@@ -71,6 +80,7 @@ def info_nce_forward(
         ("log_normalizer", log_normalizer, torch.float32, (rows, n_losses)),
         ("false_negative_counts", false_negative_counts, torch.int32, (rows, n_losses)),
         torch.get_num_threads(),
+        *_given(rows, ceiling, log_hard),
     )
     return loss, query_grad, positive_weight, log_normalizer, false_negative_counts
 
@@ -85,6 +95,7 @@ def info_nce_negatives_grad(
     temperature: float,
     false_negatives: str,
     level_combination: str,
+    ceiling: Tensor | None = None,
 ) -> Tensor:
     """sum_i loss_grad_i * d loss_i / d n_k, (K, D) float32."""
     (rows, dim), keys, dtype, levels = query.shape, len(negatives), query.dtype, max(1, labels.levels)
@@ -108,6 +119,7 @@ def info_nce_negatives_grad(
         ("false_negative_counts", plain(false_negative_counts), torch.int32, (rows, n_losses)),
         ("negatives_grad", negatives_grad, torch.float32, (keys, dim)),
         torch.get_num_threads(),
+        *_given(rows, ceiling),
     )
     return negatives_grad
 

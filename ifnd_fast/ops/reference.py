@@ -18,13 +18,15 @@ def info_nce(
     query: Tensor,
     positive: Tensor,
     negatives: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     query_labels: Tensor | None,
     negative_labels: Tensor | None,
     query_ids: Tensor | None,
     negative_ids: Tensor | None,
     false_negatives: str,
     level_combination: str = "mean",
+    hard_negatives: Tensor | None = None,
+    margin: float = 0.0,
 ) -> Tensor:
     """Loss of each query, (B,); the arguments are those of `ifnd_fast.info_nce`, already checked.
 
@@ -34,19 +36,28 @@ def info_nce(
     eliminate: mean_l  log(e^{s+} + sum_{k not in F_l} e^{s_ik}) - s+
     attract:   mean_l  log(e^{s+} + sum_k e^{s_ik}) - (s+ + sum_{k in F_l} s_ik) / (1 + |F_l|)
     keep:      eliminate with every F_l empty
+    margin:    eliminate with F = {k : q_i.n_k > q_i.p_i + margin}
 
+    hard_negatives (B, H, D): e^{q_i.h_ij / tau} joins each sum over k, and is in no F_l.
     level_combination "any" and "all": one level, whose F is the union or the intersection of these.
     """
     q, p, n = (_computed(t) for t in (query, positive, negatives))
-    s_positive = (q * p).sum(1, keepdim=True) / temperature  # (B, 1)
-    s = _product(q, n.t()) / temperature  # (B, K)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(q.dtype)
+    q_p, q_n = (q * p).sum(1, keepdim=True), product(q, n.t())
+    s_positive, s = q_p / temperature, q_n / temperature  # (B, 1), (B, K)
+    s_hard = s[:, :0]  # (B, H)
+    if hard_negatives is not None:
+        s_hard = product(_computed(hard_negatives), q[:, :, None])[:, :, 0] / temperature
     if query_ids is not None and negative_ids is not None:
         same_image = (query_ids[:, None] == negative_ids[None, :]) & (query_ids >= 0)[:, None]
     else:
         same_image = torch.zeros_like(s, dtype=torch.bool)
     s = s.masked_fill(same_image, -torch.inf)
-    if query_labels is None or negative_labels is None or false_negatives == "keep":
-        return _log_normalizer(s_positive, s) - s_positive[:, 0]
+    if false_negatives == "margin":
+        s = s.masked_fill(q_n > q_p + margin, -torch.inf)
+    if query_labels is None or negative_labels is None or false_negatives in ("keep", "margin"):
+        return _log_normalizer(s_positive, s, s_hard) - s_positive[:, 0]
 
     y = query_labels.T[:, :, None]
     every_level = (y == negative_labels.T[:, None, :]) & (y >= 0) & ~same_image  # F_l, (L, B, K)
@@ -56,16 +67,16 @@ def info_nce(
     for detected in every_level:
         if false_negatives == "eliminate":
             kept = s.masked_fill(detected, -torch.inf)
-            losses.append(_log_normalizer(s_positive, kept) - s_positive[:, 0])
+            losses.append(_log_normalizer(s_positive, kept, s_hard) - s_positive[:, 0])
         else:
             attracted = s_positive[:, 0] + s.masked_fill(~detected, 0.0).sum(1)
-            losses.append(_log_normalizer(s_positive, s) - attracted / (1 + detected.sum(1)))
+            losses.append(_log_normalizer(s_positive, s, s_hard) - attracted / (1 + detected.sum(1)))
     return torch.stack(losses).mean(0)
 
 
-def _log_normalizer(s_positive: Tensor, s: Tensor) -> Tensor:
-    """log(e^{s+} + sum_k e^{s_k}), (B,)."""
-    return torch.logsumexp(torch.cat([s_positive, s], dim=1), dim=1)
+def _log_normalizer(*logits: Tensor) -> Tensor:
+    """log of the sum of all exponentials of a row, (B,)."""
+    return torch.logsumexp(torch.cat(logits, dim=1), dim=1)
 
 
 def _computed(rows: Tensor) -> Tensor:
@@ -73,7 +84,8 @@ def _computed(rows: Tensor) -> Tensor:
     return (rows if rows.dtype == torch.float64 else rows.float()).contiguous()
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, by no autocast."""
     if torch.compiler.is_compiling():  # which reads contexts
         with no_autocast(a.device):
             return a @ b
@@ -97,7 +109,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        a, b = ctx.saved_tensors
+        a, b = saved_tensors(ctx)
         return (
             _Product.apply(grad, b.mT) if ctx.needs_input_grad[0] else None,
             _Product.apply(a.mT, grad) if ctx.needs_input_grad[1] else None,
@@ -107,6 +119,19 @@ class _Product(torch.autograd.Function):
     def jvp(ctx, a_tangent, b_tangent):
         a, b = ctx.saved_tensors
         return _Product.apply(a_tangent, b) + _Product.apply(a, b_tangent)
+
+
+def saved_tensors(ctx) -> tuple[Tensor, ...]:
+    """What a backward pass of the loss kept."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise RuntimeError(
+            "what the loss's backward pass needs was written over before it: call queue.enqueue, or whatever else "
+            "changes the loss's inputs in place, after backward(), or hand the loss negatives.clone()"
+        ) from error
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -125,7 +150,7 @@ def assign_clusters(
     largest; where all are, the label is -1.
     """
     x, c = _computed(features), _computed(centroids)
-    similarity = _product(x, c.t())  # (N, C)
+    similarity = product(x, c.t())  # (N, C)
     if metric == "l2":
         similarity = similarity - c.square().sum(1) / 2
     best = similarity.masked_fill(similarity.isnan(), -torch.inf).max(1, keepdim=True).values

@@ -31,7 +31,7 @@ def test_non_finite_rows_are_named(bad):
         (torch.zeros(5, 2), ValueError, "x has only 1 distinct rows, fewer than n_clusters=4.*at most 1"),
         (torch.zeros(0, 2), ValueError, "x must have at least one row"),
         (torch.zeros(5), ValueError, "x must have two dimensions"),
-        (torch.zeros(5, 0), ValueError, "x must have 1 to 2048 columns"),
+        (torch.zeros(5, 0), ValueError, "x must have 1 to 16384 columns"),
         (torch.zeros(5, 2, dtype=torch.int64), TypeError, "x must be float"),
         (np.zeros(5), ValueError, "x must have two dimensions.*Reshape your data"),
         (np.zeros((5, 2), complex), ValueError, "x must be of real numbers, got complex128"),

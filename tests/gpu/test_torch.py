@@ -13,6 +13,7 @@ from tests.ops.cases import INPUTS
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 LEFT_OUT = ("Volta", "Turing")  # torch sees no difference
+NONE = (None,) * 3  # no learned temperature, hard negatives or margin
 DIMS = (8, 13)  # as it is, and filled up to pieces of 16 bytes
 
 
@@ -24,13 +25,13 @@ def test_opcheck_of_the_loss(backend, dim, requires_grad):
     extra = PairLabels(case.query_labels, case.negative_labels, case.query_ids, case.negative_ids)
     forward = torch.ops.ifnd_fast.info_nce.default
     settings = (0.2, "eliminate", "mean", backend)
-    torch.library.opcheck(forward, (*matrices, *extra, *settings, requires_grad))
+    torch.library.opcheck(forward, (*matrices, *extra, *settings, requires_grad, *NONE))
 
     query, positive, negatives = (matrix.detach() for matrix in matrices)
-    *_, log_normalizer, counts = forward(query, positive, negatives, *extra, *settings, False)
+    *_, log_normalizer, counts = forward(query, positive, negatives, *extra, *settings, False, *NONE)
     torch.library.opcheck(
         torch.ops.ifnd_fast.info_nce_negatives_grad.default,
-        (case.upstream, query, negatives, *extra, log_normalizer, counts, *settings),
+        (case.upstream, query, negatives, *extra, log_normalizer, counts, *settings, *NONE[:2]),
     )
 
 

@@ -49,11 +49,13 @@ inline void check_all(const char* what, const std::vector<float>& got, const std
 // Rows of a tile as tile.h has them; only to meet all of them, so that nothing depends on this being right.
 inline int tile_rows(int D) { return std::min(128, D >= 1024 ? 16 : 16384 / ((D + 15) / 16 * 16) / 8 * 8); }
 
+constexpr int kUsualDim = 2048;  // wider rows are cut up no otherwise
+
 inline int width(Random& random, int64_t number) {
-  if (number % 3 == 0) return 1 + int(number / 3 * 1543 % ifnd::kMaxDim);  // all of them in turn
+  if (number % 3 == 0) return 1 + int(number / 3 * 1543 % kUsualDim);  // all of them in turn
   static const std::vector<std::vector<int>> classes = [] {
     std::vector<std::vector<int>> by_rows(129);
-    for (int D = 1; D <= ifnd::kMaxDim; ++D) by_rows[size_t(tile_rows(D))].push_back(D);
+    for (int D = 1; D <= kUsualDim; ++D) by_rows[size_t(tile_rows(D))].push_back(D);
     const auto none = std::remove_if(by_rows.begin(), by_rows.end(), [](const auto& c) { return c.empty(); });
     by_rows.erase(none, by_rows.end());
     return by_rows;

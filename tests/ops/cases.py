@@ -39,12 +39,25 @@ class Case:
     temperature: float = 0.2
     false_negatives: str = "eliminate"
     level_combination: str = "mean"
+    hard_negatives: Tensor | None = None  # (B, H, D)
+    margin: float = 0.1
+    learned: bool = False  # the temperature: a tensor, with a gradient
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What gets a gradient."""
+        inputs = {name: getattr(self, name) for name in INPUTS}
+        if self.hard_negatives is not None:
+            inputs["hard_negatives"] = self.hard_negatives
+        if self.learned:
+            inputs["temperature"] = torch.tensor(self.temperature, dtype=torch.float64)
+        return inputs
 
     def loss(self, *inputs: Tensor, backend: str = "auto", reduction: str = "none") -> Tensor:
-        """info_nce of these inputs, or of others in the place of query, positive and negatives."""
-        query, positive, negatives = inputs or (self.query, self.positive, self.negatives)
+        """info_nce of these inputs, or of others in their place."""
+        given = {"temperature": self.temperature, **self.inputs()}
+        given |= dict(zip(self.inputs(), inputs, strict=True)) if inputs else {}
         return ifnd_fast.info_nce(
-            query, positive, negatives, temperature=self.temperature, query_labels=self.query_labels,
+            **given, margin=self.margin, query_labels=self.query_labels,
             negative_labels=self.negative_labels, query_ids=self.query_ids, negative_ids=self.negative_ids,
             false_negatives=self.false_negatives, level_combination=self.level_combination, reduction=reduction,
             backend=backend,
@@ -52,10 +65,12 @@ class Case:
 
     def results(self, backend: str, reduction: str = "none", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The loss and, by the upstream gradient, the gradients of query, positive and negatives."""
-        inputs = [getattr(self, name).detach().to(dtype or self.query.dtype).requires_grad_() for name in INPUTS]
-        loss = self.loss(*inputs, backend=backend, reduction=reduction)
-        gradients = torch.autograd.grad((loss * self.upstream_of(reduction)).sum(), inputs)
-        return {"loss": loss.detach(), **dict(zip(INPUTS, gradients, strict=True))}
+        inputs = {name: t.detach().to(dtype or self.query.dtype).requires_grad_() for name, t in self.inputs().items()}
+        if self.learned:  # the same number in every dtype
+            inputs["temperature"] = self.inputs()["temperature"].requires_grad_()
+        loss = self.loss(*inputs.values(), backend=backend, reduction=reduction)
+        gradients = torch.autograd.grad((loss * self.upstream_of(reduction)).sum(), inputs.values())
+        return {"loss": loss.detach(), **dict(zip(inputs, gradients, strict=True))}
 
     def upstream_of(self, reduction: str) -> Tensor:
         return self.upstream if reduction == "none" else torch.tensor(-1.7).to(self.upstream)
@@ -67,11 +82,20 @@ class Case:
         query, positive, negatives = (getattr(self, name).double().abs() for name in INPUTS)
         upstream = upstream.double()[:, None] / self.temperature
         weights = upstream * self.negatives_weights()
+        by_query = upstream * positive + weights @ negatives  # the positive's weight is at most 1
+        sizes = {}
+        if self.hard_negatives is not None:
+            sizes["hard_negatives"] = right["hard_negatives"].abs()  # each is one term
+            largest = torch.nn.functional.pad(self.hard_negatives.double().abs(), (0, 0, 0, 1)).amax(1)
+            by_query = by_query + upstream * largest  # their weights are at most 1 in all
+        if self.learned:
+            sizes["temperature"] = (query * by_query).sum() / self.temperature
         return {
             "loss": right["loss"].abs().clamp_min(rows if reduction == "sum" else 1),
-            "query": upstream * positive + weights @ negatives,  # the positive's weight is at most 1
+            "query": by_query,
             "positive": upstream * query,
             "negatives": weights.T @ query,
+            **sizes,
         }
 
     def negatives_weights(self) -> Tensor:
@@ -83,9 +107,12 @@ class Case:
             query, positive, negatives = (getattr(self, name).detach().double() for name in INPUTS)
             mark = torch.eye(len(query)).to(query)
             marks = torch.zeros(len(negatives), len(query)).to(query).requires_grad_()
-            loss = case.loss(
+            others = (
+                [] if case.hard_negatives is None else [torch.nn.functional.pad(case.hard_negatives, (0, len(mark)))]
+            )
+            loss = replace(case, learned=False).loss(
                 torch.cat([query, mark], 1), torch.cat([positive, 0 * mark], 1), torch.cat([negatives, marks], 1),
-                backend="reference", reduction="sum",
+                *(t.double() for t in others), backend="reference", reduction="sum",
             )  # fmt: skip
             return torch.autograd.grad(loss, marks)[0].T * self.temperature
 
@@ -109,7 +136,7 @@ class Case:
                 continue
             error, allowed = ((x[name].double() - value).abs() for x in (fused, plain))
             plain_error = allowed.max()
-            if name in ("query", "negatives") and self.query.dtype in (torch.bfloat16, torch.float16):
+            if name in ("query", "negatives", "temperature") and self.query.dtype in (torch.bfloat16, torch.float16):
                 half_unit = torch.finfo(self.query.dtype).eps / 2
                 error -= half_unit * sizes[name]
                 # Of the rounding of a few results plain torch may escape the worst; of these, by other weights, not.
@@ -125,6 +152,8 @@ class Case:
     def largest_logit(self) -> float:
         q, p, n = (getattr(self, name).double() for name in INPUTS)
         logits = torch.cat([(q * p).sum(1), (q @ n.T).flatten()])
+        if self.hard_negatives is not None:
+            logits = torch.cat([logits, (self.hard_negatives.double() @ q[:, :, None]).flatten()])
         return float(logits.abs().max()) / self.temperature
 
     def with_all_labels(self, label: int) -> Case:

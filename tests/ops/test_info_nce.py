@@ -199,17 +199,23 @@ def test_in_batch(strategy, dtype):
 @pytest.mark.parametrize("combination", ["mean", "any"])
 def test_opcheck(combination, extras, requires_grad):
     case = make_case(6, 10, 8, 2, labels=extras, ids=extras)
+    log_hard, ceiling = (torch.linspace(-1, 1, 6), torch.linspace(0, 2, 6)) if extras else (None, None)
+    learned = torch.tensor(0.2) if extras else None
+    if requires_grad and extras:
+        learned.requires_grad_(), log_hard.requires_grad_()
+    unusual = (learned, log_hard, ceiling)
     matrices = [getattr(case, name).requires_grad_(requires_grad) for name in INPUTS]
     extra = (case.query_labels, case.negative_labels, case.query_ids, case.negative_ids)
     forward = torch.ops.ifnd_fast.info_nce.default
-    torch.library.opcheck(forward, (*matrices, *extra, 0.2, "eliminate", combination, "cpu", requires_grad))
+    torch.library.opcheck(forward, (*matrices, *extra, 0.2, "eliminate", combination, "cpu", requires_grad, *unusual))
 
     query, positive, negatives = (matrix.detach() for matrix in matrices)
     settings = (0.2, "eliminate", combination, "cpu")
-    *_, log_normalizer, counts = forward(query, positive, negatives, *extra, *settings, False)
+    learned, _, ceiling = unusual = tuple(None if t is None else t.detach() for t in unusual)
+    *_, log_normalizer, counts = forward(query, positive, negatives, *extra, *settings, False, *unusual)
     torch.library.opcheck(
         torch.ops.ifnd_fast.info_nce_negatives_grad.default,
-        (case.upstream, query, negatives, *extra, log_normalizer, counts, *settings),
+        (case.upstream, query, negatives, *extra, log_normalizer, counts, *settings, learned, ceiling),
     )
 
 
@@ -334,10 +340,11 @@ WRONG = [
     ({"query": Q.to_sparse()}, TypeError, r"query must be a dense tensor, got torch.sparse_coo.*query.to_dense\(\)"),
     ({"query": Q[0]}, ValueError, r"query must have two dimensions \(rows, D\), got shape \(8,\)"),
     ({"query": Q[:0], "positive": Q[:0]}, ValueError, r"query must have at least one row, got shape \(0, 8\)"),
-    ({"query": Q[:, :0]}, ValueError, r"query must have 1 to 2048 columns, got shape \(4, 0\)"),
-    ({"query": torch.ones(4, 2049)}, ValueError, r"query must have 1 to 2048 columns, got shape \(4, 2049\)"),
+    ({"query": Q[:, :0]}, ValueError, r"query must have 1 to 16384 columns, got shape \(4, 0\)"),
+    ({"query": torch.ones(4, 16385)}, ValueError, r"query must have 1 to 16384 columns, got shape \(4, 16385\)"),
     ({"positive": None}, TypeError, "positive must be a torch.Tensor, got NoneType"),
-    ({"positive": Q.half()}, TypeError, "positive must have query's dtype torch.float32, got torch.float16"),
+    ({"positive": Q.double()}, TypeError, "positive must have query's dtype torch.float32, got torch.float64"),
+    ({"query": Q.double()}, TypeError, "positive must have query's dtype torch.float64, got torch.float32"),
     ({"positive": Q[:3]}, ValueError, r"positive must have query's shape \(4, 8\), got \(3, 8\)"),
     ({"positive": Q[:, :7]}, ValueError, "positive must have query's 8 columns, got 7"),
     ({"positive": Q.to("meta")}, ValueError, "positive must be on query's device cpu, got meta"),
@@ -351,7 +358,18 @@ WRONG = [
     ({"temperature": float("inf")}, ValueError, "temperature must be a number from 1e-6 to 1e6, got inf"),
     ({"temperature": "warm"}, TypeError, "temperature must be a number, got 'warm'"),
     ({"temperature": None}, TypeError, "temperature must be a number, got None"),
-    ({"temperature": torch.tensor(0.2)}, TypeError, r"temperature must be a number, got a \(\) tensor"),
+    ({"temperature": torch.tensor(2)}, TypeError, r"temperature must be a number, or a float .* got torch.int64 of"),
+    ({"temperature": torch.ones(2)}, TypeError, r"temperature must be a number, or a float .* of shape \(2,\)"),
+    ({"temperature": torch.ones(1, device="meta")}, ValueError, "temperature must be on query's device cpu, got meta"),
+    ({"temperature": torch.tensor(0.0)}, ValueError, "temperature must be a number from 1e-6 to 1e6, got 0.0"),
+    ({"temperature": torch.tensor(float("nan"))}, ValueError, "temperature must be a number from 1e-6 to 1e6, got nan"),
+    ({"margin": "0.1"}, TypeError, "margin must be a number, got '0.1'"),
+    ({"margin": float("nan")}, ValueError, "margin must be a finite number, got nan"),
+    ({"hard_negatives": [1]}, TypeError, "hard_negatives must be a torch.Tensor, got list"),
+    ({"hard_negatives": KEYS}, ValueError, r"hard_negatives must have three dimensions \(B, H, D\), got .*\(10, 8\)"),
+    ({"hard_negatives": Q[:, None, :7]}, ValueError, r"hard_negatives must have shape \(4, H, 8\), got \(4, 1, 7\)"),
+    ({"hard_negatives": Q[:3, None]}, ValueError, r"hard_negatives must have shape \(4, H, 8\), got \(3, 1, 8\)"),
+    ({"hard_negatives": Q[:, None].double()}, TypeError, "hard_negatives must have query's dtype torch.float32"),
     ({"query_labels": Y}, ValueError, "query_labels and negative_labels go together: only query_labels"),
     ({"negative_labels": KEY_Y}, ValueError, "query_labels and negative_labels .*: only negative_labels"),
     ({"query_ids": IDS}, ValueError, "query_ids and negative_ids go together: only query_ids"),

@@ -17,7 +17,8 @@ IFND_INLINE void prefetch_row(const ClusterSums& p, int64_t row) {
 // Rows `rows[0..n)`, in this order; all of them, and no others, are of this cluster.
 static void sum_cluster(const ClusterSums& p, int64_t cluster, const int64_t* rows, int64_t n) {
   const int columns = int(round_up<W>(p.D));
-  float x[kMaxDim + W] = {}, centroid[kMaxDim + W] = {};
+  float x[kMaxDim + W], centroid[kMaxDim + W];
+  for (int d = p.D; d < columns; ++d) x[d] = centroid[d] = 0.0f;
   double* sums = p.sums + cluster * p.D;
   memset(sums, 0, sizeof(double) * size_t(p.D));
   convert_row(p.centroids, DType::float32, cluster, p.D, centroid);

@@ -13,6 +13,7 @@ IFND_BEGIN
 constexpr int kUnknownQuery = -2, kUnknownKey = -1;
 
 struct PanelLabels {
+  float ceiling[LANES];  // of scores
   int32_t label[kMaxLevels][LANES];
   int32_t id_low[LANES];
   int64_t id[LANES];
@@ -40,6 +41,7 @@ static inline void pack_labels(const InfoNce& p, int64_t first, int64_t rows, Pa
     const int64_t id = uses_ids(p) && lane < rows ? p.query_ids[i] : -1;
     out.id[lane] = id < 0 ? kUnknownQuery : id;
     out.id_low[lane] = int32_t(out.id[lane]);
+    if (p.ceiling) out.ceiling[lane] = lane < rows ? float(p.ceiling[i] / p.temperature) : INFINITY;
   }
 }
 
@@ -101,6 +103,15 @@ static uint32_t find_marked(const InfoNce& p, const PanelLabels& panel, int64_t 
     }
   }
   return found;
+}
+
+// Scores (keys, LANES) above the queries' ceilings become -inf.
+static inline void exclude_above(const PanelLabels& panel, int keys, float* scores) {
+  for (int v = 0; v < LANES; v += W) {
+    const vfloat ceiling = load(panel.ceiling + v);
+    for (float* s = scores + v; s < scores + ptrdiff_t(keys) * LANES; s += LANES)
+      store(s, load(s) > ceiling ? splat(-INFINITY) : load(s));
+  }
 }
 
 IFND_END

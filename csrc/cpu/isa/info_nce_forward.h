@@ -249,6 +249,7 @@ static void forward_over(const InfoNceForward& p, Range rows, Range keys, void* 
                                           work.marked);
              lanes; lanes &= lanes - 1)
           marked_keys(p, work, at + __builtin_ctz(lanes));
+      if (p.ceiling) exclude_above(work.labels[at / LANES], n, work.scores);
       // 3. online softmax: s becomes e^{s - m}
       common_keys(work, at, count - at, n, p.D, p.query_grad != nullptr);
       // 4. G += n^T e^{s - m}
@@ -323,8 +324,10 @@ static Coefficients normalise(const InfoNceForward& p, const Totals& totals, dou
     const double n = double(totals.count[l]);
     double M = common.max > s_positive ? common.max : s_positive;
     M = own.max > M ? own.max : M;
+    if (p.log_hard && p.log_hard[query] > M) M = p.log_hard[query];
     // Z e^{-M} in two parts: what the negatives add decides the loss where the positive is the maximum.
-    const double rest = rescaled(common.sum, common.max, M) + rescaled(own.sum, own.max, M);
+    double rest = rescaled(common.sum, common.max, M) + rescaled(own.sum, own.max, M);
+    if (p.log_hard) rest += ::exp(p.log_hard[query] - M);
     const double Z = rest + ::exp(s_positive - M);
     const double log_Z = M == s_positive ? log1p(rest) : log(Z);
     p.log_normalizer[query * p.L + l] = float(M + log_Z);

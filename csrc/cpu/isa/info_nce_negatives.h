@@ -113,6 +113,7 @@ static void scores_to_weights(const InfoNceNegativesGrad& p, const QueryGroup<Wo
   uint32_t marked = 0;
   if (uses_labels(p) || uses_ids(p))
     marked = find_marked(p, group.labels[at / LANES], count, *work.labels, keys, work.scores, work.marked);
+  if (p.ceiling) exclude_above(group.labels[at / LANES], keys, work.scores);
   for (int v = 0; v < count; v += W) {
     const vfloat shift = load(group.shift + at + v), factor = load(group.factor + at + v);
     for (int k = 0; k < keys; ++k) {

@@ -81,8 +81,8 @@ static void start_screening(const AssignClusters& p, const Visits& visits, Range
                             const ScreenWork& work) {
   const int64_t count = places.end - places.begin;
   const float sums = kSumError * float(p.D + 8);
-  alignas(64) int8_t row[kMaxDim + W];
-  Quad quads[kMaxDim / 4];
+  alignas(64) int8_t row[kScreenDim + W];
+  Quad quads[kScreenDim / 4];
   for (int64_t i = 0; i < round_up<LANES>(count); ++i) {
     memset(row, 0, sizeof row);
     Rounded r{0.0f, 0.0f, 0.0f, 0.0f};

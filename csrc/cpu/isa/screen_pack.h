@@ -6,9 +6,11 @@
 
 IFND_BEGIN
 
+constexpr int kScreenDim = 2048;  // its arrays are cleared for each row, so that they are no longer than they need be
+
 // Whether screening is possible and worth its while: short rows and few centroids leave too much besides the products.
 IFND_INLINE bool screens(const AssignClusters& p) {
-  return kInteger8Dots && p.dtype == DType::float32 && !p.confidence && p.D >= 32 && p.C >= 64;
+  return kInteger8Dots && p.dtype == DType::float32 && !p.confidence && p.D >= 32 && p.D <= kScreenDim && p.C >= 64;
 }
 
 // Half as many as of floats: a tile and its scores stay in the first-level cache. Whole blocks of ROWS, as blocks that
@@ -30,7 +32,7 @@ struct Rounded {
 };
 
 static Rounded round_row(const float* row, const float* centre, int D, int8_t* out, Multiple<W> columns) {
-  alignas(64) float t[kMaxDim + W] = {};
+  alignas(64) float t[kScreenDim + W] = {};
   vfloat largest = {};
   memcpy(t, row, sizeof(float) * size_t(D));
   for (int d = 0; d < columns; d += W) {
@@ -52,7 +54,7 @@ static Rounded round_row(const float* row, const float* centre, int D, int8_t* o
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d), _mm512_maskz_cvtepi32_epi8(kAll, whole));
   }
   const float up = 1.0f + 1.2e-7f * float(D);
-  // Squares below the smallest normal number are lost: 1e-18 is more than the root of kMaxDim of them.
+  // Squares below the smallest normal number are lost: 1e-18 is more than the root of kScreenDim of them.
   r.norm = sqrtf(sum(norm)) * up + 1e-18f, r.rest = sqrtf(sum(rest)) * up + 1e-18f, r.squares = sum(squares);
   return r;
 }
@@ -80,13 +82,13 @@ struct PackedCentroids {
     bias = carver.take<float>(lanes);
     offset = carver.take<int32_t>(lanes);
     bounds = carver.take<TileBound>(size_t(p.C / step) + 1);
-    centre = carver.take<float>(kMaxDim + W);
+    centre = carver.take<float>(kScreenDim + W);
     centre_length = carver.take<float>(1);
   }
 };
 
 static void find_centre(const AssignClusters& p, const PackedCentroids& packed) {
-  double mean[kMaxDim] = {}, squares = 0.0, length = 0.0;
+  double mean[kScreenDim] = {}, squares = 0.0, length = 0.0;
   const float* c = static_cast<const float*>(p.centroids);
   for (int64_t j = 0; j < p.C; ++j)
     for (int d = 0; d < p.D; ++d) {
@@ -107,7 +109,7 @@ static void pack_screened(const AssignClusters& p, const float* half_norms, cons
   TileBound bound{0.0f, 0.0f, 0.0f, 0.0f};
   float largest = 0.0f;
   for (int64_t k = first; k < end; ++k) {
-    alignas(64) int8_t row[kMaxDim + W] = {};
+    alignas(64) int8_t row[kScreenDim + W] = {};
     Quad* out = packed.rows + k * packed.words;
     packed.offset[k] = 0, packed.scale[k] = 0.0f, packed.bias[k] = -INFINITY;
     if (k < p.C) {

@@ -109,7 +109,7 @@ static inline void pack_zipped(const void* matrix, DType dtype, int64_t first, i
     if (i + 1 < rows)
       pack_row(matrix, dtype, first + i + 1, D, odd, columns);
     else
-      memset(odd, 0, sizeof odd);
+      memset(odd, 0, sizeof(Pair) * size_t(columns));
     zip(even, odd, padded(D), out + i / 2 * stride);
   }
 }
