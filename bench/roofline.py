@@ -105,10 +105,11 @@ def launches(shape: Loss, card: Card, share: tuple[float, float]) -> list[tuple[
         ("add splits", 0.0, grad, 0.0),
     )
     best, worst = share if shape.B > 32 else (share[1], share[1])  # few warps: nothing overlaps
-    return [
-        (name, size, *(START + wait + max(work / card.tensor / s, size / card.memory) for s in (best, worst)))
-        for name, work, size, wait in parts
-    ]
+    found = []
+    for name, work, size, wait in parts:
+        least, most = (START + wait + max(work / card.tensor / s, size / card.memory) for s in (best, worst))
+        found.append((name, size, least, most))
+    return found
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ def estimates() -> list[str]:
                 row(shape.B, name, part, f"{size / 1e6:.1f} MB", f"{best * 1e6:.0f} to {worst * 1e6:.0f} us", "")
                 for part, size, best, worst in parts
             ]
-            best, worst = (sum(part[i] for part in parts) * 1e6 for i in (2, 3))
+            best, worst = 1e6 * sum(part[2] for part in parts), 1e6 * sum(part[3] for part in parts)
             target = TARGETS[card.name][shape.B]
             met = "met" if worst <= target else "missed" if best > target else "met at best"
             size = f"{sum(part[1] for part in parts) / 1e6:.1f} MB"
