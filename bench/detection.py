@@ -46,6 +46,8 @@ class Options:
     """of the checkpoints"""
     levels: tuple[int, ...] = (10, 30, 100)
     """clusters"""
+    features: tuple[str, ...] = ("head", "backbone", "backbone whitened by 0.5")
+    """what is clustered: also "backbone, mean of 3 views", and that "whitened by 0.5" too"""
 
 
 @torch.inference_mode()
@@ -56,7 +58,9 @@ def features_at(options: Options, settings: config.Config, images: Images, step:
     encoder = build(settings.model)().eval()
     encoder.load_state_dict({name.removeprefix(prefix): value for name, value in model.items() if prefix in name})
     backbone = extract(encoder.backbone, images, settings.data, COMPUTE)[0]
-    viewed = backbone + sum(backbone_of_views(encoder, images, settings))
+    viewed = backbone
+    if any("views" in name for name in options.features):
+        viewed = backbone + sum(backbone_of_views(encoder, images, settings))
     shards = Shards(len(images), COMPUTE.device)
     found = {
         "head": encoder.head(backbone),
@@ -65,7 +69,7 @@ def features_at(options: Options, settings: config.Config, images: Images, step:
         "backbone whitened by 0.5": whiten(backbone.clone(), 0.5, shards),
         "backbone, mean of 3 views, whitened by 0.5": whiten(viewed.clone(), 0.5, shards),
     }
-    return {name: F.normalize(rows, dim=1) for name, rows in found.items()}
+    return {name: F.normalize(rows, dim=1) for name, rows in found.items() if name in (*options.features, "head")}
 
 
 def backbone_of_views(encoder: Encoder, images: Images, settings: config.Config) -> Iterator[Tensor]:
@@ -142,7 +146,8 @@ def main(options: Options) -> None:
         blind = float(pairs.of_false) / len(images)
         print(f"\nStep {step}: false negatives have {blind:.2f} of the softmax.\n", flush=True)
         print("\n".join(table(header, [])))
-        for name, rows in features.items():
+        for name in options.features:
+            rows = features[name]
             for idea, chosen in ideas(name, rows, options.levels, temperature):
                 print(table(header, [(idea, *pairs.cells(chosen))])[-1], flush=True)
 
