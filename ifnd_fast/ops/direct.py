@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ifnd_fast.ops.checks import transformed
+
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether no compiler, mode, transform or subclass of these tensors is to see the operator."""
@@ -15,6 +17,6 @@ def is_plain(*tensors: Tensor | None) -> bool:
         not torch.compiler.is_compiling()
         and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not transformed()
         and not torch.jit.is_tracing()
     )

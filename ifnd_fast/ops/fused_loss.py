@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from ifnd_fast.ops import backends, checks
 from ifnd_fast.ops.batches import one_by_one
 from ifnd_fast.ops.checks import transformed
+from ifnd_fast.ops.direct import is_plain
 from ifnd_fast.ops.pair_labels import PairLabels
 from ifnd_fast.ops.reference import saved_tensors
 
@@ -52,20 +53,9 @@ def losses(
         if forward_ad._current_level >= 0:
             raise _only_once("forward-mode derivatives", FORWARD_MODE, settings.backend)
         return _info_nce(*arguments)[0]
-    if not _is_plain(query, positive, negatives, *labels, *extras):
+    if forward_ad._current_level >= 0 or not is_plain(query, positive, negatives, *labels, *extras):
         return (_Transformed if transformed() else _Fused).apply(*arguments)[0]
     return _Direct.apply(*arguments) if with_grad else _forward(*arguments)[0]
-
-
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether no mode, transform or subclass is to see the operator."""
-    return (
-        all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
-        and not transformed()
-        and not torch.jit.is_tracing()
-    )
 
 
 def _forward(
@@ -263,7 +253,7 @@ def _negatives_gradient(loss_grad: Tensor, saved: Saved, settings: Settings) -> 
     labels = PairLabels(query_labels, negative_labels, query_ids, negative_ids)
     sums = saved.log_normalizer, saved.false_negative_counts
     operator: Callable[..., Tensor] = _negatives_grad
-    if _is_plain(loss_grad, query, negatives, *labels, *sums):
+    if is_plain(loss_grad, query, negatives, *labels, *sums):
         operator = _grad_of_negatives
     extras = saved.learned_temperature, saved.ceiling
     return operator(loss_grad, query, negatives, *labels, *sums, *settings, *extras).to(query.dtype)
