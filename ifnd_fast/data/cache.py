@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional
 
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.identity import Listing, content_of, identity_of
-from ifnd_fast.data.images import ArrayImages, FileImages, Images, Subset, attempt, refuse_none
+from ifnd_fast.data.images import ArrayImages, FileImages, Images, attempt, refuse_none, whole_of
 from ifnd_fast.data.picture import UnreadablePictureError
 from ifnd_fast.data.processes import make_loader, running
 from ifnd_fast.runtime.checkpoint import remove_temporaries, write_atomically
@@ -126,10 +126,8 @@ View = Callable[[Image.Image], Tensor]
 
 def cached(images: Images, config: DataConfig) -> Images:
     """The images with a cache, where --cache asks for one; those in memory have no use for it."""
-    whole = images
-    while isinstance(whole, Subset):
-        whole = whole.images
-    return CachedImages(images, config) if config.cache and not isinstance(whole, ArrayImages) else images
+    in_memory = isinstance(whole_of(images), ArrayImages)
+    return CachedImages(images, config) if config.cache and not in_memory else images
 
 
 def prepared(images: Images, kind: str, view: View, side: int | None = None) -> tuple[Images, View]:
@@ -205,9 +203,8 @@ def _digest(images: Images, kind: str) -> str:
 
 def _times(images: Images) -> str:
     """A digest of when files were changed last; 0 of those that aren't there."""
-    if isinstance(images, Subset):
-        return _times(images.images)
-    files = images.files if isinstance(images, FileImages) else []
+    whole = whole_of(images)
+    files = whole.files if isinstance(whole, FileImages) else []
     return content_of(np.array([file.stat().st_mtime_ns if file.exists() else 0 for file in files], dtype=np.int64))
 
 

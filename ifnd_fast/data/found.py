@@ -7,7 +7,7 @@ import numpy as np
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.folders import UNREADABLE
 from ifnd_fast.data.identity import Listing
-from ifnd_fast.data.images import FolderImages, Images, Subset
+from ifnd_fast.data.images import FolderImages, Images, whole_of
 from ifnd_fast.runtime.console import say, warn
 from ifnd_fast.runtime.errors import CommandError
 from ifnd_fast.runtime.paths import shown
@@ -27,7 +27,7 @@ def tell_found(data: DataConfig, train: Images, test: Images | None) -> None:
     parts = {"training": train} | ({} if test is None else {"test": test})
     name = shown(data.data)
     say(f"data {name}: " + "; ".join(_counted(images, what) for what, images in parts.items()))
-    wholes = {id(whole): whole for whole in map(_whole, parts.values()) if isinstance(whole, FolderImages)}
+    wholes = {id(whole): whole for whole in map(whole_of, parts.values()) if isinstance(whole, FolderImages)}
     lines = [line for whole in wholes.values() for line in whole.found.left_out.lines()]
     harmless, serious = ([line for line, is_serious in lines if is_serious is wanted] for wanted in (False, True))
     unreadable = [line for line in serious if UNREADABLE in line]
@@ -40,10 +40,6 @@ def tell_found(data: DataConfig, train: Images, test: Images | None) -> None:
     for whole in wholes.values():
         if whole.found.hint:
             warn(f"data {name}: {whole.found.hint}")
-
-
-def _whole(images: Images) -> Images:
-    return _whole(images.images) if isinstance(images, Subset) else images
 
 
 def _counted(images: Images, what: str) -> str:

@@ -109,6 +109,11 @@ class Subset:
         return Listing(names, whole.sizes[self.indices], content)
 
 
+def whole_of(images: Images) -> Images:
+    """What these are a subset of, or a subset of one; themselves where they are none."""
+    return whole_of(images.images) if isinstance(images, Subset) else images
+
+
 class FileImages:
     """Image files, with labels where they are known.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ifnd_fast.config import DataConfig
-from ifnd_fast.data.images import ArrayImages, Images, middle
+from ifnd_fast.data.images import ArrayImages, Images, middle, whole_of
 
 
 def blur_kernel(size: int) -> int:
@@ -44,7 +44,7 @@ def whole_side(config: DataConfig) -> int:
 def whole_image(config: DataConfig, images: Images) -> Callable[[Image.Image], Tensor]:
     """What `augment.BatchViews` makes views of, uint8: images in memory as they are, (3, H, W), for they are all of one
     size; of files the middle square, resized to half as much again as a view's side."""
-    if isinstance(images, ArrayImages):
+    if isinstance(whole_of(images), ArrayImages):
         return v2.ToImage()
     side = whole_side(config)
     return v2.Compose([middle, v2.Resize(side, antialias=True), v2.CenterCrop(side), v2.ToImage()])

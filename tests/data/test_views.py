@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from ifnd_fast.config import PRESETS, DataConfig
-from ifnd_fast.data.images import middle
+from ifnd_fast.data.images import ArrayImages, Subset, middle
 from ifnd_fast.data.loading import CentreDataset, PairDataset
 from ifnd_fast.data.sources import open_images
 from ifnd_fast.data.views import centre_view, to_input
@@ -48,6 +48,15 @@ def test_middles_of_narrow_pictures_are_what_the_centre_crop_sees():
     config = DataConfig(image_size=28)
     whole = v2.Compose([v2.Resize(28), v2.CenterCrop(28), v2.ToImage()])(image)
     assert torch.equal(centre_view(config)(image), whole)
+
+
+def test_images_in_memory_that_are_held_out_are_as_they_are():
+    """As all of them are: with --hold-out options are chosen on the views that the training without it has."""
+    images = ArrayImages(np.random.default_rng(0).integers(0, 256, (5, 12, 12), dtype=np.uint8))
+    some = Subset(Subset(images, np.array([0, 2, 3, 4])), np.array([1, 3]))
+    config = DataConfig(image_size=12, augment="device")
+    for index, of_all in enumerate((2, 4)):
+        assert torch.equal(PairDataset(some, config, 0)[0, index][0], PairDataset(images, config, 0)[0, of_all][0])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
