@@ -41,7 +41,7 @@ def test_train_writes_the_whole_run(run):
     assert "10 a class" in done.stdout and "all, by kNN" in done.stdout
     shown = " ".join(done.stdout.split())
     assert f"with 10 labels a class: trained encoder {result['few_shot_top1']['10']['mean']:.1f} %, untrained" in shown
-    assert "50 a class left out: no class has more than" in " ".join(done.stderr.split())
+    assert "50 a class left out: no class has more than" in " ".join(done.stdout.split())
     assert 'src="http' not in (out / "report.html").read_text()
 
 

@@ -130,7 +130,7 @@ def test_under_nohup_a_hangup_is_nothing(monkeypatch):
 
 def test_a_signal_before_training_is_told(digit_folder, tmp_path):
     early = "import os, signal, ifnd_fast.training.run_images as images\n"
-    early += "images.open_for_run = lambda _: os.kill(os.getpid(), signal.SIGUSR2)"
+    early += "images.open_for_run = lambda *_: os.kill(os.getpid(), signal.SIGUSR2)"
     process = start("--data", digit_folder, "--out", tmp_path / "run", *TINY, prelude=early)
     _, told = process.communicate(timeout=90)
     assert process.returncode == 128 + signal.SIGUSR2 and told == "error: stopped by SIGUSR2\n", told

@@ -193,7 +193,7 @@ class KMeans(Estimator):
         best, least = None, math.inf
         for _ in range(self.n_init if warm is None else 1):
             if warm is None:
-                start = INITS[str(self.init)](rows, self.n_clusters, generator, shards, weights)
+                start = INITS[str(self.init)](rows, int(self.n_clusters), generator, shards, weights)
             else:
                 start = warm
             run = fill(rows, self._cluster(rows, start, report, shards, weights), shards)
@@ -342,8 +342,8 @@ class KMeans(Estimator):
         self, x: Tensor, start: Tensor, callback: Callback | None, shards: Shards, weights: Tensor | None
     ) -> KMeansRun:
         if self.engine == "faiss" or (self.engine == "auto" and pick_engine(x, self.tol) == "faiss"):
-            return faiss_lloyd(x, start, shards, self.max_iter, self.spherical, callback, weights)
-        return lloyd(x, start, shards, self.max_iter, self.tol, self.spherical, callback, weights)
+            return faiss_lloyd(x, start, shards, int(self.max_iter), self.spherical, callback, weights)
+        return lloyd(x, start, shards, int(self.max_iter), self.tol, self.spherical, callback, weights)
 
 
 def outside(rows: Tensor, run: KMeansRun, frame: Frame, dtype: torch.dtype, shards: Shards) -> tuple[Tensor, KMeansRun]:

@@ -133,7 +133,7 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     each = 1 / chroma.clamp_min(torch.finfo(images.dtype).tiny)  # of a grey pixel, whose hue has no effect
     of_green, of_blue = 2 + (blue - red) * each, 4 + (red - green) * each
     hue = torch.where(value == red, (green - blue) * each, torch.where(value == green, of_green, of_blue))
-    channels = torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    channels = torch.arange(5.0, 0.0, -2.0, device=images.device)[:, None, None]
     place = ((hue + 6 * turns[:, None, None])[:, None] + channels).remainder_(6)
     return value[:, None] - chroma[:, None] * torch.minimum(place, 4 - place).clamp_(0, 1)
 

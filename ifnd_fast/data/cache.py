@@ -230,8 +230,8 @@ def _write(path: Path, images: Images, view: View, config: DataConfig, side: int
 
     def save(file: IO[bytes]) -> None:
         number = written = 0
-        with running(loader) as batches:
-            for items in track(batches, "decoding images", len(loader), A_BATCH):
+        with running(loader) as loaded:
+            for items in track(loaded, "decoding images", len(loader), A_BATCH):
                 for pixels, reason in items:
                     sizes[number] = pixels.shape[:2]
                     if reason:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ifnd_fast.data.sources import rank_in_class
 from ifnd_fast.metrics.rows import check_count, check_pair, check_tests, unit_rows
 from ifnd_fast.runtime import distributed
-from ifnd_fast.runtime.console import track, warn
+from ifnd_fast.runtime.console import say, track, warn
 
 SHOTS = (1, 5, 10, 50)
 DRAWS = 5
@@ -105,7 +105,7 @@ def usable_shots(labels: Tensor, shots: Sequence[int] = SHOTS) -> tuple[int, ...
     usable = tuple(n for n in shots if n <= largest)
     if left_out := [n for n in shots if n > largest]:
         numbers = ", ".join(map(str, left_out))
-        warn(f"few labels: {numbers} a class left out: no class has more than {largest} training images")
+        say(f"few labels: {numbers} a class left out: no class has more than {largest} training images")
     if fewer := [n for n in usable if n > smallest]:
         short = int((counts < max(fewer)).sum())
         warn(f"few labels: {short} of {len(counts)} classes have fewer than {max(fewer)} training images and give all")

@@ -368,7 +368,7 @@ def test_names_reach_the_end_of_every_evaluation(named_run, tmp_path):
     tasks = [
         ["knn"], ["clusters"], ["false-negatives", "--plot", str(tmp_path / "plot.svg")], ["linear", "--fast"],
         ["svm", "--shots", "1", "--costs", "1"], ["semi", "--epochs", "1", "--shares", "0.5"],
-        ["transfer", "--data", str(out.parent / os.fsdecode(b"d\xe9pot [red] <i>")), "--epochs", "1"],
+        ["transfer", "--data", str(out.parent / os.fsdecode(b"d\xe9pot [red] <i>")), "--epochs", "20"],
     ]  # fmt: skip
     file = tmp_path / os.fsdecode(b"f\xefgures ")
     done = subprocess.run(

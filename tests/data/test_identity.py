@@ -24,6 +24,7 @@ from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.training.saved_run import images_of, read_run
+from ifnd_fast.training.saved_state import SavedState
 from ifnd_fast.training.trainer import Trainer
 from tests.conftest import TINY
 from tests.training.test_distributed import torchrun
@@ -286,10 +287,11 @@ def test_false_negatives_of_other_images_are_refused(data, tmp_path):
     stopped(tmp_path / "run", data)
     images = open_images(str(data))
     options = configs.load(tmp_path / "run" / "config.yaml").data
-    _check_same(tmp_path / "run", options, images, len(images))
+    state = SavedState.latest(tmp_path / "run")
+    _check_same(tmp_path / "run", state, options, images, len(images))
     rename(data)
     with pytest.raises(UsageError, match=r"1 missing \(digit-1/003.png\), 1 new .* give --levels"):
-        _check_same(tmp_path / "run", options, open_images(str(data)), len(images))
+        _check_same(tmp_path / "run", state, options, open_images(str(data)), len(images))
 
 
 def test_the_classifiers_of_evaluations_know_their_images(untrained_run, data, tmp_path, capsys):

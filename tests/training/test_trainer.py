@@ -408,7 +408,7 @@ def test_a_step_never_waits_for_the_device(options, digit_folder, tmp_path):
 
     def watched(*args):
         with waits, CountCopies(waits.found):
-            assert torch.tensor(1).item() and len(waits.found) == 2  # or it would see nothing
+            assert torch.tensor(1).item() and len(waits.found) == 2, waits.found  # or it would see nothing
             waits.found.clear()
             return train_step(*args)
 
