@@ -92,7 +92,7 @@ def test_steps_go_on_where_they_stopped(day, monkeypatch, tmp_path, capsys):
 def test_what_the_machine_lacks(day, monkeypatch):
     assert "nanobind" in day.required() and "faiss-gpu" not in day.required()
     command = day.fetch()
-    assert "tyro==" in command and "typeguard==" in command and " torch" not in command
+    assert "tyro==" in command and "typeguard==" in command and " torch==" not in command
     monkeypatch.setattr(day, "required", lambda: ["torch", "no-such-package"])
     assert day.missing() == ["no-such-package"]
 
