@@ -51,31 +51,32 @@ def backends_of(operator: str, device: torch.device, dtype: torch.dtype) -> dict
     return {"fused": backends.choose("auto", operator, device, dtype), **{name: name for name in own}}
 
 
-def queue(B: int, K: int, device: torch.device, dtype: torch.dtype) -> Calls:
-    batch = queue_batch(B, K, 128, 3, dtype, device)
+def losses_of(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
+    """The fused loss and its peers, by the row's name."""
     losses = {name: fused_with(backend) for name, backend in backends_of("info_nce", device, dtype).items()}
     losses |= {"eager": eager, "compiled": compiled(eager)}
     if dtype != torch.float32:
         losses |= {"eager, half": eager_half, "compiled, half": compiled(eager_half)}
+    return losses
+
+
+def queue(B: int, K: int, device: torch.device, dtype: torch.dtype) -> Calls:
+    batch = queue_batch(B, K, 128, 3, dtype, device)
 
     def step(loss):
         return torch.autograd.grad(loss(*batch[:3], *batch.labels_and_ids), batch.query)
 
-    return {name: partial(step, loss) for name, loss in losses.items()}
+    return {name: partial(step, loss) for name, loss in losses_of(device, dtype).items()}
 
 
 def within(rows: int, device: torch.device, dtype: torch.dtype) -> Calls:
     z, batch = in_batch(rows, device)
     features = [tensor.to(dtype) for tensor in batch[:3]]
-    losses = {name: fused_with(backend) for name, backend in backends_of("info_nce", device, dtype).items()}
-    losses |= {"eager": eager, "compiled": compiled(eager)}
-    if dtype != torch.float32:
-        losses |= {"eager, half": eager_half, "compiled, half": compiled(eager_half)}
 
     def step(loss):
         return torch.autograd.grad(loss(*features, *batch.labels_and_ids), z, retain_graph=True)
 
-    return {name: partial(step, loss) for name, loss in losses.items()}
+    return {name: partial(step, loss) for name, loss in losses_of(device, dtype).items()}
 
 
 def assignment(size: tuple[int, int, int], small: bool, device: torch.device, dtype: torch.dtype) -> Calls:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -100,14 +99,12 @@ def _open(subject: Subject, part: str) -> dict[str, Images]:
 
 def _settings(subject: Subject, parts: dict[str, Images]) -> dict[str, Any]:
     """All that the features depend on."""
-    digest = hashlib.blake2b(digest_size=16)
-    for weight in subject.network.state_dict().values():
-        digest.update(weight.cpu().contiguous().numpy().tobytes())
+    weights = identity.content_of(*(weight.cpu().numpy() for weight in subject.network.state_dict().values()))
     images = identity.identity_of({name: images.listing() for name, images in parts.items()})
     view = {name: getattr(subject.data, name) for name in ("image_size", "pixel_mean", "pixel_std")}
     return {
         **{name: list(value) if isinstance(value, tuple) else value for name, value in view.items()},
-        "images": images, "weights": digest.hexdigest(), "mixed precision": str(subject.compute.amp),
+        "images": images, "weights": weights, "mixed precision": str(subject.compute.amp),
         "images a block": BATCH * BATCHES,
     }  # fmt: skip
 

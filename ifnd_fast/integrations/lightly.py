@@ -117,8 +117,7 @@ class NTXentLoss(nn.Module):
             negatives = negatives.clone()
         loss = self.contrast(
             out0, out1, negatives.to(out0.dtype),
-            labels, None if labels is None else negative_labels.clone(),
-            indices, None if indices is None else negative_ids.clone(),
+            labels, None if labels is None else negative_labels, indices, None if indices is None else negative_ids,
         )  # fmt: skip
         if out0.requires_grad:
             self._enqueue(queue, out1.detach(), labels, indices)
