@@ -137,7 +137,7 @@ def test_console_scripts_exist():
     import importlib
 
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert set(scripts) == {"ifnd-fast-train", "ifnd-fast-eval", "ifnd-fast-report"}
+    assert set(scripts) == {f"ifnd-fast-{name}" for name in ("train", "eval", "report", "export", "embed")}
     for target in scripts.values():
         module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(module), function))

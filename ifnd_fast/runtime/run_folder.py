@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,9 @@ def refuse_a_run(out: Path) -> None:
         raise UsageError(f"--out {out} already holds a run: add --resume to go on with it, or choose another folder")
 
 
-def go_back(out: Path, count: str, last: int) -> None:
-    """Forget the figures after that "epoch" or "step": a killed run wrote them after its last checkpoint, and they come
-    again."""
-    truncate_metrics(out, count, last)
-    if count == "epoch" and (out / "tensorboard").is_dir():
-        with suppress(UsageError):  # without the package nothing shows them either
-            summary_writer(out, purge_step=last + 1).close()
-
-
 def truncate_metrics(out: Path, count: str, last: int) -> None:
-    """Keep the lines up to that "epoch" or "step": what a killed run wrote after its last checkpoint goes."""
+    """Keep the lines up to that "epoch" or "step": what a killed run wrote after its last checkpoint goes, and comes
+    again."""
     path = out / METRICS
     if path.exists():
         kept = [line for line in _complete_lines(path) if json.loads(line)[count] <= last]
@@ -83,12 +75,19 @@ def append_metrics(out: Path, metrics: dict[str, Any]) -> None:
         raise CommandError(f"could not write {path}: {error}") from error
 
 
-def summary_writer(out: Path, purge_step: int | None = None) -> Any:
+def summary_writer(out: Path) -> Any:
+    """TensorBoard's, in OUT/tensorboard. What an earlier sitting wrote there of epochs that metrics.jsonl no longer has is
+    no longer shown.
+
+    Raises UsageError: TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError(f"--tensorboard: pip install 'ifnd-fast[tensorboard]' first ({error})") from error
-    return SummaryWriter(str(out / "tensorboard"), purge_step=purge_step)
+    lines = _complete_lines(out / METRICS) if (out / METRICS).exists() else []
+    last = json.loads(lines[-1])["epoch"] if lines else 0
+    return SummaryWriter(str(out / "tensorboard"), purge_step=last + 1)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:

@@ -83,7 +83,7 @@ class Session:
         else:
             say(f"{self.out} has no checkpoint yet: beginning anew")
         if distributed.rank() == 0:
-            run_folder.go_back(self.out, *next(iter(training.position().items())))
+            run_folder.truncate_metrics(self.out, *next(iter(training.position().items())))
 
     def save(self, state: dict[str, Any]) -> None:
         """Write a checkpoint, from rank 0. Raises CommandError: the disk is full or not writable."""

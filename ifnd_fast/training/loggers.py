@@ -33,18 +33,19 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Event files in OUT/tensorboard, whole after every epoch."""
+    """An event file in OUT/tensorboard for each sitting, whole after every epoch. (A file for each epoch would be read in
+    the order of the names, which within one second is not that of the epochs.)"""
 
     def __init__(self, config: Config):
-        self.out = config.run.out
+        self.writer = run_folder.summary_writer(config.run.out)
 
     def log(self, epoch: int, figures: Mapping[str, float]) -> None:
-        with run_folder.summary_writer(self.out) as writer:
-            for name, value in figures.items():
-                writer.add_scalar(name, value, epoch)
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, epoch)
+        self.writer.flush()
 
     def close(self, end: End) -> None:
-        pass
+        self.writer.close()
 
 
 class WeightsAndBiases:
