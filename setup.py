@@ -2,7 +2,7 @@
 
 ifnd_fast._cpu is always built. ifnd_fast._cuda is built where there is an nvcc (CUDACXX, CUDA_HOME, the PATH,
 /usr/local/cuda); if that fails, a note says why and the installation goes on without it. IFND_FAST_CUDA=0
-skips it.
+skips it; IFND_FAST_CUDA_ARCHITECTURES="80 90" compiles for these compute capabilities alone, which is sooner done.
 
 Both use Python's stable ABI from 3.10, so that one wheel serves every later Python (csrc/CMakeLists.txt; not yet the
 Python without a GIL).
@@ -37,9 +37,10 @@ def cuda_architectures(nvcc: str) -> str:
     """Machine code for each card that this nvcc knows, and PTX of the last for newer ones."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
     known = {int(number) for number in re.findall(r"compute_(\d+)\b", listed)}
-    wanted = [number for number in ARCHITECTURES if number in known]
-    if not wanted:
-        raise RuntimeError(f"{nvcc} knows none of the architectures {ARCHITECTURES}")
+    asked = {int(number) for number in re.findall(r"\d+", os.environ.get("IFND_FAST_CUDA_ARCHITECTURES", ""))}
+    wanted = sorted(asked or known & set(ARCHITECTURES))
+    if not wanted or asked - known:
+        raise RuntimeError(f"it compiles for {sorted(known)}, and {sorted(asked or ARCHITECTURES)} are wanted")
     return ";".join([f"{number}-real" for number in wanted[:-1]] + [str(wanted[-1])])
 
 

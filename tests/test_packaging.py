@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,25 @@ def test_one_wheel_for_every_python_and_older_linux(wheel, tmp_path):
     script = "import pytest, ifnd_fast._cpu as c; print(c.__file__, flush=True); exit(pytest.main(['tests/contrast']))"
     done = run([sys.executable, "-c", script], env=bare)
     assert done.returncode == 0 and str(tmp_path / "installed") in done.stdout, done.stdout[-2000:] + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "built"),
+    [("", "75-real;80-real;90-real;120"), ("80", "80"), ("90;80", "80-real;90"), ("70 80", None)],
+)
+def test_cuda_architectures(asked, built, tmp_path, monkeypatch):
+    """Those that this nvcc knows, or that the user asks for, all of which it has to know."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_%s\\n' 75 80 88 90 120\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setenv("IFND_FAST_CUDA_ARCHITECTURES", asked)
+    architectures = runpy.run_path(str(ROOT / "setup.py"))["cuda_architectures"]
+    if built is None:
+        with pytest.raises(RuntimeError, match=r"\[75, 80, 88, 90, 120\], and \[70, 80\] are wanted"):
+            architectures(str(nvcc))
+    else:
+        assert architectures(str(nvcc)) == built
 
 
 def test_citation_is_of_this_version():

@@ -33,8 +33,8 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """An event file in OUT/tensorboard for each sitting, whole after every epoch. (A file for each epoch would be read in
-    the order of the names, which within one second is not that of the epochs.)"""
+    """An event file in OUT/tensorboard for each sitting, whole after every epoch. (Files are read in the order of their
+    names, which for those of one second is not that of the epochs.)"""
 
     def __init__(self, config: Config):
         self.writer = run_folder.summary_writer(config.run.out)
