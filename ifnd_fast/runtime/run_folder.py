@@ -76,7 +76,7 @@ def append_metrics(out: Path, metrics: dict[str, Any]) -> None:
 
 
 def summary_writer(out: Path) -> Any:
-    """TensorBoard's, in OUT/tensorboard. Epochs that an earlier sitting wrote there, and metrics.jsonl no longer has, are
+    """TensorBoard's, in OUT/tensorboard. Epochs that an earlier sitting wrote there and metrics.jsonl no longer has are
     no longer shown.
 
     Raises UsageError: TensorBoard is not installed.
