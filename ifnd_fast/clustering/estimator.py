@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import Tensor
+
+from ifnd_fast.ops import checks
 
 if TYPE_CHECKING:
     from sklearn.utils import Tags
@@ -42,6 +45,36 @@ class Estimator:
                 )
             setattr(self, name, value)
         return self
+
+    def set_output(self: Self, *, transform: str | None = None) -> Self:
+        """What `transform` gives of arrays and data frames: "default" (arrays), or data frames of "pandas" or "polars".
+        None: what it gives now. Of tensors it gives tensors."""
+        if transform is not None:
+            checks.choice("transform", transform, ("default", "pandas", "polars"))
+            self._sklearn_output_config = {"transform": transform}  # by this name `clone` takes it along
+        return self
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Names of `transform`'s columns."""
+        raise NotImplementedError
+
+    def _contained(self, found: Any, x: Any) -> Any:
+        """What `transform` found of x, in the container that `set_output` or scikit-learn's set_config asks for."""
+        own = getattr(self, "_sklearn_output_config", {})
+        if isinstance(x, Tensor) or not (own or "sklearn" in sys.modules):
+            return found
+        from sklearn.base import TransformerMixin
+
+        names = self.get_feature_names_out
+
+        class Transformed(TransformerMixin):
+            def transform(self, X: Any) -> Any:
+                return found
+
+            def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+                return names()
+
+        return Transformed().set_output(**own).transform(x)
 
     def __repr__(self) -> str:
         defaults = {name: given.default for name, given in inspect.signature(type(self)).parameters.items()}

@@ -79,7 +79,7 @@ class KMeans(Estimator):
         n_features_in_: D. feature_names_in_: names of the columns, of a data frame that has them.
 
     Rows are a tensor, and so are results; or an array, or what NumPy makes one of (a list, a data frame), and results
-    are arrays. Integers other than tensors are taken as float64.
+    are arrays (of `transform`, data frames after `set_output`). Integers other than tensors are taken as float64.
     float64 rows are clustered in float32, relative to their mean where that is far. Half-precision rows are compared
     with centroids rounded to their dtype; sums, centroids and inertia are float32 or better. Same bits for the same
     input on one device and thread count.
@@ -239,7 +239,7 @@ class KMeans(Estimator):
         distances = torch.empty(len(rows), len(centers), dtype=dtype, device=rows.device)
         for part in chunks(distances):
             distances[part] = torch.cdist(rows[part].double() - origin, centers - origin)
-        return as_given(distances, x)
+        return self._contained(as_given(distances, x), x)
 
     @torch.no_grad()
     def score(self, x: Any, y: Any = None, sample_weight: Any = None) -> float:
@@ -313,13 +313,17 @@ class KMeans(Estimator):
         if isinstance(self.init, str):
             checks.choice("init", self.init, tuple(INITS))
         elif callable(self.init) or self.init is None:
-            raise TypeError(f"init must be one of {tuple(INITS)} or centroids (C, D), got {self.init!r}")
+            call = ": call it, and pass what it gives" if callable(self.init) else ""
+            raise TypeError(f"init must be one of {tuple(INITS)} or centroids (C, D), got {self.init!r}{call}")
         if self.engine == "faiss" and self.tol:
             raise ValueError(f"engine='faiss' knows no tol, got {self.tol}: use tol=0 or engine='fused'")
 
     def _refuse_centroids(self, y: Any, sample_weight: Any, x: Tensor) -> None:
         """`init` and `callback` were arguments of `fit` once, at the places of y and sample_weight."""
-        shape = tuple(getattr(y, "shape", ()))
+        try:
+            shape = tuple(np.shape(y))
+        except (TypeError, ValueError):  # a list of what makes no array
+            shape = ()
         if len(shape) == 2 and (shape[0] != len(x) or shape == (self.n_clusters, x.shape[1])):
             raise TypeError(
                 f"y, of shape {shape}, looks like centroids to start from, which fit doesn't take any more: "

@@ -39,10 +39,16 @@ def as_floats(name: str, x: Any) -> np.ndarray:
     """What NumPy makes of x, of a float type that torch has and in this machine's byte order."""
     if hasattr(x, "toarray"):
         raise TypeError(f"{name} must be dense, got a sparse {type(x).__name__}: pass {name}.toarray()")
-    array = np.asarray(x)
+    try:
+        array = np.asarray(x)
+        if array.dtype.kind == "O":
+            array = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be of numbers: {error}") from error
     if array.dtype.kind == "c":
         raise ValueError(f"{name} must be of real numbers, got {array.dtype}. Complex data not supported")
-    if array.dtype.kind not in "fiubO":
+    if array.dtype.kind not in "fiub":
         raise TypeError(f"{name} must be of numbers, got {type(x).__name__} of {array.dtype}")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         array = array.astype(np.float64)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from sklearn import config_context
 from sklearn.base import clone, is_clusterer
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import GridSearchCV
@@ -67,13 +68,14 @@ def test_parameters():
 
 
 def test_what_fit_took_once_is_refused():
-    for centroids in (X[:5], X[:5].numpy(), X[:4]):
+    for centroids in (X[:5], X[:5].numpy(), X[:4], X[:5].tolist()):
         with pytest.raises(TypeError, match=r"y, of shape .* pass KMeans\(n_clusters, init=centroids\)"):
             KMeans(5).fit(X, centroids)
     with pytest.raises(TypeError, match=r"pass fit\(x, callback=function\)"):
         KMeans(5).fit(X, None, print)
     assert KMeans(5).fit(X, np.zeros(200)).n_iter_  # a y, as pipelines give it
     assert KMeans(5).fit(X, np.zeros((200, 2))).n_iter_
+    assert KMeans(5).fit(X, [[0]] * 100 + [[0, 1]] * 100).n_iter_
 
 
 def test_what_comes_in_as_an_array_goes_out_as_one():
@@ -126,6 +128,27 @@ def test_names_of_columns():
     with pytest.raises(ValueError, match="feature names should match those that were passed during fit"):
         fitted.predict(frame[list("bacd")])
     assert not hasattr(fitted.fit(X), "feature_names_in_")
+
+
+def test_data_frames_out():
+    frame = pandas.DataFrame(X.numpy(), columns=list("abcd"), index=range(7, 207))
+    pipeline = make_pipeline(StandardScaler(), KMeans(5)).set_output(transform="pandas")
+    distances = clone(pipeline).fit(frame).transform(frame)
+    assert list(distances.columns) == [f"kmeans{number}" for number in range(5)]
+    assert (distances.index == frame.index).all() and distances.to_numpy().min() >= 0
+    with config_context(transform_output="pandas"):
+        fitted = KMeans(5).fit(frame)
+        assert (fitted.transform(frame).index == frame.index).all()
+        assert isinstance(fitted.transform(X), torch.Tensor)
+        assert type(fitted.set_output(transform="default").transform(frame)) is np.ndarray  # its own comes first
+    with pytest.raises(ValueError, match="transform must be one of"):
+        fitted.set_output(transform="arrow")
+
+
+def test_what_is_no_number_is_named():
+    for rows in (pandas.DataFrame({"a": [1, 2], "b": ["1", "two"]}), [[1], [1, 2]]):
+        with pytest.raises(ValueError, match="^x must be of numbers: "):
+            KMeans(1).fit(rows)
 
 
 def test_random_rows_to_start_from():
