@@ -89,4 +89,6 @@ class IFNDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, false_negatives={self.false_negatives!r}"
+        learned = isinstance(self.temperature, Tensor)
+        temperature = f"{float(self.temperature):.4g} (learned)" if learned else self.temperature
+        return f"temperature={temperature}, false_negatives={self.false_negatives!r}"

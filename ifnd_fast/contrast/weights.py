@@ -52,12 +52,15 @@ class Encoder(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a file of torch.save or safetensors holds, by names with dots; no code in it is executed.
+    """What a file of torch.save or safetensors holds, by names with dots; no code in it is executed, and objects that
+    would need some are passed over.
 
     Raises:
         CommandError: it can't be read, or holds nothing by name.
     """
-    return flattened(_read_safetensors(path) if path.suffix == ".safetensors" else checkpoint.read(path), path)
+    return flattened(
+        _read_safetensors(path) if path.suffix == ".safetensors" else checkpoint.read(path, skip_objects=True), path
+    )
 
 
 def flattened(content: Any, path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ifnd_fast.data import picture
-from ifnd_fast.data.folders import LeftOut, find_images
+from ifnd_fast.data.folders import OTHER, LeftOut, find_images
 from ifnd_fast.data.identity import Listing, content_of
 from ifnd_fast.data.lists import read_list, sizes_of
 from ifnd_fast.data.picture import open_picture, reason_of
@@ -20,6 +20,12 @@ from ifnd_fast.runtime.paths import canonical, shown
 
 T = TypeVar("T")
 LONGEST = 8  # sides: of an image this much longer than wide the middle is looked at
+OTHER_WAYS = {
+    ".tar": "wds:FOLDER (WebDataset)",
+    ".parquet": "hf:FOLDER (Hugging Face)",
+    ".arrow": "hf:FOLDER (Hugging Face)",
+}
+"""To give what is in a folder without pictures, by its files' extension."""
 IN_A_ROW = 100  # images that can't be read, after which training gives up
 
 
@@ -167,9 +173,11 @@ class FolderImages(FileImages):
         self.found = find_images(root, image_extensions(), one_class, left_out)
         if not self.found.names:
             lines = "; ".join(line for line, _ in self.found.left_out.lines())
+            others = self.found.left_out.names.get(OTHER, {})
             raise UsageError(
                 f"--data {shown(str(root))}: no images below it (looked for {', '.join(sorted(image_extensions()))})"
                 + (f"; left out: {lines}" if lines else "")
+                + next((f"; give them as {how}" for kind, how in OTHER_WAYS.items() if kind in others), "")
             )
         files = [root / name for name in self.found.names]
         super().__init__(files, self.found.labels, self.found.class_names, root, self.found.sizes)

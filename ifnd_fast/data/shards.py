@@ -124,7 +124,7 @@ def find_shards(pattern: str, split: str) -> tuple[list[Path], Path] | None:
         split: "train" or "test".
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are none, or some of {000..127} are missing.
     """
     folder = Path(pattern).expanduser()
     if folder.is_dir():
@@ -141,10 +141,18 @@ def find_shards(pattern: str, split: str) -> tuple[list[Path], Path] | None:
     elif folder.is_file():
         found, folder = [folder], folder.parent
     else:
-        found = [Path(path) for part in _expand(str(folder)) for path in sorted(glob.glob(part), key=os.fsencode)]
-        folder = folder.parent
+        parts = {part: sorted(glob.glob(part), key=os.fsencode) for part in _expand(str(folder))}
+        missing = [Path(part).name for part, there in parts.items() if not there]
+        if missing and len(parts) > len(missing):
+            raise UsageError(
+                f"--data wds:{shown(pattern)}: {len(missing)} of {len(parts)} shards are missing: "
+                f"{', '.join(map(shown, missing[:3]))}{', ...' * (len(missing) > 3)}"
+            )
+        found, folder = [Path(path) for there in parts.values() for path in there], folder.parent
     if not found:
-        raise UsageError(f"--data wds:{shown(pattern)}: no .tar files there")
+        raise UsageError(
+            f"--data wds:{shown(pattern)}: no .tar files there (compressed ones, such as .tar.gz, can't be read)"
+        )
     return found, folder
 
 

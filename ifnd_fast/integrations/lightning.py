@@ -166,6 +166,7 @@ class PseudoLabelRenewal(Callback):
         features, numbers = [], []
         with trainer.precision_plugin.forward_context():
             for batch in self.loader:
+                batch = trainer.precision_plugin.convert_input(batch)  # as before a training step
                 images, *_, indices = trainer.strategy.batch_to_device(batch, pl_module.device)
                 features.append(F.normalize(pl_module(images).float(), dim=1))
                 numbers.append(indices)

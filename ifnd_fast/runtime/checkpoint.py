@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import warnings
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +96,48 @@ def _bytes_of(value: Any) -> int:
     return value.nbytes if isinstance(value, Tensor) else 8
 
 
-def read(path: Path) -> Any:
+class Skipped:
+    """In place of an object that is no plain value: nothing of its class runs, and nothing of it is kept."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Skipped:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _stand_in(name: str) -> Any:
+    """What is called in place of a class or function of that name."""
+    if name == "collections.defaultdict":  # trainings keep their meters in them
+        return lambda *_: {}
+    return type(name, (Skipped,), {})
+
+
+def read(path: Path, skip_objects: bool = False) -> Any:
     """What torch.save wrote to a file, on the CPU; only tensors and plain values, never code. (An argparse.Namespace,
     which many trainings save their options in, is plain: reading it fills its __dict__.)
+
+    Args:
+        skip_objects: other objects (NumPy's numbers, OmegaConf's settings, ...) become `Skipped`, of a class of their
+            name; else they are refused. torch's first format, before 1.6, doesn't tell them, and is refused with them.
 
     Raises:
         CommandError: the file is missing, truncated, damaged, not torch's, or would run code.
     """
     try:
-        with open(path, "rb") as file:  # once: a run may replace or delete it meanwhile
+        with open(path, "rb") as file, ExitStack() as known:  # once: a run may replace or delete it meanwhile
+            known.enter_context(torch.serialization.safe_globals([argparse.Namespace]))
             if zipfile.is_zipfile(file):  # torch.load doesn't look at the checksums that torch.save wrote
                 with zipfile.ZipFile(file) as archive:
                     if (damaged := archive.testzip()) is not None:
                         raise CommandError(f"{path} can't be read: {damaged} in it is damaged: its checksum is wrong")
+                if skip_objects:
+                    file.seek(0)
+                    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+                    skipped: list[Any] = [(_stand_in(name), name) for name in names]
+                    known.enter_context(torch.serialization.safe_globals(skipped))
             file.seek(0)
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CommandError(f"{path} can't be read: {error}") from error
     except CommandError:
@@ -117,7 +145,9 @@ def read(path: Path) -> Any:
     except Exception as error:  # torch.load raises many kinds, one for each way a file can be broken
         reason = "it is truncated or damaged, or not a file of torch.save"
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            reason = "it holds Python objects, which could run code; save tensors alone (a state_dict)"
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            what = f" ({named[1]})" if named else ""
+            reason = f"it holds Python objects{what}, which could run code; save tensors alone (a state_dict)"
         raise CommandError(f"{path} can't be read: {reason}") from error
 
 

@@ -180,5 +180,6 @@ class Loggers:
 HINTS = {
     "--tensorboard": "",
     "--wandb": "; log in with `wandb login`, or set WANDB_MODE=offline",
-    "--mlflow": "; MLFLOW_TRACKING_URI names the server, such as http://localhost:5000",
+    "--mlflow": "; MLFLOW_TRACKING_URI names the server, such as http://localhost:5000; without one set it to "
+    "file:FOLDER, and MLFLOW_ALLOW_FILE_STORE=true",
 }

@@ -17,6 +17,8 @@ def test_module_equals_function(reduction):
     loss = module(case.query, case.positive, case.negatives, *extras)
     assert torch.equal(loss, case.loss(reduction=reduction))
     assert "attract" in repr(module) and "0.07" in repr(module)
+    learned = ifnd_fast.IFNDLoss(torch.nn.Parameter(torch.tensor(0.07)))
+    assert repr(learned) == "IFNDLoss(temperature=0.07 (learned), false_negatives='eliminate')"
     assert not list(module.parameters()) and not module.state_dict()
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
+import datetime
 
+import numpy
 import pytest
 import torch
 import torchvision
@@ -14,6 +17,7 @@ from ifnd_fast.config import ModelConfig
 from ifnd_fast.contrast import weights
 from ifnd_fast.contrast.encoder import resnet
 from ifnd_fast.evaluate.backbone import load_backbone
+from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import CommandError
 
 torch.manual_seed(0)
@@ -134,12 +138,31 @@ class Malice:
         return (open, (self.path, "w"))
 
 
-def test_options_in_a_namespace_run_no_code(tmp_path):
-    canary = tmp_path / "ran"
-    torch.save({"state_dict": OWN, "args": argparse.Namespace(x=Malice(str(canary)))}, tmp_path / "evil.pt")
-    with pytest.raises(CommandError, match="evil.pt"):
-        weights.read(tmp_path / "evil.pt")
+def test_what_is_no_plain_value_is_passed_over_and_runs_no_code(tmp_path):
+    canary, meters = tmp_path / "ran", collections.defaultdict(list, loss=[1.0])
+    evil = {
+        "args": argparse.Namespace(x=Malice(str(canary))),
+        "best": numpy.float64(93),
+        "when": datetime.date(2026, 1, 1),
+    }
+    torch.save({"state_dict": OWN, "meters": meters, **evil}, tmp_path / "others.pt")
+    named = weights.read(tmp_path / "others.pt")
+    assert named.keys() >= {"args", "best", "when", "meters.loss"} and not canary.exists()
+    with pytest.raises(CommandError, match=r"others.pt can't be read: it holds Python objects \(\S+\)"):
+        checkpoint.read(tmp_path / "others.pt")
+    torch.save({"state_dict": OWN, **evil}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CommandError, match=r"old.pt can't be read: it holds Python objects \(\S+\)"):
+        weights.read(tmp_path / "old.pt")
     assert not canary.exists()
+
+
+def test_what_is_no_weight_by_name_is_named(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(CommandError, match="module.pt holds a torch.nn.modules.linear.Linear, not a state_dict"):
+        weights.read(tmp_path / "module.pt")
+    torch.save({name: value.numpy() for name, value in OWN.items()}, tmp_path / "arrays.pt")
+    with pytest.raises(CommandError, match="conv1.weight is a numpy.*, not a tensor"):
+        weights.resnet_in(weights.read(tmp_path / "arrays.pt"), tmp_path / "arrays.pt")
 
 
 def test_a_deeper_network_does_not_fit_a_shallower_one(tmp_path):

@@ -194,6 +194,10 @@ def test_which_shards_are_meant(saved, tmp_path):
     assert len(open_images(f"{root}/{names[0]}")) == 40
     with pytest.raises(UsageError, match="no .tar files there"):
         open_images(f"wds:{tmp_path}")
+    with pytest.raises(UsageError, match="no images below it .*give them as wds:FOLDER"):
+        open_images(root)
+    with pytest.raises(UsageError, match=r"2 of 4 shards are missing: digits-train-003.tar, digits-train-004.tar$"):
+        find_shards(f"{root}/digits-train-{{001..004}}.tar", "train")
     assert full_data("wds:a/{0..3}.tar").startswith("wds:/") and full_data("hf:ylecun/mnist") == "hf:ylecun/mnist"
 
 

@@ -114,6 +114,11 @@ def test_a_resumed_training_ends_with_the_same_bits(trained, tmp_path):
     assert torch.equal(again[2].pseudo_labels.labels, renewal.pseudo_labels.labels)
 
 
+def test_a_training_in_half_precision(tmp_path):
+    queue = train(tmp_path, epochs=2, precision="bf16-true")[1]
+    assert (queue.labels >= 0).any() and queue.queue.features.isfinite().all()
+
+
 def test_what_does_not_fit_is_told(tmp_path):
     queue = KeyQueue(8, dim=4, levels=1)
     with pytest.raises(ValueError, match=r"levels has 2 levels, and the queue 1: make it by KeyQueue\(..., levels=2\)"):
