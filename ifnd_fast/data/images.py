@@ -173,7 +173,7 @@ class FolderImages(FileImages):
         self.found = find_images(root, image_extensions(), one_class, left_out)
         if not self.found.names:
             lines = "; ".join(line for line, _ in self.found.left_out.lines())
-            others = self.found.left_out.names.get(OTHER, {})
+            others = set(self.found.left_out.names.get(OTHER, ()))
             raise UsageError(
                 f"--data {shown(str(root))}: no images below it (looked for {', '.join(sorted(image_extensions()))})"
                 + (f"; left out: {lines}" if lines else "")
