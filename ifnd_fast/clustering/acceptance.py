@@ -7,18 +7,19 @@ import math
 from ifnd_fast.ops import checks
 
 
-def acceptance_rate(progress: float, acceptance_end: float = 1.0) -> float:
-    """The share of labels to accept: linear from 0 to 1 over the first `acceptance_end` of the training.
+def acceptance_rate(progress: float, acceptance_end: float = 1.0, acceptance_max: float = 1.0) -> float:
+    """The share of labels to accept: linear from 0 to `acceptance_max` over the first `acceptance_end` of the training.
 
-    min(1, progress / acceptance_end), with progress the fraction of the training that is done, 0..1.
+    acceptance_max min(1, progress / acceptance_end), with progress the fraction of the training that is done, 0..1.
 
     Raises:
-        TypeError, ValueError: progress is no number in 0..1, or acceptance_end none above 0 and at most 1.
+        TypeError, ValueError: progress is no number in 0..1, or one of the others none above 0 and at most 1.
     """
     progress = checks.fraction("progress", progress)
-    if not 0 < checks.number("acceptance_end", acceptance_end) <= 1:
-        raise ValueError(f"acceptance_end must be above 0 and at most 1, got {acceptance_end}")
-    return min(1.0, progress / acceptance_end)
+    for name, value in (("acceptance_end", acceptance_end), ("acceptance_max", acceptance_max)):
+        if not 0 < checks.number(name, value) <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+    return acceptance_max * min(1.0, progress / acceptance_end)
 
 
 def accepted_count(rate: float, n: int) -> int:

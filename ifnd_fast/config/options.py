@@ -158,7 +158,10 @@ class ClusterConfig:
     recluster_every: Annotated[float, above(0)] = 0.1
     """epochs between clusterings; below 1: this share of the training"""
     acceptance_end: Annotated[float, between(0, 1, exclude=0)] = 1.0
-    """share of the training after which every label is accepted (it rises linearly from none)"""
+    """share of the training after which as many labels are accepted as ever are (linearly more until then)"""
+    acceptance_max: Annotated[float, between(0, 1, exclude=0)] = 1.0
+    """share of each level's labels, the most confident ones, that are accepted in the end (1: every label, as in the
+    paper; fewer are right more often)"""
     features: Literal["fresh", "bank"] = "fresh"
     """cluster features of an evaluation pass over the images, or the keys that the last epoch computed anyway"""
     cluster_space: Literal["head", "backbone"] = "head"

@@ -109,7 +109,8 @@ class PseudoLabelRenewal(Callback):
         queue: gets the labels.
         levels: C_l, clusters at each level, at most about N / 4.
         every_n_epochs: between renewals.
-        acceptance_end: the fraction of the training from which on all labels are accepted.
+        acceptance_end: the fraction of the training from which on no more labels are accepted.
+        acceptance_max: share of the labels that is accepted from there on.
         clustering: other settings of `ifnd_fast.PseudoLabels` (temperature, max_iter, seed, ...).
 
     Attributes:
@@ -128,13 +129,14 @@ class PseudoLabelRenewal(Callback):
         levels: Sequence[int],
         every_n_epochs: int = 1,
         acceptance_end: float = 1.0,
+        acceptance_max: float = 1.0,
         **clustering: Any,
     ):
-        acceptance_rate(0.0, acceptance_end)
+        acceptance_rate(0.0, acceptance_end, acceptance_max)
         self.loader, self.queue = loader, queue
         self.n_images = len(cast(Sized, loader.dataset))
         self.every_n_epochs = checks.integer("every_n_epochs", every_n_epochs, 1)
-        self.acceptance_end, self.acceptance_rate = acceptance_end, 0.0
+        self.acceptance_end, self.acceptance_max, self.acceptance_rate = acceptance_end, acceptance_max, 0.0
         self.pseudo_labels = PseudoLabels(levels, distributed=True, **clustering)
         if queue.queue.labels.shape[1] != len(self.pseudo_labels.levels):
             raise ValueError(
@@ -153,7 +155,8 @@ class PseudoLabelRenewal(Callback):
             )
         own = distributed.share(self.n_images)
         features = self._features(trainer, pl_module)[own.start : own.stop]
-        self.acceptance_rate = acceptance_rate(epoch / trainer.max_epochs, self.acceptance_end)
+        done = epoch / trainer.max_epochs
+        self.acceptance_rate = acceptance_rate(done, self.acceptance_end, self.acceptance_max)
         self.queue.relabel(self.pseudo_labels.fit(features).accept(self.acceptance_rate))
 
     @torch.no_grad()

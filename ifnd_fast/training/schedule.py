@@ -27,7 +27,8 @@ def learning_rate(step: int, steps_per_epoch: int, config: OptimConfig) -> float
 
 def rate_of(config: Config, epoch: int) -> float:
     """The acceptance rate at the start of an epoch (from 0)."""
-    return acceptance_rate(epoch / config.optim.epochs, config.cluster.acceptance_end)
+    cluster = config.cluster
+    return acceptance_rate(epoch / config.optim.epochs, cluster.acceptance_end, cluster.acceptance_max)
 
 
 def labels_by_clustering(config: Config) -> bool:
@@ -75,7 +76,7 @@ def never_acts(config: Config, n_images: int) -> str | None:
         how += f"--epochs {first + 1} or more"
     else:
         why = f"of {n_images} images at most {accepted_count(rate_of(config, epochs - 1), n_images)} label is accepted"
-        how = "a smaller --acceptance-end, more --epochs or more images"
+        how = "a smaller --acceptance-end, a larger --acceptance-max, more --epochs or more images"
     strategy = config.contrast.false_negatives
     return (
         f"--false-negatives {strategy} never acts in this run: {why}. It trains as with --false-negatives keep; "

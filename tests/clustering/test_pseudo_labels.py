@@ -198,8 +198,14 @@ def test_unfit_numbers():
             with_confidence(torch.ones(3, 1)).accept(rate)
         with pytest.raises(ValueError, match="progress must be in 0..1"):
             acceptance_rate(rate)
-    with pytest.raises(ValueError, match="acceptance_end"):
-        acceptance_rate(0.5, 0)
+    for name in ("acceptance_end", "acceptance_max"):
+        for value in (0, 1.5, float("nan")):
+            with pytest.raises(ValueError, match=name):
+                acceptance_rate(0.5, **{name: value})
+
+
+def test_acceptance_up_to_a_share():
+    assert [acceptance_rate(t, 0.5, 0.3) for t in (0, 0.25, 0.5, 1)] == [0, 0.15, 0.3, 0.3]
 
 
 def test_a_warm_start_follows_features_that_moved():

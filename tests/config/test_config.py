@@ -55,7 +55,7 @@ def test_a_written_config_reads_back_equal(preset, tmp_path):
         ("optim", "epochs", 0), ("optim", "batch_size", 1), ("optim", "lr", float("nan")),
         ("contrast", "temperature", 0.0), ("contrast", "momentum", 1.5), ("contrast", "queue_size", 0),
         ("cluster", "levels", ()), ("cluster", "levels", (0,)), ("cluster", "acceptance_end", 0.0),
-        ("cluster", "whiten", 1.5), ("data", "hold_out", 1.0),
+        ("cluster", "acceptance_max", 1.5), ("cluster", "whiten", 1.5), ("data", "hold_out", 1.0),
         ("cluster", "levels", (1, 10)), ("cluster", "levels", (10, 20, 10)), ("cluster", "levels", tuple(range(2, 20))),
         ("contrast", "temperature", 1e-7), ("contrast", "temperature", 1e7), ("contrast", "temperature", float("nan")),
         ("contrast", "momentum", 1.0), ("contrast", "momentum", -0.1), ("contrast", "momentum", float("nan")),

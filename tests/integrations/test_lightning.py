@@ -126,6 +126,7 @@ def test_what_does_not_fit_is_told(tmp_path):
     for settings, words in (
         ({"every_n_epochs": 0}, "every_n_epochs"),
         ({"acceptance_end": 0.0}, "acceptance_end"),
+        ({"acceptance_max": 1.5}, "acceptance_max"),
         ({"temperature": 0.0}, "temperature"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -68,10 +68,11 @@ def changed(config: Config, options: dict) -> Config:
 @settings(max_examples=200, deadline=None)
 @given(
     epochs=st.integers(1, 40), every=st.one_of(st.integers(1, 50), st.floats(0.01, 0.99)),
-    late=st.booleans(), end=st.floats(0.01, 1.0),
+    late=st.booleans(), end=st.floats(0.01, 1.0), most=st.floats(0.01, 1.0),
 )  # fmt: skip
-def test_the_remedy_helps(epochs, every, late, end):
-    options = {"epochs": epochs, "recluster_every": every, "cluster_async": late, "acceptance_end": end}
+def test_the_remedy_helps(epochs, every, late, end, most):
+    options = {"epochs": epochs, "recluster_every": every, "cluster_async": late}
+    options |= {"acceptance_end": end, "acceptance_max": most}
     config = changed(Config(), options)
     reason = never_acts(config, 10_000)
     assert (reason is None) == bool(acting_epochs(config, 10_000))
@@ -85,7 +86,11 @@ def test_one_accepted_label_has_no_pair():
     config = changed(Config(), {"epochs": 100, "recluster_every": 99, "acceptance_end": 1.0})
     config.optim.epochs, config.cluster.recluster_every = 10, 1
     assert acting_epochs(config, 4) == [3, 4, 5, 6, 7, 8, 9]  # ceil(0.3 4) = 2
-    config.cluster.recluster_every = 2
+    config.cluster.acceptance_max = 0.5
+    assert acting_epochs(config, 4) == [6, 7, 8, 9]  # ceil(0.5 0.6 4) = 2
+    config.cluster.acceptance_max = 0.2
+    assert acting_epochs(config, 4) == [] and "a larger --acceptance-max" in never_acts(config, 4)
+    config.cluster.acceptance_max, config.cluster.recluster_every = 1.0, 2
     assert acting_epochs(config, 4) == [4, 5, 6, 7, 8, 9]
 
 
