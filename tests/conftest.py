@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,13 +94,3 @@ TINY = [
     "--width", "8", "--dim", "16", "--workers", "0", "--recluster-every", "1", "--amp", "off",
 ]  # fmt: skip
 """Options that make a run on the folders above take a few seconds."""
-
-
-def command(name: str, *args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run ifnd-fast-NAME in a process of its own, as its console script does."""
-    code = f"from ifnd_fast.cli import {name}; {name}()"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True, text=True, timeout=timeout, env=environment,
-    )  # fmt: skip

@@ -12,7 +12,8 @@ import time
 import pytest
 import torch
 
-from tests.conftest import TINY, command
+from tests.conftest import TINY
+from tests.forked import command
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ import torch
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import Stopped
 from ifnd_fast.runtime.stop import StopSignals, with_resume_hint
-from tests.conftest import TINY, command
+from tests.conftest import TINY
+from tests.forked import command, run_ranks
 from tests.training.test_distributed import torchrun
 from tests.training.test_trainer import new
 
@@ -278,7 +279,7 @@ def test_ranks_stop_together_and_go_on_to_the_same_bits(digit_folder, tmp_path):
     """A signal to one of two ranks stops both at one step; resumed, they end as two undisturbed ones."""
     script, options = tmp_path / "train.py", ["--data", digit_folder, *LONG, "--epochs", 12, "--bn-groups", 2]
     script.write_text(TRAIN)
-    done = torchrun(2, script, *options, "--out", tmp_path / "whole")
+    done = run_ranks(2, script, *options, "--out", tmp_path / "whole")
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "stopped"
     launcher = start_ranks(script, *options, "--out", out)
@@ -287,7 +288,7 @@ def test_ranks_stop_together_and_go_on_to_the_same_bits(digit_folder, tmp_path):
     _, told = launcher.communicate(timeout=120)
     assert launcher.returncode != 0 and told.count("error: stopped by SIGTERM; the last checkpoint is") == 1, told
     assert checkpoint.load_latest(out)["epoch"] >= 4
-    done = torchrun(2, script, "--resume", "--out", out)
+    done = run_ranks(2, script, "--resume", "--out", out)
     assert done.returncode == 0, done.stderr[-3000:]
     same_run(tmp_path / "whole", out)
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.training.test_distributed import torchrun
+from tests.forked import run_ranks
 
 START = """
 import sys, torch
@@ -98,7 +98,7 @@ except RuntimeError as error:
 def test_as_on_one_rank(what, ranks, tmp_path):
     script = tmp_path / "kmeans.py"
     script.write_text(START + what + "\nd.stop()\n")
-    done = torchrun(ranks, script)
+    done = run_ranks(ranks, script)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -19,7 +19,8 @@ from ifnd_fast.data.sources import open_for_run, open_images
 from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.runtime.errors import CommandError, UsageError
 from ifnd_fast.runtime.paths import shown
-from tests.conftest import TINY, command
+from tests.conftest import TINY
+from tests.forked import command
 
 
 @pytest.fixture

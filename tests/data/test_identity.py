@@ -27,7 +27,7 @@ from ifnd_fast.training.saved_run import images_of, read_run
 from ifnd_fast.training.saved_state import SavedState
 from ifnd_fast.training.trainer import Trainer
 from tests.conftest import TINY
-from tests.training.test_distributed import torchrun
+from tests.forked import run_ranks
 from tests.training.test_trainer import new
 
 
@@ -364,7 +364,7 @@ def test_ranks_that_find_different_images_stop_at_once(change, words, digit_fold
     script.write_text(RANK)
     monkeypatch.setenv("DATA_0", str(digit_folder))
     monkeypatch.setenv("DATA_1", str(data))
-    done = torchrun(2, script, "--data", "DATA", "--out", tmp_path / "run", *TINY, "--rank-timeout", 2)
+    done = run_ranks(2, script, "--data", "DATA", "--out", tmp_path / "run", *TINY, "--rank-timeout", 2)
     assert done.returncode != 0 and words in done.stderr, done.stderr[-3000:]
     told = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(told) == 1, told

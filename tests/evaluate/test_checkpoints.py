@@ -19,7 +19,7 @@ from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import CommandError, UsageError
 from ifnd_fast.training.saved_run import load_encoder
-from tests.conftest import command
+from tests.forked import command
 from tests.training.test_trainer import metrics, new
 
 

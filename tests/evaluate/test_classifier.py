@@ -19,7 +19,7 @@ from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import NonFiniteError, Stopped, UsageError
-from tests.conftest import command
+from tests.forked import command
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.training.saved_run import load_encoder
 from ifnd_fast.training.saved_state import SavedState
-from tests.conftest import TINY, command
+from tests.conftest import TINY
+from tests.forked import command
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 40), classes=st.integers(1, 5), n_clusters=st.integers(1, 8))

@@ -21,8 +21,7 @@ from ifnd_fast.evaluate.subject import Options
 from ifnd_fast.ops import assign_clusters
 from ifnd_fast.runtime.compute import Compute
 from ifnd_fast.runtime.errors import CommandError, UsageError
-from tests.conftest import command
-from tests.training.test_distributed import torchrun
+from tests.forked import command, run_ranks
 
 LEVELS = LevelOptions(levels=(3, 8))
 
@@ -112,7 +111,7 @@ def test_ranks_change_nothing(untrained_run, class_folders, tmp_path):
     script.write_text(RANKS)
     for ranks in (1, 2, 4):
         out = tmp_path / f"{ranks}.npz"
-        done = torchrun(ranks, script, untrained_run, "--data", class_folders, "--out", out, "--levels", 3, 8)
+        done = run_ranks(ranks, script, untrained_run, "--data", class_folders, "--out", out, "--levels", 3, 8)
         assert done.returncode == 0, done.stderr[-3000:]
         files.append(out.read_bytes())
     assert files[0] == files[1] == files[2]

@@ -13,7 +13,7 @@ from PIL import Image
 from ifnd_fast.evaluate.svm import Problem, Split, SvmOptions, choose_costs, sample, score
 from ifnd_fast.evaluate.voc import IGNORED, find_voc, open_voc
 from ifnd_fast.runtime.errors import CommandError, UsageError
-from tests.conftest import command
+from tests.forked import command
 
 
 @pytest.fixture(scope="module")

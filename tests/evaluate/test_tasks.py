@@ -15,7 +15,7 @@ from ifnd_fast.evaluate.svm import SvmOptions, svm
 from ifnd_fast.evaluate.tasks import TASKS
 from ifnd_fast.evaluate.transfer import ListOptions, transfer
 from ifnd_fast.runtime.errors import CommandError, UsageError
-from tests.conftest import command
+from tests.forked import command
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.test_distributed import torchrun
+from tests.forked import run_ranks
 
 for package in ("lightning", "lightly", "pytorch_metric_learning"):
     pytest.importorskip(package, reason="extras: lightning, lightly, metric-learning")
@@ -64,5 +64,5 @@ for name in ("NTXentLoss", "SupConLoss"):
 def test_two_ranks(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(SCRIPT)
-    done = torchrun(2, script, tmp_path)
+    done = run_ranks(2, script, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

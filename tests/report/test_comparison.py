@@ -13,7 +13,8 @@ from ifnd_fast.report.comparison import differing_settings, group_by_settings, m
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import UsageError
 from ifnd_fast.training.saved_run import read_run
-from tests.conftest import TINY, command
+from tests.conftest import TINY
+from tests.forked import command
 
 
 def make(folder: Path, seed: int = 0, strategy: str = "eliminate", last: int = 4, result: bool = True, lr=0.06, **data):

@@ -13,7 +13,8 @@ from ifnd_fast import config as configs
 from ifnd_fast.cli import evaluate, parse_train
 from ifnd_fast.runtime.errors import CommandError, UsageError
 from ifnd_fast.runtime.paths import expand_home, refuse_file, refuse_folder
-from tests.conftest import TINY, command
+from tests.conftest import TINY
+from tests.forked import command
 
 
 @pytest.mark.parametrize(

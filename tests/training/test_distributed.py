@@ -14,6 +14,7 @@ import torch
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.errors import UsageError
 from tests.conftest import TINY
+from tests.forked import run_ranks
 
 COLLECTIVES = """
 import torch, torch.distributed as dist
@@ -166,7 +167,7 @@ def test_ranks_share_a_batch_without_changing_the_losses(negatives, ranks, more,
     for number in (1, ranks):
         out = tmp_path / f"run-{number}"
         own = more if negatives == "in-batch" or number > 1 else []  # the queue: whole on one, in parts on several
-        done = torchrun(number, script, "--data", digit_folder, "--out", out, *TINY, "--batch-size", 40,
+        done = run_ranks(number, script, "--data", digit_folder, "--out", out, *TINY, "--batch-size", 40,
                         "--negatives", negatives, *own)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -180,7 +181,7 @@ def test_ranks_share_a_batch_without_changing_the_losses(negatives, ranks, more,
 def test_collectives_and_shuffled_batch_norm(ranks, tmp_path):
     script = tmp_path / "collectives.py"
     script.write_text(COLLECTIVES)
-    done = torchrun(ranks, script)
+    done = (torchrun if ranks == 2 else run_ranks)(ranks, script)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -191,7 +192,7 @@ def test_collectives_and_shuffled_batch_norm(ranks, tmp_path):
 def test_two_ranks_train_one_run(negatives, features, more, digit_folder, tmp_path):
     out, script = tmp_path / "run", tmp_path / "train.py"
     script.write_text("from ifnd_fast.cli import train\ntrain()\n")
-    done = torchrun(2, script, "--data", digit_folder, "--out", out, *TINY, "--negatives", negatives,
+    done = run_ranks(2, script, "--data", digit_folder, "--out", out, *TINY, "--negatives", negatives,
                     "--features", features, "--warm-iterations", 4, *more)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -216,7 +217,7 @@ def test_a_rank_none_of_whose_images_can_be_read(flat_folder, tmp_path):
     for file in sorted(data.iterdir())[:60]:
         file.write_bytes(b"broken")
     script.write_text("from ifnd_fast.cli import train\ntrain()\n")
-    done = torchrun(2, script, "--data", data, "--out", tmp_path / "run", *TINY, "--epochs", 2)
+    done = run_ranks(2, script, "--data", data, "--out", tmp_path / "run", *TINY, "--epochs", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     state = torch.load(sorted((tmp_path / "run").glob("checkpoints/*.pt"))[-1], weights_only=True)
     assert (state["accepted"][:60] == -1).all() and (state["accepted"][60:] >= 0).all()

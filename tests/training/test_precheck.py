@@ -9,7 +9,7 @@ import pytest
 from ifnd_fast.cli import parse_train
 from ifnd_fast.runtime.errors import CommandError, UsageError
 from ifnd_fast.training.precheck import check_packages
-from tests.conftest import command
+from tests.forked import command
 from tests.training.test_trainer import new
 
 

@@ -28,7 +28,7 @@ from ifnd_fast.evaluate.detection.options import DetectionOptions, learning_rate
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.compute import pick_compute
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
-from tests.training.test_distributed import torchrun
+from tests.forked import run_ranks
 
 
 def few_proposals() -> None:
@@ -320,7 +320,7 @@ def test_two_ranks_write_one_result_of_all_images(run, coco_folder, tmp_path):
     script, out = tmp_path / "detect.py", tmp_path / "out"
     script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[3])!r}){COMMAND}")
     options = [*FLAGS, "--iterations", 2, "--batch-size", 4, "--log-every", 1]
-    done = torchrun(2, script, "detection", run, "--data", coco_folder, "--out", out, *options)
+    done = run_ranks(2, script, "detection", run, "--data", coco_folder, "--out", out, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line["step"] for line in lines_of(out)] == [1, 2] and done.stdout.count("AP75") == 1
     alone = begun(run, coco_folder, tmp_path / "alone")
