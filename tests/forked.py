@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+METHOD = multiprocessing.get_start_method()
 PARENT: Any = multiprocessing.get_context("forkserver")
 PARENT.set_forkserver_preload(
     ["pytest", "torch.distributed", "faiss", "sklearn.neighbors", "ifnd_fast.cli", "ifnd_fast.training.trainer",
@@ -30,6 +31,14 @@ PARENT.set_forkserver_preload(
 def command(name: str, *args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run ifnd-fast-NAME as its console script does, on one thread."""
     return _run([{}], [name, *map(str, args)], timeout)
+
+
+def python(code: str, *args: object, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """Run Python code on one thread."""
+    with TemporaryDirectory() as folder:
+        script = Path(folder, "code.py")
+        script.write_text(code)
+        return _run([{}], [str(script), *map(str, args)], timeout)
 
 
 def run_ranks(number: int, script: Path, *args: object, timeout: float = 280) -> subprocess.CompletedProcess[str]:
@@ -50,7 +59,7 @@ def _run(each: Sequence[dict[str, str]], words: list[str], timeout: float) -> su
             path.touch()
         common = {**os.environ, "OMP_NUM_THREADS": "1"}
         processes = [
-            PARENT.Process(target=_main, args=(words, {**common, **own}, os.getcwd(), streams)) for own in each
+            PARENT.Process(target=_main, args=(words, {**common, **own}, os.getcwd(), streams, METHOD)) for own in each
         ]
         _start(processes)
         codes = _wait(processes, time.monotonic() + timeout)
@@ -87,7 +96,8 @@ def _wait(processes: Sequence[Any], deadline: float) -> list[int] | None:
     return None if late else [process.exitcode for process in processes]
 
 
-def _main(words: list[str], environment: dict[str, str], folder: str, streams: Sequence[Path]) -> None:
+def _main(words: list[str], environment: dict[str, str], folder: str, streams: Sequence[Path], method: str) -> None:
+    multiprocessing.set_start_method(method, force=True)  # which would be this process's own, for its own processes
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -20,6 +20,7 @@ import ifnd_fast
 from ifnd_fast.data.processes import make_loader, running
 from ifnd_fast.runtime.errors import LoadingError, Stopped
 from tests.conftest import TINY
+from tests.forked import python
 
 PACKAGE = Path(ifnd_fast.__file__).parent
 
@@ -265,10 +266,7 @@ def test_commands_end_within_seconds_with_a_message_and_nobody_left(
             ],
         ],
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS[message] + RUN_ALL, json.dumps(commands)], capture_output=True, text=True,
-        timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = python(FAULTS[message] + RUN_ALL, json.dumps(commands))
     told = done.stderr
     ends = [json.loads(line[6:]) for line in told.splitlines() if line.startswith("ENDED ")]
     assert len(ends) == len(commands) and done.returncode == 0, told

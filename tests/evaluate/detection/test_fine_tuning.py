@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ from ifnd_fast.evaluate.detection.options import DetectionOptions, learning_rate
 from ifnd_fast.runtime import checkpoint, run_folder
 from ifnd_fast.runtime.compute import pick_compute
 from ifnd_fast.runtime.errors import CommandError, NonFiniteError, Stopped, UsageError
-from tests.forked import run_ranks
+from tests.forked import python, run_ranks
 
 
 def few_proposals() -> None:
@@ -100,10 +99,7 @@ FineTuning._train_step = deadly
 
 def task(*args: object, before: str = "") -> subprocess.CompletedProcess[str]:
     """ifnd-fast-eval detection in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", before + COMMAND, "detection", *map(str, args)], text=True, capture_output=True,
-        timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[3],
-    )  # fmt: skip
+    return python(before + COMMAND, "detection", *args)
 
 
 @pytest.fixture(scope="module")
