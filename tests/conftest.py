@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Read when torch is imported. Tests of several threads ask for them; on small tensors they cost ten times what they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,6 @@ from PIL import Image
 
 from tests import scenes
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes with OpenMP threads each share the cores: don't spin
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if not torch.cuda.is_available():  # for tests/gpu; read when Triton is imported, which any test may do before them
     os.environ["TRITON_INTERPRET"] = "1"
 

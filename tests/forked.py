@@ -29,12 +29,12 @@ PARENT.set_forkserver_preload(
 
 
 def command(name: str, *args: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run ifnd-fast-NAME as its console script does, on one thread."""
+    """Run ifnd-fast-NAME as its console script does."""
     return _run([{}], [name, *map(str, args)], timeout)
 
 
 def python(code: str, *args: object, timeout: float = 280) -> subprocess.CompletedProcess[str]:
-    """Run Python code on one thread."""
+    """Run Python code."""
     with TemporaryDirectory() as folder:
         script = Path(folder, "code.py")
         script.write_text(code)
@@ -57,28 +57,17 @@ def _run(each: Sequence[dict[str, str]], words: list[str], timeout: float) -> su
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
         for path in streams:
             path.touch()
-        common = {**os.environ, "OMP_NUM_THREADS": "1"}
         processes = [
-            PARENT.Process(target=_main, args=(words, {**common, **own}, os.getcwd(), streams, METHOD)) for own in each
+            PARENT.Process(target=_main, args=(words, {**os.environ, **own}, os.getcwd(), streams, METHOD))
+            for own in each
         ]
-        _start(processes)
+        for process in processes:
+            process.start()
         codes = _wait(processes, time.monotonic() + timeout)
         told = [path.read_text(errors="replace") for path in streams]
     if codes is None:
         raise subprocess.TimeoutExpired(words, timeout, *told)
     return subprocess.CompletedProcess(words, next(filter(None, codes), 0), *told)
-
-
-def _start(processes: Sequence[Any]) -> None:
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # for their parent, which starts with the first of them
-    try:
-        for process in processes:
-            process.start()
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if threads is not None:
-            os.environ["OMP_NUM_THREADS"] = threads
 
 
 def _wait(processes: Sequence[Any], deadline: float) -> list[int] | None:
