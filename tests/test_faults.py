@@ -26,7 +26,7 @@ from tests.training.test_trainer import new
 
 PR_CAPBSET_DROP = 24  # <linux/prctl.h>
 TRAIN = "from ifnd_fast.cli import train; train()"
-LONG = [*TINY, "--epochs", "24", "--recluster-every", "3", "--knn-every", "0", "--checkpoint-every", "1000"]
+LONG = [*TINY, "--epochs", "18", "--recluster-every", "3", "--knn-every", "0", "--checkpoint-every", "1000"]
 
 
 def start(*args: object, prelude: str = "", **options) -> subprocess.Popen[str]:

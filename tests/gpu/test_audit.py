@@ -1,4 +1,5 @@
-"""Every GPU kernel compiles for every card, and none of them worse than bench/results/audit.json records."""
+"""GPU kernels compile, and none worse than bench/results/audit.json records: here some of them for some cards; all by
+`python bench/audit.py --check`."""
 
 from __future__ import annotations
 
@@ -25,10 +26,10 @@ def test_no_kernel_spills():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--cards", "80", "90", "--dtypes", "fp16", "fp32"),
-        ("--cards", "86", "89", "100", "120", "--only", "pass"),
+        ("--cards", "90", "--dtypes", "fp16", "fp32"),
+        ("--cards", "80", "86", "120", "--dtypes", "fp16", "--only", "pass"),
         ("--cards", "70", "75", "120", "--dtypes", "fp16", "fp32", "--only", "cuda info_nce"),
-        ("--cards", "80", "90", "--dtypes", "fp16", "fp32", "--only", "info_nce marked", "--size.levels", "16"),
+        ("--cards", "80", "--dtypes", "fp16", "fp32", "--only", "info_nce marked", "--size.levels", "16"),
     ],
     ids=" ".join,
 )

@@ -23,6 +23,16 @@ every_metric = pytest.mark.parametrize("metric", test_assign_clusters.METRICS)
 case_of = functools.partial(make_case, device=DEVICE)
 
 
+ON_TURING = ("values", "ragged", "many_points", "wide", "many_levels", "cluster_sums")
+
+
+@pytest.fixture(autouse=True)
+def _little_on_turing(request):
+    """It adds up as Volta does and holds its numbers where Ampere does: what is left are shapes and dtypes."""
+    if request.node.callspec.params.get("backend") == "Turing" and not any(n in request.node.name for n in ON_TURING):
+        pytest.skip("other emulated cards show the same")
+
+
 def refused(dtype, backend) -> bool:
     """Tensor cores before 8.0 know no bfloat16."""
     reason = backends.refusal(backend, "assign_clusters", torch.device(DEVICE), dtype)

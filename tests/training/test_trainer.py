@@ -122,9 +122,9 @@ def test_tensorboard_after_a_resume_has_each_epoch_once(digit_folder, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--features", "bank"]])
-def test_async_clustering_is_an_epoch_late(options, digit_folder, tmp_path):
+def test_async_clustering_is_an_epoch_late(options, flat_folder, tmp_path):
     """Labels clustered before an epoch are in use after it, as many as that epoch accepts, and not earlier."""
-    trainer = new(tmp_path / "run", digit_folder, "--cluster-async", "--epochs", 4, *options)
+    trainer = new(tmp_path / "run", flat_folder, "--cluster-async", "--epochs", 4, *options)
     labeller, used = trainer.labeller, []
     train_epoch = trainer._train_epoch
 
@@ -145,8 +145,8 @@ def test_async_clustering_is_an_epoch_late(options, digit_folder, tmp_path):
     assert lines[2]["cluster_level_bytes"] == [4 * 16 * clusters + 8 * seen for clusters in (3, 6)]
 
 
-def test_what_fails_in_the_background_fails_the_run(digit_folder, tmp_path):
-    trainer = new(tmp_path / "run", digit_folder, "--cluster-async")
+def test_what_fails_in_the_background_fails_the_run(flat_folder, tmp_path):
+    trainer = new(tmp_path / "run", flat_folder, "--cluster-async")
 
     def fit(*_, **__):
         raise ValueError("too few")
@@ -262,8 +262,8 @@ def test_unlabelled_images_train_without_measuring(flat_folder, tmp_path):
         new(tmp_path / "other", flat_folder, "--false-negatives", "oracle")
 
 
-def test_a_queue_longer_than_the_data_masks_the_images_own_keys(digit_folder, tmp_path):
-    trainer = new(tmp_path / "run", digit_folder, "--queue-size", 300)
+def test_a_queue_longer_than_the_data_masks_the_images_own_keys(flat_folder, tmp_path):
+    trainer = new(tmp_path / "run", flat_folder, "--queue-size", 300)
     trainer.fit()
     assert trainer.objective.queue.count == 288 and math.isfinite(metrics(tmp_path / "run")[-1]["loss"])
 
@@ -321,16 +321,16 @@ def test_unreadable_images_are_counted_or_stop_the_run(strict, flat_folder, tmp_
     assert (trainer.labeller.labels.accepted[7] == -1).all()
 
 
-def test_a_nan_stops_the_run_with_the_step(digit_folder, tmp_path):
-    trainer = new(tmp_path / "run", digit_folder)
+def test_a_nan_stops_the_run_with_the_step(flat_folder, tmp_path):
+    trainer = new(tmp_path / "run", flat_folder)
     loss = trainer.objective.loss
     trainer.objective.loss = lambda *args: loss(*args) * (math.nan if trainer.step == 3 else 1)
     with pytest.raises(NonFiniteError, match="the loss is not finite at step 4.*step-000000003.pt"):
         trainer.fit()
 
 
-def test_the_first_tensor_that_is_not_finite_is_named(digit_folder, tmp_path):
-    trainer = new(tmp_path / "run", digit_folder)
+def test_the_first_tensor_that_is_not_finite_is_named(flat_folder, tmp_path):
+    trainer = new(tmp_path / "run", flat_folder)
     update = trainer.model.update_key_encoder
 
     def break_weights():
@@ -343,8 +343,8 @@ def test_the_first_tensor_that_is_not_finite_is_named(digit_folder, tmp_path):
         trainer.fit()
 
 
-def test_steps_that_the_scaler_skips_are_counted(digit_folder, tmp_path, capsys):
-    trainer = new(tmp_path / "run", digit_folder, "--amp", "fp16")
+def test_steps_that_the_scaler_skips_are_counted(flat_folder, tmp_path, capsys):
+    trainer = new(tmp_path / "run", flat_folder, "--amp", "fp16")
     trainer.optimization.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)  # the default overflows at first
     scale = trainer.optimization.scaler.scale
     trainer.optimization.scaler.scale = lambda loss: scale(loss) * (math.inf if trainer.step in (1, 4, 5) else 1)
@@ -355,11 +355,11 @@ def test_steps_that_the_scaler_skips_are_counted(digit_folder, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("options", [[], ["--negatives", "in-batch"], ["--features", "bank"]])
-def test_contrast_in_half_precision(options, digit_folder, tmp_path, monkeypatch):
+def test_contrast_in_half_precision(options, flat_folder, tmp_path, monkeypatch):
     """What GPUs with mixed precision do, here on the CPU: queries, keys, queue and features in float16."""
-    new(tmp_path / "single", digit_folder, *options).fit()
+    new(tmp_path / "single", flat_folder, *options).fit()
     monkeypatch.setattr(Compute, "contrast_dtype", torch.float16)
-    trainer = new(tmp_path / "half", digit_folder, *options)
+    trainer = new(tmp_path / "half", flat_folder, *options)
     trainer.fit()
     if trainer.config.contrast.negatives == "queue":
         assert trainer.objective.queue.features.dtype == torch.float16
@@ -402,8 +402,8 @@ STEPS = [
 
 
 @pytest.mark.parametrize("options", STEPS)
-def test_a_step_never_waits_for_the_device(options, digit_folder, tmp_path):
-    trainer = new(tmp_path / "run", digit_folder, *options)
+def test_a_step_never_waits_for_the_device(options, flat_folder, tmp_path):
+    trainer = new(tmp_path / "run", flat_folder, *options)
     train_step, waits = trainer._train_step, CountWaits()
 
     def watched(*args):
