@@ -91,7 +91,7 @@ def kernels(dtype: torch.dtype, card: int, size: Shape) -> dict[str, tuple[Any, 
     for attract in (False, True):
         name = "attract" if attract else "eliminate"
         for kernel, constants, tile in (
-            (dense.pass_kernel, of_loss, loss.of_pass),
+            (dense.pass_kernel, {**of_loss, "PARTS": loss.parts_of(chunk, chunks)}, loss.of_pass),
             (marked.marked_sums_kernel, of_marked, loss),
             (normalise.normalise_kernel, {**of_rows, **losses, **of_splits}, rows),
             (marked.marked_grad_kernel, of_marked, loss),
@@ -118,8 +118,8 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
     of_inputs = {"query", "positive", "negatives", "features", "centroids"}
     integers = {"query_labels": "*i32", "negative_labels": "*i32", "query_ids": "*i64", "negative_ids": "*i64",
                 "labels": "*i32", "false_negative_counts": "*i32", "level_count": "*i32", "flags": "*i8"}  # fmt: skip
-    numbers = {"B": "i32", "K": "i32", "N": "i32", "C": "i32", "split_keys": "i32", "tiles": "i32", "splits": "i32",
-               "scale": "fp32", "inverse_temperature": "fp32"}  # fmt: skip
+    numbers = {"B": "i32", "K": "i32", "N": "i32", "C": "i32", "split_keys": "i32", "split_rows": "i32", "tiles": "i32",
+               "splits": "i32", "scale": "fp32", "inverse_temperature": "fp32"}  # fmt: skip
     types = {}
     for name in kernel.arg_names:
         if name in constants:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ifnd_fast.kernels.pairs import excluded_pairs, ids_of, labels_of, marked_pairs_held
-from ifnd_fast.kernels.products import load_rows, similarities
+from ifnd_fast.kernels.products import load_parts, similarities
 
 
 @triton.jit
@@ -15,16 +15,21 @@ def pass_tile(
     flags, first, end, chunk, tiles, scale,
     D: tl.constexpr, L: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     SHIFT: tl.constexpr, ATTRACT: tl.constexpr, ALL: tl.constexpr, WITH_GRAD: tl.constexpr, HAS_LABELS: tl.constexpr,
-    HAS_MARKED_PASS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_MARKED_PASS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax of each row with one tile of keys more; in a `WHOLE` tile all keys exist."""
+    """The online softmax of each row with one tile of keys more; in a `WHOLE` tile all keys exist. Queries, keys and
+    the gradient are in PARTS of their columns: a product with more columns than rows is shared out to the warps by
+    columns, one with no more by rows, and only then does each warp reduce its rows alone."""
     exists = tl.full((KEYS,), True, tl.int1) if WHOLE else first + tl.arange(0, KEYS) < end
     if CHUNKS == 1:
-        n = load_rows(negatives, first, exists, 0, D, CHUNK)
-        s = tl.dot(q, tl.trans(n), input_precision=PRECISION)
+        n = load_parts(negatives, first, exists, 0, D, CHUNK, PARTS)
+        s = tl.dot(q[0], tl.trans(n[0]), input_precision=PRECISION)
+        for part in tl.static_range(1, PARTS):
+            s = tl.dot(q[part], tl.trans(n[part]), s, input_precision=PRECISION)
     else:
         s = similarities(query, row, valid, negatives, first, exists, D, CHUNK, CHUNKS, PRECISION)
-        n = load_rows(negatives, first, exists, chunk, D, CHUNK)
+        n = load_parts(negatives, first, exists, chunk, D, CHUNK, PARTS)
     excluded = excluded_pairs(own, negative_ids, first, exists, HAS_IDS)
     if HAS_LABELS:
         marked = marked_pairs_held(y, query_labels, row, valid, negative_labels, first, exists, L, ALL)
@@ -43,9 +48,12 @@ def pass_tile(
     weights = tl.exp2((s - reference[:, None]) * scale + SHIFT)
     rescale = tl.exp2((highest - reference) * scale)
     total = total * rescale + tl.sum(weights, 1)
-    if WITH_GRAD:
-        grad = tl.dot(weights.to(n.dtype), n, grad * rescale[:, None], input_precision=PRECISION)
-    return raised, total, grad
+    weights = weights.to(n[0].dtype)
+    added = ()
+    for part in tl.static_range(PARTS if WITH_GRAD else 0):
+        g = tl.dot(weights, n[part], grad[part] * rescale[:, None], input_precision=PRECISION)
+        added = added + (g,)  # type: ignore[assignment]
+    return raised, total, added
 
 
 @triton.jit(do_not_specialize=["B", "K", "split_keys", "tiles"])
@@ -55,6 +63,7 @@ def pass_kernel(
     D: tl.constexpr, L: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, SHIFT: tl.constexpr, ATTRACT: tl.constexpr, ALL: tl.constexpr, WITH_GRAD: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_MARKED_PASS: tl.constexpr, HAS_IDS: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS queries, one split of the keys, one chunk of the gradient's columns."""
     row = tl.program_id(0) * ROWS
@@ -63,32 +72,34 @@ def pass_kernel(
     valid = rows < B
     begin = split * split_keys
     end = tl.minimum(K, begin + split_keys)
-    q = load_rows(query, row, valid, 0, D, CHUNK)
+    q = load_parts(query, row, valid, 0, D, CHUNK, PARTS)
     own, y = ids_of(query_ids, row, valid, HAS_IDS), labels_of(query_labels, row, valid, L if HAS_LABELS else 0)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    grad = tl.zeros((ROWS, CHUNK), tl.float32)
+    grad = ()
+    for _ in tl.static_range(PARTS if WITH_GRAD else 0):
+        grad = grad + (tl.zeros((ROWS, CHUNK // PARTS), tl.float32),)  # type: ignore[assignment]
     whole = begin + (end - begin) // KEYS * KEYS
     for first in range(begin, whole, KEYS):
         highest, total, grad = pass_tile(
             highest, total, grad, q, own, y, row, valid, query, negatives, query_labels, negative_labels, negative_ids,
             flags, first, end, chunk, tiles, scale,
             D, L, KEYS, CHUNK, CHUNKS, SHIFT, ATTRACT, ALL, WITH_GRAD, HAS_LABELS, HAS_MARKED_PASS, HAS_IDS, PRECISION,
-            True,
+            PARTS, True,
         )  # fmt: skip
     for first in tl.range(whole, end, KEYS, num_stages=1):  # one turn at most; as a branch it would spill registers
         highest, total, grad = pass_tile(
             highest, total, grad, q, own, y, row, valid, query, negatives, query_labels, negative_labels, negative_ids,
             flags, first, end, chunk, tiles, scale,
             D, L, KEYS, CHUNK, CHUNKS, SHIFT, ATTRACT, ALL, WITH_GRAD, HAS_LABELS, HAS_MARKED_PASS, HAS_IDS, PRECISION,
-            False,
+            PARTS, False,
         )  # fmt: skip
 
     at = split.to(tl.int64) * B + rows  # the maximum without the scale, the sum relative to it
     if chunk == 0:
         tl.store(split_max + at, highest, mask=valid)
         tl.store(split_sum + at, total * (1.0 / (1 << SHIFT)), mask=valid)
-    if WITH_GRAD:
-        columns = chunk * CHUNK + tl.arange(0, CHUNK)
+    for part in tl.static_range(PARTS if WITH_GRAD else 0):
+        columns = (chunk * PARTS + part) * (CHUNK // PARTS) + tl.arange(0, CHUNK // PARTS)
         place = split_grad + at[:, None] * D + columns[None, :]
-        tl.store(place, grad * (1.0 / (1 << SHIFT)), mask=valid[:, None] & (columns < D)[None, :])
+        tl.store(place, grad[part] * (1.0 / (1 << SHIFT)), mask=valid[:, None] & (columns < D)[None, :])

@@ -46,18 +46,27 @@ class Plan(NamedTuple):
     """How one call is cut up."""
 
     splits: int
-    split_keys: int  # a multiple of the tile's keys
-    tiles: int  # of keys
+    split_keys: int  # a multiple of the tile's; for the keys' gradient, which splits the queries, of these
+    tiles: int
+
+
+def splits_of(count: int, width: int, programs: int, multiprocessors: int, least: int = 1) -> Plan:
+    """Splits of what each program walks in tiles of this width, `least` tiles or more to each: few programs fill the
+    card then, and none waits for another's end, as a few more than run at a time would take as long again."""
+    tiles = max(1, triton.cdiv(count, width))
+    splits = max(1, min(tiles // least, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs))
+    split_tiles = triton.cdiv(tiles, splits)
+    return Plan(triton.cdiv(tiles, split_tiles), split_tiles * width, tiles)
 
 
 def plan_of(B: int, K: int, tile: Tile, chunks: int, multiprocessors: int) -> Plan:
-    """Splits of the queue so that even one block of queries fills the card, and no program waits for another's end: as
-    a few more than run at a time would take as long again."""
-    tiles = max(1, triton.cdiv(K, tile.columns))
-    programs = triton.cdiv(B, tile.rows) * chunks
-    splits = max(1, min(tiles, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs))
-    split_tiles = triton.cdiv(tiles, splits)
-    return Plan(triton.cdiv(tiles, split_tiles), split_tiles * tile.columns, tiles)
+    """Of the queue, by blocks of queries."""
+    return splits_of(K, tile.columns, triton.cdiv(B, tile.rows) * chunks, multiprocessors)
+
+
+def negatives_plan_of(B: int, K: int, tile: Tile, chunks: int, multiprocessors: int) -> Plan:
+    """Of the queries, by blocks of keys. To add up two splits takes a launch, as long as some two tiles."""
+    return splits_of(B, tile.rows, triton.cdiv(K, tile.negatives) * chunks, multiprocessors, least=2)
 
 
 class Buffers(NamedTuple):
@@ -133,8 +142,8 @@ def info_nce_forward(
     shift = shift_of(query.dtype)
     dense.pass_kernel[blocks, plan.splits, chunks if with_grad else 1](
         *inputs, b.split_max, b.split_sum, b.split_grad, b.flags, *cut,
-        SHIFT=shift, WITH_GRAD=with_grad, HAS_LABELS=has_labels, HAS_MARKED_PASS=has_marked_pass, **shape,
-        **{**products, "maxnreg": tile.of_pass.registers},
+        SHIFT=shift, WITH_GRAD=with_grad, HAS_LABELS=has_labels, HAS_MARKED_PASS=has_marked_pass,
+        PARTS=tile.parts_of(chunk, chunks), **shape, **{**products, "maxnreg": tile.of_pass.registers},
     )  # fmt: skip
     if has_marked_pass:
         marked.marked_sums_kernel[blocks, plan.splits](
@@ -178,20 +187,22 @@ def info_nce_negatives_grad(
     labels = labels.plain()
     (B, D), K, L = query.shape, len(negatives), max(1, labels.levels)
     n_losses = log_normalizer.shape[1]
-    negatives_grad = query.new_empty((K, D), dtype=torch.float32)
     if K == 0:
-        return negatives_grad
+        return query.new_empty((0, D), dtype=torch.float32)
     tile, (chunk, chunks) = tile_of("info_nce", query.dtype, capability_of(query.device), L), chunk_of(D)
-    negatives_grad_kernel[(triton.cdiv(K, tile.negatives), chunks)](
+    plan = negatives_plan_of(B, K, tile, chunks, multiprocessors(query.device))
+    split_grad = query.new_empty((plan.splits, K, D), dtype=torch.float32)
+    negatives_grad_kernel[(triton.cdiv(K, tile.negatives), plan.splits, chunks)](
         loss_grad, loss_grad.abs().amax(), query, negatives, *[loss_grad if t is None else t for t in labels],
-        log_normalizer, false_negative_counts, negatives_grad, B, K, LOG2E.value / temperature, 1.0 / temperature,
+        log_normalizer, false_negative_counts, split_grad, B, K, plan.split_keys, LOG2E.value / temperature,
+        1.0 / temperature,
         D=D, L=L, N_LOSSES=n_losses, PADDED=triton.next_power_of_2(n_losses), ROWS=tile.rows, KEYS=tile.negatives,
         CHUNK=chunk, CHUNKS=chunks, SHIFT=shift_of(query.dtype), ATTRACT=false_negatives == "attract",
         ALL=level_combination == "all",
         HAS_LABELS=labels.levels > 0 and false_negatives != "keep", HAS_IDS=labels.has_ids,
         PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
-    return negatives_grad
+    return split_grad.sum(0) if plan.splits > 1 else split_grad[0]
 
 
 def shift_of(dtype: torch.dtype) -> int:

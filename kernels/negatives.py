@@ -12,27 +12,27 @@ from ifnd_fast.kernels.products import LOG2E, LOG2E_REST, load_column, load_rows
 SMALLEST_LOSS_GRAD = tl.constexpr(2.0**-100)  # of the largest: its inverse is finite
 
 
-@triton.jit(do_not_specialize=["B", "K"])
+@triton.jit(do_not_specialize=["B", "K", "split_rows"])
 def negatives_grad_kernel(
     loss_grad, largest_loss_grad, query, negatives, query_labels, negative_labels, query_ids, negative_ids,
-    log_normalizer, false_negative_counts, negatives_grad, B, K, scale, inverse_temperature,
+    log_normalizer, false_negative_counts, split_grad, B, K, split_rows, scale, inverse_temperature,
     D: tl.constexpr, L: tl.constexpr, N_LOSSES: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, SHIFT: tl.constexpr,
     ATTRACT: tl.constexpr, ALL: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: KEYS negatives against all queries, one chunk of the gradient's columns.
+    """One program: KEYS negatives against one split of the queries, one chunk of the gradient's columns.
 
     d_k = sum_i g_i (d loss_i / d s_ik) q_i / tau. For a key in no F_l the mean over levels is one exponential:
     mean_l e^{s - lse_l} = e^{s - a} mean_l e^{a - lse_l}, a = min_l lse_l >= s up to rounding, as in `marked_weights`.
     """
-    key, chunk = tl.program_id(0) * KEYS, tl.program_id(1)
+    key, split, chunk = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2)
     exists = key + tl.arange(0, KEYS) < K
     largest = tl.maximum(tl.load(largest_loss_grad), SMALLEST_LOSS_GRAD)
     unit = (1 << SHIFT) / largest
     levels = tl.arange(0, PADDED)[None, :]
     grad = tl.zeros((KEYS, CHUNK), tl.float32)
-    for row in range(0, B, ROWS):
+    for row in range(split * split_rows, tl.minimum(B, (split + 1) * split_rows), ROWS):
         valid = row + tl.arange(0, ROWS) < B
         at = tl.arange(0, ROWS)[:, None] * N_LOSSES + levels
         inside = valid[:, None] & (levels < N_LOSSES)
@@ -65,5 +65,5 @@ def negatives_grad_kernel(
     columns = chunk * CHUNK + tl.arange(0, CHUNK)
     at = tl.arange(0, KEYS)[:, None] * D + columns[None, :]
     grad = grad * (largest * (1.0 / (1 << SHIFT))) * inverse_temperature
-    place = negatives_grad + tl.cast(key, tl.int64) * D + at
+    place = split_grad + (split.to(tl.int64) * K + key) * D + at
     tl.store(place, grad, mask=exists[:, None] & (columns < D)[None, :])

@@ -25,6 +25,16 @@ def load_rows(matrix, first, valid, chunk, D: tl.constexpr, CHUNK: tl.constexpr)
 
 
 @triton.jit
+def load_parts(matrix, first, valid, chunk, D: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr):
+    """The same, its columns in PARTS: a tuple."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        rows = load_rows(matrix, first, valid, chunk * PARTS + part, D, CHUNK // PARTS)
+        parts = parts + (rows,)  # type: ignore[assignment]
+    return parts
+
+
+@triton.jit
 def load_column(matrix, first, valid, column, WIDTH: tl.constexpr, other):
     """One column of rows [first, ...) of a (., WIDTH) matrix, (rows,)."""
     at = tl.arange(0, valid.shape[0]) * WIDTH + column

@@ -20,7 +20,8 @@ class Tile:
 
     `marked` columns at a time where levels are told apart, `negatives` where their gradient is summed: both take more
     registers. A thread may have `registers` of them, in the loss's dense pass `pass_registers`; without a number ptxas
-    chooses, now and then too few or too many.
+    chooses, now and then too few or too many. That pass multiplies in `parts` a chunk that has more columns than there
+    are rows.
     """
 
     rows: int
@@ -31,22 +32,31 @@ class Tile:
     negatives: int = 32
     registers: int | None = None
     pass_registers: int | None = None
+    parts: int = 1
 
     @property
     def of_pass(self) -> Tile:
         return replace(self, registers=self.pass_registers or self.registers)
+
+    def parts_of(self, chunk: int, chunks: int) -> int:
+        return self.parts if chunk > self.rows and chunks == 1 else 1
 
 
 # By (kernel, bytes of a number), then compute capability, then any other. Chosen by bench/audit.py: the widest that
 # spills no register on that card and leaves room for two programs on a multiprocessor, so that one's softmax hides
 # behind the other's products. Wide tiles of keys spread the rescaling of the loss's gradient (rows x 128) over more
 # products; 128 keys would spill. Where levels are told apart ptxas spills at 64 keys, on 8.0 also at 32.
-# Assignment holds scores alone: 128 rows read each centroid from the second-level cache for 128 products; 64 where a
-# multiprocessor's 100 KiB of shared memory would not hold two such programs; with over 128 registers two don't fit.
+# Assignment holds scores alone: 128 rows read each centroid from the second-level cache for 128 products. Four warps
+# take them where mma.sync multiplies, with 32 centroids: rows are shared out to the warps then, and each reduces its
+# own, with 2 barriers for 5. Two such programs fit 100 KiB of shared memory; with 128 registers four fit 8.0's.
+# For the same reason parts of a chunk leave the loss 2 barriers of 12; wgmma shares out rows anyway, and on 12.0 ptxas
+# would spill.
 # float32 has no tensor-core path at full precision, and its operands take twice the registers.
 TILES: dict[tuple[str, int], dict[tuple[int, int] | None, Tile]] = {
     ("info_nce", 2): {
-        (8, 0): Tile(64, 64, 4, 2, marked=16, registers=255),
+        (8, 0): Tile(64, 64, 4, 2, marked=16, registers=255, parts=2),
+        (8, 6): Tile(64, 64, 4, 2, registers=255, parts=2),
+        (8, 9): Tile(64, 64, 4, 2, registers=255, parts=2),
         None: Tile(64, 64, 4, 2, registers=255),
     },
     ("info_nce", 4): {
@@ -54,9 +64,10 @@ TILES: dict[tuple[str, int], dict[tuple[int, int] | None, Tile]] = {
         None: Tile(16, 32, 8, 1, marked=16, negatives=16),
     },
     ("assign_clusters", 2): {
-        (8, 6): Tile(64, 64, 4, 2),
-        (8, 9): Tile(64, 64, 4, 2),
-        (12, 0): Tile(64, 64, 4, 2),
+        (8, 0): Tile(128, 32, 4, 2, registers=128),
+        (8, 6): Tile(128, 32, 4, 2),
+        (8, 9): Tile(128, 32, 4, 2),
+        (12, 0): Tile(128, 32, 4, 2),
         (10, 0): Tile(128, 64, 8, 2, registers=128),
         None: Tile(128, 64, 8, 2),
     },

@@ -43,6 +43,23 @@ def test_triton_programs_run_in_one_wave(card, B, K):
     assert plan.split_keys % 64 == 0 and (plan.splits - 1) * plan.split_keys < K <= plan.splits * plan.split_keys
 
 
+@pytest.mark.parametrize("card", MULTIPROCESSORS)
+@pytest.mark.parametrize("B", ROWS)
+@pytest.mark.parametrize("K", [1, 32, 1024, 2048, 65536])
+def test_triton_splits_queries_where_keys_are_few(card, B, K):
+    pytest.importorskip("triton")
+    from ifnd_fast.kernels import info_nce
+    from ifnd_fast.kernels.tiles import Tile
+
+    programs, resident, tiles = -(-K // 32), 2 * MULTIPROCESSORS[card], -(-B // 64)
+    plan = info_nce.negatives_plan_of(B, K, Tile(64, 64, 4, 2), 1, MULTIPROCESSORS[card])
+    assert plan.splits * programs <= max(resident, programs)
+    assert plan.split_keys % 64 == 0 and (plan.splits - 1) * plan.split_keys < B <= plan.splits * plan.split_keys
+    assert plan.splits == 1 or plan.split_keys >= 128  # what adding two of them up costs
+    if tiles >= 4 and programs <= resident // 2:
+        assert plan.splits > 1
+
+
 def test_each_tensor_is_looked_at_once(monkeypatch):
     """Five launches share them: of the host's time addresses were the largest part."""
     looked_at, launched = [], []

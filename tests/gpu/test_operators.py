@@ -117,6 +117,25 @@ def test_rows_wider_than_a_tile(backend, strategy, D):
     case_of(9, 70, D, 2, dtype=torch.float16, false_negatives=strategy).check(backend)
 
 
+@every_strategy
+def test_a_chunk_in_parts(backend, strategy, monkeypatch):
+    """As on 8.0, 8.6 and 8.9, whose tiles are not the interpreter's."""
+    if backend != "triton":
+        pytest.skip("of Triton's tiles")
+    from ifnd_fast.kernels import tiles
+
+    monkeypatch.setitem(tiles.TILES, ("info_nce", 2), {None: tiles.Tile(16, 32, 4, 2, marked=16, parts=2)})
+    case_of(20, 70, 100, 2, dtype=torch.float16, false_negatives=strategy).check(backend)
+
+
+@pytest.mark.parametrize("dtype, B", [(torch.float32, 100), (torch.float16, 200)])
+def test_few_keys_many_queries(backend, dtype, B):
+    """The queries are split, for the keys' gradient. Their rows' lengths differ, in float32 so their terms' units."""
+    case = case_of(B, 9, 16, 2, dtype=dtype, clusters=3)
+    case.query *= 2.0 ** (torch.arange(B) % 7 - 5).to(case.query)[:, None]
+    case.check(backend)
+
+
 def test_ids_have_64_bits(backend):
     case = case_of(9, 70, 16)
     case.negative_ids[::2] += 2**32
