@@ -89,30 +89,30 @@ def info_nce_forward(
     def floats(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
-    level_splits = splits if has_marked_pass else 0
     loss, positive_weight, log_normalizer = floats(B), floats(B), floats(B, n_losses)
     false_negative_counts = query.new_empty((B, n_losses), dtype=torch.int32)
     query_grad = floats(B if with_grad else 0, D)
-    sums = {
-        "split_max": floats(splits, B), "split_sum": floats(splits, B), "split_factor": floats(splits, B),
-        "split_grad": floats(splits if with_grad else 0, B, D),
-        "level_max": floats(level_splits, B, n_losses), "level_sum": floats(level_splits, B, n_losses),
-        "level_count": query.new_empty((level_splits, B, n_losses), dtype=torch.int32),
-        "flags": query.new_empty((-(-B // WARP_ROWS), tiles), dtype=torch.uint8) if has_marked_pass else None,
-        "log_normalizer": log_normalizer, "false_negative_counts": false_negative_counts,
-    }  # fmt: skip
+    sizes = dict.fromkeys(("split_max", "split_sum", "split_factor"), splits * B)
+    if with_grad:
+        sizes["split_grad"] = splits * B * D
+    if has_marked_pass:
+        sizes |= dict.fromkeys(("level_max", "level_sum", "level_count"), splits * B * n_losses)
+        sizes["flags"] = -(-tiles * -(-B // WARP_ROWS) // 4)  # a byte for each tile of each warp's queries
+    _held, places = launch.buffers(query, sizes)
     device = query.device
-    kept = launch.addresses(device, **sums)
+    kept = {
+        **places,
+        "log_normalizer": log_normalizer.data_ptr(),
+        "false_negative_counts": false_negative_counts.data_ptr(),
+    }
     passes = {
         **launch.addresses(device, **both), **kept, "split_columns": split_columns, "splits": splits, "tiles": tiles,
         "warps": warps, "with_grad": with_grad, "grad_columns": D,
     }  # fmt: skip
     joins = {
         **kept,
-        **launch.addresses(
-            device, query=query.contiguous(), positive=positive.contiguous(), loss=loss,
-            positive_weight=positive_weight, query_grad=query_grad,
-        ),
+        **launch.addresses(device, query=query.contiguous(), positive=positive.contiguous()),
+        "loss": loss.data_ptr(), "positive_weight": positive_weight.data_ptr(), "query_grad": query_grad.data_ptr(),
         "B": B, "D": D, "n_losses": n_losses, "splits": splits, "kind": _KINDS[query.dtype], "scale": both["scale"],
         "inverse_temperature": 1 / temperature, "attract": both["attract"], "has_marked_pass": has_marked_pass,
     }  # fmt: skip

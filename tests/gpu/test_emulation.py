@@ -28,10 +28,18 @@ CASES = """
 import sys, importlib, pytest, torch
 import tests.gpu.emulated as emulated
 from ifnd_fast import assign_clusters
+from ifnd_fast.ops import launch
 from tests.ops.cases import STRATEGIES, make_case
 
 sys.path.insert(0, sys.argv[1])
 emulated.use(pytest.MonkeyPatch(), importlib.import_module("_cuda_on_" + sys.argv[2]), sys.argv[2])
+
+def apart(like, sizes):
+    held = {name: torch.empty(size) for name, size in sizes.items()}
+    return held, {name: numbers.data_ptr() for name, numbers in held.items()}
+
+
+launch.buffers = apart  # that the sanitizer sees where each ends
 for dtype in (torch.float16, torch.float32):
     for B, K, D, L in ((1, 1, 1, 1), (37, 331, 65, 3), (9, 70, 140, 16), (33, 64, 8, 5)):
         for strategy in STRATEGIES:

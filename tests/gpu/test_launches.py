@@ -60,6 +60,15 @@ def test_triton_splits_queries_where_keys_are_few(card, B, K):
         assert plan.splits > 1
 
 
+def test_buffers_lie_apart():
+    """In one allocation, each from the start of a line of the caches."""
+    sizes = {"a": 5, "b": 64, "c": 1, "d": 33}
+    held, places = launch.buffers(torch.empty(1, dtype=torch.float16), sizes)
+    assert held.dtype == torch.float32 and list(places) == list(sizes)
+    begins = [(place - held.data_ptr()) // 4 for place in places.values()]
+    assert begins == [0, 32, 96, 128] and begins[-1] + 33 <= len(held)
+
+
 def test_each_tensor_is_looked_at_once(monkeypatch):
     """Five launches share them: of the host's time addresses were the largest part."""
     looked_at, launched = [], []
@@ -73,6 +82,6 @@ def test_each_tensor_is_looked_at_once(monkeypatch):
     case.loss(backend="cuda")
     passes = [given["step"] for name, given in launched if name == "info_nce"]
     assert passes == ["dense", "marked_sums", "marked_grad"] and len(launched) == 5
-    assert set(looked_at) > {"query", "negatives", "split_grad"}
+    assert set(looked_at) > {"query", "negatives", "negative_labels"} and "split_grad" in launched[0][1]
     assert len(looked_at) - len(set(looked_at)) <= 1  # the query, as an operand and as it was given
     assert not any(isinstance(value, torch.Tensor) for _, given in launched for value in given.values())
