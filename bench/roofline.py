@@ -5,21 +5,27 @@ tile is visited again; most of what exceeds the floor are the splits' gradients,
 second-level cache larger than that keeps from the memory. Share of peak: instructions of the loop over whole tiles and
 the cycles that they take of each unit, counted in SASS for triton, in PTX for cuda (whose branches that load rows anew,
 for rows wider than 128, are left out, all others counted as taken). The higher figure is for units that overlap wholly,
-the lower for tensor cores that wait while anything else is issued. Both suppose a full card, and the loss of 32 queries
-does not fill it: V100's multiprocessors then hold 4 warps in place of 8, and half of the others' 64 rows are empty.
+shuffles and shared memory being one unit, the lower for tensor cores that wait while anything else is issued and at
+every barrier. Both suppose a full card, and the loss of 32 queries does not fill it: V100's multiprocessors then hold 4
+warps in place of 8, and half of the others' 64 rows are empty.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
-from audit import Shape, assemble, only_entry, triton_ptx
+from audit import Shape, assemble, only_entry, recorded, triton_ptx
 from nvrtc import ptx_of
+
+from ifnd_fast.kernels.tiles import tile_of
 
 MMA = re.compile(r"mma(?:_async)?\.sync\.aligned\.m(\d+)n(\d+)k(\d+)|HGMMA\.(\d+)x(\d+)x(\d+)|HMMA\.(16)(8)(16)")
 RESULT = Path(__file__).parent / "results" / "roofline.md"
@@ -45,8 +51,11 @@ CARDS = (
     Card("H100", 90, 989e12, 3350e9, 132, 512, 50e6, "triton"),
 )
 # Cycles of a quarter of a multiprocessor for one warp's instruction (CUDA C++ Programming Guide, arithmetic
-# throughput): one of issue for any; 4 lanes for exponentials; shared memory gives 128 bytes a cycle to all quarters.
+# throughput): one of issue for any; 4 lanes for exponentials; shared memory gives 128 bytes a cycle to all quarters, or
+# shuffles 32 lanes.
 EXPONENTIAL, SHARED_WAVE = 8, 4
+# Assumed: for a block's warps to meet, and then to read what the others wrote; the slowest warp's lead is not in it.
+BARRIER = 40
 
 
 @dataclass(frozen=True)
@@ -131,8 +140,11 @@ class Assignment:
 
     def traffic(self, card: Card) -> float:
         """Centroids once for each wave of blocks, which walk them together."""
-        rows = 256 if card.backend == "cuda" else 128
-        waves = -(-self.N // (rows * 2 * card.multiprocessors))
+        on_cuda = card.backend == "cuda"
+        name = "cuda assign confidence" if on_cuda else self.triton
+        rows = 256 if on_cuda else tile_of("assign_clusters", torch.float16, divmod(card.capability, 10)).rows
+        blocks = recorded()[name, "fp16", card.capability, 3].blocks
+        waves = -(-self.N // (rows * blocks * card.multiprocessors))
         return self.floor_bytes() + (waves - 1) * 2 * self.D * self.C
 
     def between(self, card: Card) -> float:
@@ -157,6 +169,8 @@ class Mix:
     shared_waves: int
     instructions: int
     tensor_instructions: int
+    shuffles: int
+    barriers: int
 
     @staticmethod
     def of(body: list[str]) -> Mix:
@@ -167,6 +181,7 @@ class Mix:
         return Mix(
             products, sum("ex2" in line.lower() for line in body), sum(map(waves, body)),
             sum(not line.startswith("mov") for line in body), len(shapes),
+            sum(bool(re.search(r"\bshfl\.", line, re.I)) for line in body), sum(map(is_barrier, body)),
         )  # fmt: skip
 
     def tensor_cycles(self, card: Card) -> float:
@@ -175,15 +190,22 @@ class Mix:
     def share(self, card: Card) -> tuple[float, float]:
         """Of the tensor cores' peak: units wholly overlapped, and tensor cores waiting for all others' issue."""
         tensor = self.tensor_cycles(card)
-        busiest = max(tensor, self.instructions, self.exponentials * EXPONENTIAL, self.shared_waves * SHARED_WAVE)
-        return tensor / busiest, tensor / (tensor + self.instructions - self.tensor_instructions)
+        shared = (self.shared_waves + self.shuffles) * SHARED_WAVE
+        busiest = max(tensor, self.instructions, self.exponentials * EXPONENTIAL, shared)
+        others = self.instructions - self.tensor_instructions
+        return tensor / busiest, tensor / (tensor + others + self.barriers * BARRIER)
 
 
 def mix_of(shape: Loss | Assignment, card: Card) -> Mix:
+    return counted(shape.triton, shape.cuda, card)
+
+
+@functools.cache
+def counted(triton_kernel: str, cuda_kernel: tuple[str, str], card: Card) -> Mix:
     if card.backend == "triton":
-        ptx = triton_ptx(shape.triton, "fp16", card.capability, Shape())[0]
+        ptx = triton_ptx(triton_kernel, "fp16", card.capability, Shape())[0]
         return Mix.of(first_loop(sass_of(ptx)))
-    header, kernel = shape.cuda
+    header, kernel = cuda_kernel
     return Mix.of(hot(first_loop(only_entry(ptx_of(header, kernel, card.capability), re.split(r"::|<", kernel)[2]))))
 
 
@@ -216,6 +238,11 @@ def waves(line: str) -> int:
         return int(bits.group(1)) // 32
     words = re.search(r"\.(?:[vx]|\w+88\.)([24])\b", line)
     return int(words.group(1)) if words else 1
+
+
+def is_barrier(line: str) -> bool:
+    """Of the whole block, in PTX or SASS."""
+    return bool(re.search(r"\b(bar(rier)?(\.cta)?\.(sync|red)|BAR\.(SYNC|RED))\b", line))
 
 
 def hot(loop: list[str]) -> list[str]:
@@ -271,9 +298,23 @@ ESTIMATES = (
     f"{START * 1e6:.0f} us to start and, of normalise, {CHAIN * 1e6:.0f} us of reads that wait for each other, both "
     "assumed; then the longer of operations, at the share of peak above, and bytes at the memory's rate, as if no "
     "cache kept any. Tiles are visited again as often as clusters of equal size, half of the labels accepted, flag "
-    "them. Barriers are not counted, so these are the least that is likely. What the host takes to launch them is "
-    "measured by `python bench/host_time.py`. Nothing here was timed on a card:"
+    "them. Nothing here was timed on a card."
 )
+
+
+def host_time() -> str:
+    """What bench/host_time.py last wrote."""
+    last = json.loads((RESULT.parent / "host_time.json").read_text())
+    times = last["microseconds"]
+    each = ", ".join(
+        f"{times[f'{backend} forward']} us to go forward and {times[f'{backend} and backward']} with the way back by "
+        f"{backend}"
+        for backend in ("cuda", "triton")
+    )
+    return (
+        f"The host's own time, beside all that: {each} (`python bench/host_time.py --write`, {last['date']}, "
+        f"{last['CPU']}, torch {last['torch']}: process time, tensors on the CPU, launches that do nothing)."
+    )
 
 
 def estimates() -> list[str]:
@@ -291,14 +332,15 @@ def estimates() -> list[str]:
             target = TARGETS[card.name][shape.B]
             met = "met" if worst <= target else "missed" if best > target else "met at best"
             size = f"{sum(part[1] for part in parts) / 1e6:.1f} MB"
-            lines.append(row(shape.B, name, "all", size, f"{best:.0f} to {worst:.0f} us", f"{target} us: {met}"))
+            estimate = f"{best:.0f} to {worst:.0f} us"
+            lines.append(row(shape.B, name, f"all {len(parts)}", size, estimate, f"{target} us: {met}"))
     return lines
 
 
 def mixes() -> list[str]:
     header = (
         "kernel", "card, backend", "tensor cycles", "instructions", "tensor instructions", "exponentials",
-        "shared-memory waves",
+        "shared-memory waves", "shuffles", "barriers",
     )  # fmt: skip
     lines = [row(*header), row(*["---"] * len(header))]
     for shape in (SHAPES[0], SHAPES[3]):
@@ -306,6 +348,7 @@ def mixes() -> list[str]:
             mix = mix_of(shape, card)
             numbers = (
                 mix.tensor_cycles(card), mix.instructions, mix.tensor_instructions, mix.exponentials, mix.shared_waves,
+                mix.shuffles, mix.barriers,
             )  # fmt: skip
             lines.append(row(type(shape).__name__.lower(), f"{card.name}, {card.backend}", *map(round, numbers)))
     return lines
@@ -319,7 +362,7 @@ def main() -> None:
         "",
     ]
     between = ["", "Of one warp for one tile, D=128, float16, with the cycles that its products take at the peak:", ""]
-    text = "\n".join([*title, *table(), *between, *mixes(), "", ESTIMATES, "", *estimates()]) + "\n"
+    text = "\n".join([*title, *table(), *between, *mixes(), "", ESTIMATES, "", *estimates(), "", host_time()]) + "\n"
     print(text)
     RESULT.write_text(text)
 
