@@ -37,9 +37,11 @@ def start(*args: object, prelude: str = "", **options) -> subprocess.Popen[str]:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], text: str = "") -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (path.exists() and text in path.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.terminate()
+            pytest.fail(f"{path} does not say {text!r}: {process.communicate(timeout=60)}")
         time.sleep(0.01)
 
 
