@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from ifnd_fast.runtime.errors import CommandError, LoadingError, Stopped
-from ifnd_fast.runtime.stop import ignore_stop_signals
+from ifnd_fast.runtime.stop import ignore_stop_signals, stop_signals_later
 
 GRACE = 3.0  # seconds that loading processes have for the pictures in hand, before they are killed
 CAUGHT = "Caught "  # how torch begins what it tells of an exception in a loading process
@@ -65,7 +65,8 @@ def running(loader: DataLoader) -> Iterator[Iterator[Any]]:
 def _started(loader: DataLoader) -> _BaseDataLoaderIter:
     before = set(multiprocessing.active_children())
     try:
-        return iter(loader)
+        with stop_signals_later():
+            return iter(loader)
     except BaseException as error:  # no memory for a second process, say
         _kill(set(multiprocessing.active_children()) - before)
         if isinstance(error, OSError):
@@ -118,8 +119,6 @@ def _of_shared_memory() -> str:
 def _begin(_: int) -> None:
     """In a loading process, before it loads anything."""
     ignore_stop_signals()
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # A batch that can't be handed over (no shared memory, no free file descriptor) would be missing without a word, and
     # its receiver wait for good.
     Queue._on_queue_feeder_error = _hand_over_the_error  # type: ignore[attr-defined]

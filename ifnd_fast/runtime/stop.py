@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 
@@ -77,3 +78,20 @@ def ignore_stop_signals(_: int = 0) -> None:
     """For processes that load data: Ctrl-C reaches the whole group, and their parent decides when they end."""
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)
+
+
+@contextmanager
+def stop_signals_later() -> Iterator[None]:
+    """Stop signals wait until this ends, and in the processes that are started meanwhile until they ignore them: those
+    begin with the handlers of this one, and would raise Stopped."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM once it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 import ifnd_fast
 from ifnd_fast.data.processes import make_loader, running
 from ifnd_fast.runtime.errors import LoadingError, Stopped
+from ifnd_fast.runtime.stop import StopSignals
 from tests.conftest import TINY
 from tests.forked import python
 
@@ -71,6 +72,21 @@ def test_any_exception_ends_the_loop_with_its_name_and_its_traceback(error, work
     assert str(caught.value) == f"loading images failed: {type(error).__name__}: {error}"
     assert f"{Path(__file__).name}" in caught.value.details and "raise error" in caught.value.details
     assert nobody_is_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_as_they_start_is_nothing_to_them(number, monkeypatch):
+    """Before they ignore it they have the handlers of their parent."""
+    seed, parent = torch.manual_seed, os.getpid()
+
+    def signalled(number_of_seed: int):  # the first thing that a loading process does
+        if os.getpid() != parent:
+            os.kill(os.getpid(), number)
+        return seed(number_of_seed)
+
+    monkeypatch.setattr(torch, "manual_seed", signalled)
+    with StopSignals():
+        assert read(lambda index: index, 2, batch_size=None) == list(range(8)) and nobody_is_left()
 
 
 def die(number: int):

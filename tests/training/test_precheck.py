@@ -9,7 +9,7 @@ import pytest
 from ifnd_fast.cli import parse_train
 from ifnd_fast.runtime.errors import CommandError, UsageError
 from ifnd_fast.training.precheck import check_packages
-from tests.forked import command
+from tests.forked import python
 from tests.training.test_trainer import new
 
 
@@ -33,10 +33,9 @@ def test_a_package_that_an_option_needs(options, module, words, monkeypatch):
     check_packages(parse_train([]))
 
 
-def test_a_package_that_is_missing_leaves_nothing_behind(digit_folder, tmp_path, monkeypatch):
-    (tmp_path / "tensorboard.py").write_text("raise ImportError('not here')")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{sys.path[0]}", prepend=":")
-    done = command("train", "--data", digit_folder, "--out", tmp_path / "run", "--tensorboard")
+def test_a_package_that_is_missing_leaves_nothing_behind(digit_folder, tmp_path):
+    code = "import sys; sys.modules['tensorboard'] = None\nfrom ifnd_fast.cli import train; train()"
+    done = python(code, "--data", digit_folder, "--out", tmp_path / "run", "--tensorboard")
     assert done.returncode == 2 and "--tensorboard: pip install" in done.stderr, done.stderr
     assert not (tmp_path / "run").exists() and "Traceback" not in done.stderr
 
