@@ -75,19 +75,10 @@ def append_metrics(out: Path, metrics: dict[str, Any]) -> None:
         raise CommandError(f"could not write {path}: {error}") from error
 
 
-def summary_writer(out: Path) -> Any:
-    """TensorBoard's, in OUT/tensorboard. Epochs that an earlier sitting wrote there and metrics.jsonl no longer has are
-    no longer shown.
-
-    Raises UsageError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError(f"--tensorboard: pip install 'ifnd-fast[tensorboard]' first ({error})") from error
+def last_epoch(out: Path) -> int:
+    """Of metrics.jsonl; 0: it has none."""
     lines = _complete_lines(out / METRICS) if (out / METRICS).exists() else []
-    last = json.loads(lines[-1])["epoch"] if lines else 0
-    return SummaryWriter(str(out / "tensorboard"), purge_step=last + 1)
+    return json.loads(lines[-1])["epoch"] if lines else 0
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:

@@ -57,8 +57,10 @@ class FeatureWatch:
         """What to try; which first depends on the strategy."""
         tried = ["a lower --lr", "--warmup-epochs", "a lower --temperature"]
         if self.config.contrast.false_negatives in ("eliminate", "attract"):
-            tried += ["a larger --acceptance-end (1: labels are trusted late)", "a lower --acceptance-max"]
-            tried += ["more clusters by --levels"]
+            tried += [
+                "a larger --acceptance-end (1: labels are trusted late)", "a lower --acceptance-max",
+                "more clusters by --levels",
+            ]  # fmt: skip
         return f"Such features tell images apart no more: start again with {', '.join(tried)}, or another --seed"
 
     def _of_all_ranks(self) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,11 @@ class TensorBoard:
     names, which for those of one second is not that of the epochs.)"""
 
     def __init__(self, config: Config):
-        self.writer = run_folder.summary_writer(config.run.out)
+        from torch.utils.tensorboard import SummaryWriter
+
+        out = config.run.out
+        # What an earlier sitting wrote of epochs that metrics.jsonl no longer has is not shown from here on.
+        self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=run_folder.last_epoch(out) + 1)
 
     def log(self, epoch: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -178,7 +182,7 @@ class Loggers:
 
 
 HINTS = {
-    "--tensorboard": "",
+    "--tensorboard": "; pip install 'ifnd-fast[tensorboard]' first",
     "--wandb": "; log in with `wandb login`, or set WANDB_MODE=offline",
     "--mlflow": "; MLFLOW_TRACKING_URI names the server, such as http://localhost:5000; without one set it to "
     "file:FOLDER, and MLFLOW_ALLOW_FILE_STORE=true",
