@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Read when torch is imported. Tests of several threads ask for them; on small tensors they cost ten times what they do.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when torch is imported, also by the processes that tests start: sums of several threads round otherwise, and on
+# small tensors they cost ten times what they do. Tests of several threads ask for them.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

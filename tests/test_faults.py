@@ -32,7 +32,7 @@ LONG = [*TINY, "--epochs", "18", "--recluster-every", "3", "--knn-every", "0", "
 def start(*args: object, prelude: str = "", **options) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", f"{prelude}\n{TRAIN}", *map(str, args)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
     )  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def test_odd_names_locale_and_clock(digit_folder, tmp_path):
     data = tmp_path / "sch\u00f6ne Bilder \u2603"
     data.symlink_to(digit_folder)
     backwards = "import time, itertools; ticks = itertools.count(); time.time = lambda: 1e9 - next(ticks)"
-    odd = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
+    odd = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     args = ["--data", data, "--out", tmp_path / "Lauf \u00fc", *TINY]
     done = subprocess.run(
         [sys.executable, "-c", f"{backwards}\n{TRAIN}", *map(str, args)], capture_output=True, env={**os.environ, **odd}
@@ -273,7 +273,7 @@ def start_ranks(script: Path, *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script,
          *map(str, args)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

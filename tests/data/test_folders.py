@@ -374,7 +374,7 @@ def test_names_reach_the_end_of_every_evaluation(named_run, tmp_path):
     file = tmp_path / os.fsdecode(b"f\xefgures ")
     done = subprocess.run(
         [sys.executable, "-c", EVALUATIONS, out, file, json.dumps(tasks)], capture_output=True, text=True, timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     figures = {}
