@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 
 import torch
@@ -42,8 +43,19 @@ def _cpu() -> list[str]:
     units = [name for name, there in extension.features().items() if there]
     return [
         f"CPU: {platform.machine()}, vector units {', '.join(units) or 'none known'}; kernels use "
-        f"{extension.isa()}, {torch.get_num_threads()} threads"
+        f"{extension.isa()}, {torch.get_num_threads()} threads",
+        *_not_by_default(units, extension.isa()),
     ]
+
+
+def _not_by_default(units: list[str], isa: str) -> list[str]:
+    """What the CPU has, but its kernels are used only if asked for."""
+    if os.environ.get("IFND_FAST_CPU_ISA"):
+        return []
+    if "avx512bf16" in units and isa == "avx512vnni":
+        reason = "dot products of bfloat16 are slower than float32's on Intel's cores"
+        return [f"  not avx512bf16: {reason}; IFND_FAST_CPU_ISA=avx512bf16 takes them all the same"]
+    return []
 
 
 def _gpus() -> list[str]:

@@ -5,7 +5,7 @@
 
 namespace ifnd {
 
-// The kernels in use: the best that the CPU runs, or the one that IFND_FAST_CPU_ISA lowers it to.
+// The kernels in use: those that choice.h gives this CPU, or the ones that IFND_FAST_CPU_ISA names.
 // Throws std::runtime_error for a value that is unknown, or that this CPU or build lacks.
 const Kernels& kernels();
 

@@ -5,16 +5,41 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.native.cases import ROOT, _cpu, run_python
-from tests.native.programs import HERE, isas
+from tests.native.programs import HERE, SOURCE, isas
 
 
-def test_the_best_instruction_set_is_chosen():
-    if "IFND_FAST_CPU_ISA" not in os.environ:
-        assert _cpu.isa() == isas()[-1]
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """What a CPU with these facts gets."""
+    program = tmp_path_factory.mktemp("choice") / "choice"
+    source = [str(HERE / "choice.cpp"), f"-I{SOURCE / 'cpu'}"]
+    subprocess.run(["c++", "-std=c++17", *source, "-o", str(program)], check=True)
+    return lambda *facts: subprocess.run([program, *facts], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_choice_by_what_the_cpu_is(chosen):
+    """Dot products of bfloat16 are slow on Intel's cores, and fast on AMD's."""
+    avx512 = ("avx2", "avx512")
+    assert chosen() == chosen("intel") == "portable"
+    assert chosen("avx2") == chosen("avx2", "intel") == "avx2"
+    assert chosen(*avx512) == chosen(*avx512, "avx512bf16") == "avx512"
+    assert chosen("avx512", "avx512vnni") == "portable"
+    assert chosen(*avx512, "avx512vnni") == chosen(*avx512, "avx512vnni", "intel") == "avx512vnni"
+    assert chosen(*avx512, "avx512vnni", "avx512bf16") == "avx512bf16"
+    assert chosen(*avx512, "avx512vnni", "avx512bf16", "intel") == "avx512vnni"
+
+
+def test_this_cpu_gets_what_is_chosen_for_it(chosen):
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "IFND_FAST_CPU_ISA" in os.environ:
+        pytest.skip("no /proc/cpuinfo, or another set was asked for")
+    intel = ["intel"] * ("GenuineIntel" in cpuinfo.read_text())
+    assert _cpu.isa() == chosen(*isas()[1:], *intel)
 
 
 @pytest.mark.parametrize("isa", [isa for isa in isas() if isa != _cpu.isa()])

@@ -156,6 +156,18 @@ def test_a_fifth_backend_is_one_entry(monkeypatch):
     assert "  not amx: this version has no amx kernel for info_nce" in report
 
 
+@pytest.mark.parametrize(
+    ("isa", "said"), [("avx512vnni", True), ("avx512bf16", False), ("avx512", False), ("portable", False)]
+)
+def test_info_says_what_the_cpu_has_and_does_not_get(monkeypatch, isa, said):
+    monkeypatch.delenv("IFND_FAST_CPU_ISA", raising=False)
+    units = {"avx512vnni": True, "avx512bf16": isa != "avx512", "amx_tile": False}
+    monkeypatch.setattr(backends, "_cpu", SimpleNamespace(isa=lambda: isa, features=lambda: units))
+    report = "\n".join(info.lines())
+    assert f"kernels use {isa}," in report
+    assert ("IFND_FAST_CPU_ISA=avx512bf16 takes them all the same" in report) == said
+
+
 def test_who_leads_goes_first_where_it_does(monkeypatch):
     """As Triton before cuda, on newer cards in half precision."""
     late = backends.Backend("cpu", lambda *_: None, backends.FUSED["cpu"].kernels, lambda _, dtype: dtype in DTYPES[1:])
