@@ -194,7 +194,8 @@ class RunConfig:
     device: MayChange[str] = "auto"
     """"auto" (CUDA when there, else CPU), "cpu", "cuda", "cuda:1", ..."""
     amp: Literal["auto", "fp16", "bf16", "off"] = "auto"
-    """mixed precision; auto: bf16 on GPUs since Ampere and CPUs that have it, fp16 with loss scaling on older GPUs"""
+    """mixed precision; auto: bf16 on GPUs since Ampere, fp16 with loss scaling on older ones, and on CPUs bf16 where it
+    is faster for the run's encoder, which takes some seconds to measure when the run begins"""
     channels_last: bool = True
     """store images and weights channels-last"""
     compile: bool = False
@@ -222,6 +223,8 @@ class Config:
     preset: Annotated[str, tyro.conf.Suppress] = "demo"
     identity: Annotated[MayChange[dict[str, str]], tyro.conf.Suppress] = field(default_factory=dict)
     """of the data, by part (see `data.identity`); empty before they are looked at and in earlier versions' runs"""
+    amp_on_cpu: Annotated[Literal["", "bf16", "off"], tyro.conf.Suppress] = ""
+    """what --amp auto was measured to be as the run began on a CPU; empty: it was not, as in earlier versions' runs"""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

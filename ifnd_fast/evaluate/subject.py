@@ -96,7 +96,7 @@ class Subject:
         if options.data is None and self.config.identity:
             folder = options.checkpoint if options.checkpoint.is_dir() else options.checkpoint.parent
             self.data = RunData(**vars(self.data), run=folder, identity=self.config.identity)
-        self.compute = pick_compute(options.device, options.amp or self.config.run.amp)
+        self.compute = pick_compute(options.device, options.amp or self.config.run.amp, self.config.amp_on_cpu)
         leave_cores_to_workers(self.compute.device, self.data.workers)
         self.layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
         self.network.to(self.compute.device).to(memory_format=self.layout)

@@ -43,14 +43,14 @@ class Compute:
         return torch.float16 if self.device.type == "cuda" and self.amp is not None else torch.float32
 
 
-def pick_compute(device: str, amp: str) -> Compute:
+def pick_compute(device: str, amp: str, on_cpu: str = "") -> Compute:
     """What --device and --amp ask for; see `pick_device` and `pick_amp`.
 
     Raises:
         UsageError: there is no such device here.
     """
     picked = pick_device(device)
-    return Compute(picked, pick_amp(amp, picked))
+    return Compute(picked, pick_amp(amp, picked, on_cpu))
 
 
 def pick_device(name: str) -> torch.device:
@@ -88,13 +88,17 @@ def _possible() -> str:
     return f"possible here: {', '.join(['auto', 'cpu', *gpus])}{why}"
 
 
-def pick_amp(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of mixed precision on this device; None: off."""
+def pick_amp(amp: str, device: torch.device, on_cpu: str = "") -> torch.dtype | None:
+    """The dtype of mixed precision on this device; None: off.
+
+    Args:
+        on_cpu: what a run found "auto" to be on a CPU, by measuring; "": bfloat16 where the CPU multiplies it.
+    """
     if amp == "auto":
         if device.type == "cuda":
             amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         else:
-            amp = "bf16" if backends.cpu_has_bfloat16() else "off"
+            amp = on_cpu or ("bf16" if backends.cpu_has_bfloat16() else "off")
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[amp]
 
 

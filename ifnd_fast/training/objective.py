@@ -26,6 +26,18 @@ def memory_format(config: Config) -> torch.memory_format:
     return torch.channels_last if config.run.channels_last else torch.contiguous_format
 
 
+def new_encoder(config: Config, backbone: nn.Module | None = None) -> Encoder:
+    """With weights from torch's global generator, on the CPU; `backbone` (as it is) in place of that of --arch.
+
+    Raises:
+        UsageError: the backbone gives no features of the images.
+    """
+    if backbone is None:
+        return build(config.model, config.data.image_size)()
+    n_features = n_features_of(backbone, config.data.image_size)
+    return Encoder(backbone, n_features, config.model.dim, config.model.hidden or None)
+
+
 def build_objective(
     config: Config,
     levels: int,
@@ -44,11 +56,7 @@ def build_objective(
     Raises:
         UsageError: --sync-bn on a CPU, or the backbone gives no features of the images.
     """
-    if backbone is None:
-        encoder = build(config.model, config.data.image_size)()
-    else:
-        n_features = n_features_of(backbone, config.data.image_size)
-        encoder = Encoder(backbone, n_features, config.model.dim, config.model.hidden or None)
+    encoder = new_encoder(config, backbone)
     if weights is not None:
         encoder.backbone.load_state_dict(weights, strict=False)  # counters of batch norm may lack
     if config.contrast.sync_bn:

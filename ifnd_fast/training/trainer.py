@@ -31,6 +31,7 @@ from ifnd_fast.training.loggers import Loggers
 from ifnd_fast.training.measuring import Measuring, report_epoch
 from ifnd_fast.training.objective import across_ranks, build_objective, exchanging, memory_format
 from ifnd_fast.training.optimization import Optimization
+from ifnd_fast.training.precision import settle
 from ifnd_fast.training.run_images import RunImages
 from ifnd_fast.training.schedule import learning_rate
 from ifnd_fast.training.watch import Watch
@@ -58,10 +59,11 @@ class Trainer:
     ):
         self.config, self.out = config, config.run.out
         self.session = Session(self.out, config.run.resume, config.run.keep_checkpoints)
-        self.compute = compute or pick_compute(config.run.device, config.run.amp)
         start = initial_weights(config, backbone)  # a file that lacks is missed before images are looked for
-        self.device, self.data = self.compute.device, RunImages(config, images)
+        self.data = RunImages(config, images)
         self.images = self.data.train
+        self.compute = settle(config, compute or pick_compute(config.run.device, config.run.amp), backbone)
+        self.device = self.compute.device
         self.unreadable = Unreadable(self.images, config.data.strict)
         self.labeller = Labeller(config, self.images, self.compute)
         self.measuring = Measuring(config, self.images, self.data.tests, self.unreadable, self.compute)

@@ -35,7 +35,7 @@ from ifnd_fast.evaluate.svm import SvmOptions
 from ifnd_fast.evaluate.transfer import ListOptions
 from ifnd_fast.runtime.errors import UsageError
 
-SECTIONS = [f.name for f in dataclasses.fields(Config) if f.name not in ("preset", "identity")]
+SECTIONS = [f.name for f in dataclasses.fields(Config) if f.name not in ("preset", "identity", "amp_on_cpu")]
 OTHERS = [TrainingOptions, FewShotOptions, LinearOptions, SemiOptions, SvmOptions, ClusterOptions, ListOptions]
 MAKERS = [*OTHERS, *(lambda kind=kind: kind(Path("run")) for kind in (Options, DetectionOptions))]
 
