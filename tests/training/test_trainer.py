@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torchvision
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -79,11 +80,26 @@ def test_every_mode_trains_and_writes_its_run(strategy, negatives, digit_folder,
         ["--kmeans-engine", "faiss", "--spherical"],
         ["--kmeans-restarts", 2, "--acceptance-end", 0.5, "--color-jitter", 0.4, "--blur", 0.5, "--flip"],
         ["--cluster-space", "backbone", "--whiten", 0.5, "--hold-out", 0.2, "--level-combination", "any"],
-        pytest.param(["--compile"], marks=pytest.mark.slow),
     ],
 )
 def test_options_that_change_how_it_computes(options, digit_folder, tmp_path):
     new(tmp_path / "run", digit_folder, *options).fit()
+    lines = metrics(tmp_path / "run")
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert sum(lines[-1]["false_negatives_per_query"]) > 0
+
+
+@pytest.mark.slow
+def test_compiled(digit_folder, tmp_path):
+    """On a network of one layer: for a ResNet torch's compiler takes a minute."""
+    config = parse_train(["--out", str(tmp_path / "run"), "--data", str(digit_folder), *TINY, "--compile"])
+    one_layer = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.BatchNorm1d(8))
+    trainer = Trainer(config, backbone=one_layer)
+    run_folder.create(config.run.out, to_yaml(config))
+    compiled = torch._dynamo.utils.counters["stats"]
+    before = compiled["unique_graphs"]
+    trainer.fit()
+    assert compiled["unique_graphs"] - before == 3  # queries, keys, features
     lines = metrics(tmp_path / "run")
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert sum(lines[-1]["false_negatives_per_query"]) > 0
