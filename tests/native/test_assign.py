@@ -124,9 +124,10 @@ SCREENED = {
 
 
 @pytest.mark.parametrize("metric", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["spread", "near each other", "duplicated", "mixed lengths", "unit lengths"])
 @pytest.mark.parametrize("features", SCREENED)
-def test_values_of_labels_alone_are_those_with_confidence(features, kind, metric):
+def test_values_of_labels_alone_are_those_with_confidence(features, kind, dtype, metric):
     """Labels without confidence may be found by 8-bit screening: they are the same, ties included."""
     generator = torch.Generator().manual_seed(0)
     c, noise = torch.randn(700, 64, generator=generator), torch.randn(500, 64, generator=generator)
@@ -138,7 +139,7 @@ def test_values_of_labels_alone_are_those_with_confidence(features, kind, metric
         c = c * 10.0 ** torch.linspace(-20, 3, 700)[torch.randperm(700, generator=generator), None]
     elif kind == "unit lengths":
         c = torch.nn.functional.normalize(c)
-    x = SCREENED[features](c, noise).contiguous()
+    x, c = SCREENED[features](c, noise).to(dtype).contiguous(), c.to(dtype)
     labels, _ = native_assign(x, c, metric)
     bare, _ = native_assign(x, c, metric, with_confidence=False)
     assert torch.equal(bare, labels)
@@ -249,6 +250,18 @@ def test_values_of_reassignment_of_what_is_no_number(D, which):
         assert torch.equal(labels, stated(x, c, 1)[0])
         previous, c = c, c + 0.01 * (torch.rand(150, 1, generator=generator) < 0.3)
         labels[::4] = none
+
+
+@pytest.mark.parametrize("D", [768, 2048])
+def test_wide_rows_are_screened(D):
+    """Of random wide rows hundreds are as near as 8 bits tell, until the nearest is met, here as the last."""
+    generator = torch.Generator().manual_seed(D)
+    c = torch.nn.functional.normalize(torch.randn(2000, D, generator=generator))
+    x = c[1990:].repeat(8, 1) + 0.7 * torch.randn(80, D, generator=generator) / D**0.5
+    labels, bounds = torch.full((80,), -1, dtype=torch.int32), torch.zeros(80)
+    unscreened = native_reassign(x, c, None, labels, bounds)
+    assert unscreened == (-1 if _cpu.isa() in ("portable", "avx2", "avx512") else 0)
+    assert torch.equal(native_assign(x, c, 1, with_confidence=False)[0], torch.arange(1990, 2000).repeat(8).int())
 
 
 # Widths at which half a tile of floats isn't whole blocks of centroids, and their neighbours; and usual ones.

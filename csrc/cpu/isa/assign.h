@@ -35,23 +35,34 @@ static void pack_centroids(const AssignClusters& p, const float* half_norms, con
 
 static size_t assign_bytes(const AssignClusters& p, int64_t rows) {
   Carver carver{};
-  by_word(p.dtype, [&](auto word) { AssignWork<decltype(word)>(p, rows, carver); });
+  by_word(p.dtype, [&](auto word) {
+    AssignWork<decltype(word)>(p, rows, carver);
 #ifdef __AVX512VNNI__
-  if (screens(p)) ScreenWork(p, rows, carver);  // both, one after the other: a little too much
+    if (screens(p)) ExactWork<decltype(word)>(p, carver);
+#endif
+  });
+#ifdef __AVX512VNNI__
+  if (screens(p)) ScreenWork(p, rows, carver);  // all, one after the other: a little too much
 #endif
   return carver.used;
 }
 
 static int64_t assign_rows(const AssignClusters& p, const float* half_norms, const Visits& visits, const void* packed,
                            Range places, void* workspace) {
+  const int64_t count = places.end - places.begin;
+  Carver carver{static_cast<char*>(workspace)};
 #ifdef __AVX512VNNI__
-  if (packed) return assign_screened(p, half_norms, visits, packed, places, workspace);
+  if (packed) {
+    Carver counted{static_cast<char*>(const_cast<void*>(packed))};
+    const PackedCentroids centroids(p, counted);
+    const ScreenWork work(p, count, carver);
+    return by_word(p.dtype, [&](auto word) {
+      return assign_screened(p, half_norms, visits, centroids, work, ExactWork<decltype(word)>(p, carver), places);
+    });
+  }
 #endif
   (void)packed, (void)visits;
-  Carver carver{static_cast<char*>(workspace)};
-  by_word(p.dtype, [&](auto word) {
-    assign_with(AssignWork<decltype(word)>(p, places.end - places.begin, carver), p, half_norms, places);
-  });
+  by_word(p.dtype, [&](auto word) { assign_with(AssignWork<decltype(word)>(p, count, carver), p, half_norms, places); });
   return 0;
 }
 

@@ -1,5 +1,5 @@
-// Labels of float32 features by dot instructions of 8-bit integers, at four times the rate of float32's, and yet the
-// labels that assign_with<float> gives.
+// Labels by dot instructions of 8-bit integers, at four times the rate of float32's, and yet the labels that
+// assign_with<Word> gives.
 //
 // Round t = x - m = t' + dt and d = c - m = d' + dd to 8 bits, a scale for each row; m is 0, or the centroids' mean
 // where they lie far from the origin, which changes a feature's scores by the same for all centroids. By
@@ -15,53 +15,22 @@
 // The largest s' + E but for the nearest's bounds the distance of every other centroid from below: see reassign.h.
 #pragma once
 
-#include "nearest.h"
+#include "candidates.h"
 #include "reassign.h"
-#include "screen_pack.h"
 
 IFND_BEGIN
 
 #ifdef __AVX512VNNI__
 
-constexpr int kCandidates = 32;
-constexpr int kExactRows = 4 * LANES;  // that go through assign_with<float> together
-
-struct Candidates {
-  int n;
-  bool too_many;
-  int32_t centroid[kCandidates];
-  float highest[kCandidates];  // s' + E; of the first, where it is the nearest so far: infinite until it is met
-
-  void start(int32_t nearest_so_far, bool skip) {
-    n = nearest_so_far >= 0, too_many = skip;
-    centroid[0] = nearest_so_far, highest[0] = INFINITY;
-  }
-  void prune(float least) {
-    int kept = 0;
-    for (int i = 0; i < n; ++i)
-      if (highest[i] >= least) centroid[kept] = centroid[i], highest[kept++] = highest[i];
-    n = kept;
-  }
-  void add(int32_t j, float upper, float least) {
-    if (n > 0 && centroid[0] == j && highest[0] == INFINITY) {
-      highest[0] = upper;
-      return;
-    }
-    if (n == kCandidates) prune(least);
-    too_many |= n == kCandidates;
-    if (!too_many) centroid[n] = j, highest[n++] = upper;
-  }
-};
+constexpr int kExactRows = 4 * LANES;  // that go through assign_with<Word> together
 
 struct ScreenWork {
   Quad* panels;  // (words, LANES) for every LANES rows
   float *scale, *norm, *rest, *squares, *lower, *highest, *second, *scores, *blocks;
   Candidates* candidates;
-  AssignWork<float> exact;  // for the features that screening does not decide
-  float* exact_rows;
-  int32_t *exact_labels, *undecided;  // places among the rows
+  int32_t* undecided;  // places among the rows
 
-  ScreenWork(const AssignClusters& p, int64_t rows, Carver& carver) : exact(p, kExactRows, carver) {
+  ScreenWork(const AssignClusters& p, int64_t rows, Carver& carver) {
     const size_t lanes = size_t(round_up<LANES>(rows));
     panels = carver.take<Quad>(lanes * size_t((p.D + 3) / 4));
     float** const of_rows[] = {&scale, &norm, &rest, &squares, &lower, &highest, &second};
@@ -69,9 +38,24 @@ struct ScreenWork {
     scores = carver.take<float>(size_t(screen_rows(p.D)) * LANES);
     blocks = carver.take<float>(size_t(screen_rows(p.D)) / ROWS * LANES);
     candidates = carver.take<Candidates>(lanes);
-    exact_rows = carver.take<float>(size_t(kExactRows) * size_t(p.D));
-    exact_labels = carver.take<int32_t>(kExactRows);
     undecided = carver.take<int32_t>(lanes);
+  }
+};
+
+// For the features that screening does not decide: exactly as without it.
+template <class Word>
+struct ExactWork {
+  ExactScores<Word> scores;
+  AssignWork<Word> assign;
+  char* rows;
+  int32_t* labels;
+
+  ExactWork(const AssignClusters& p, Carver& carver) : scores(p, carver), assign(p, kExactRows, carver) {
+    rows = carver.take<char>(size_t(kExactRows) * row_bytes(p));
+    labels = carver.take<int32_t>(kExactRows);
+  }
+  static size_t row_bytes(const AssignClusters& p) {
+    return size_t(p.D) * (p.dtype == DType::float32 ? sizeof(float) : sizeof(uint16_t));
   }
 };
 
@@ -90,11 +74,11 @@ static void start_screening(const AssignClusters& p, const Visits& visits, Range
     work.candidates[i].start(-1, i >= count);
     if (i < count) {
       const int64_t x = visited(visits, places.begin + i);
-      r = round_row(static_cast<const float*>(p.features) + x * p.D, packed.centre, p.D, row, round_up<W>(p.D));
+      r = round_row(p.features, p.dtype, x, packed.centre, p.D, row);
       if (visits.distances && visits.distances[x] < INFINITY) {
         // s = (|t|^2 - |x - c|^2) / 2 of the nearest so far, at least
         const float own = visits.distances[x], length = sqrtf(r.squares) + sqrtf(own) + *packed.centre_length;
-        work.lower[i] = 0.5f * (r.squares - own) - 2.0f * sums * length * length - 4.8e-38f * float(p.D);
+        work.lower[i] = 0.5f * (r.squares - own) - 2.0f * sums * length * length - kFlushed * float(p.D);
         work.candidates[i].start(p.labels[x], !(work.lower[i] > -INFINITY));
       }
       work.candidates[i].too_many |= !(r.norm + r.rest + *packed.centre_length < kLargest);
@@ -120,11 +104,13 @@ struct Highest {
   }
 };
 
-// ROWS centroids against a panel: scores (ROWS, LANES), and their highest.
-IFND_INLINE void score_block(const PackedCentroids& packed, int64_t first, const Quad* panel, const float* scale,
-                             float* scores, float* block, Highest* highest) {
+// ROWS centroids against a panel: scores (ROWS, LANES), and their highest. A function of its own: among a caller's values
+// some of the sums would not stay in registers.
+static __attribute__((noinline)) void score_block(const PackedCentroids& packed, int64_t first, const Quad* panel,
+                                                  const float* scale, float* scores, float* block, Highest* highest) {
   vint acc[ROWS][VECTORS];
   const Quad* rows = packed.rows + first * packed.words;
+  const float *of_row = packed.scale + first, *bias = packed.bias + first;
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; ++m)
     for (int v = 0; v < VECTORS; ++v) acc[m][v] = splat(packed.offset[first + m]);
@@ -143,15 +129,16 @@ IFND_INLINE void score_block(const PackedCentroids& packed, int64_t first, const
   for (int v = 0; v < VECTORS; ++v) {
     const vfloat of_lane = load(scale + v * W);
     vfloat most = splat(-INFINITY);
+    Highest so_far = highest[v];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) {
-      const vfloat product = __builtin_convertvector(acc[m][v], vfloat) * splat(packed.scale[first + m]);
-      const vfloat s = product * of_lane + splat(packed.bias[first + m]);
+      const vfloat s = __builtin_convertvector(acc[m][v], vfloat) * splat(of_row[m]) * of_lane + splat(bias[m]);
       store(scores + m * LANES + v * W, s);
-      highest[v].add(s);
+      so_far.add(s);
       most = higher(s, most);
     }
     store(block + v * W, most);
+    highest[v] = so_far;
   }
 }
 
@@ -198,39 +185,6 @@ static void screen_tile(const AssignClusters& p, const Visits& visits, const Pac
   }
 }
 
-// The scores of N centroids in the order of additions of register_block, and by fused multiply-add as there: left to
-// itself the compiler multiplies whole vectors first, which rounds otherwise.
-template <int N>
-static void exact_scores(const AssignClusters& p, int64_t row, const int32_t* centroids, float* scores) {
-  const float *x = static_cast<const float*>(p.features) + row * p.D, *c[N];
-  for (int i = 0; i < N; ++i) c[i] = static_cast<const float*>(p.centroids) + int64_t(centroids[i]) * p.D;
-  for (int begin = 0; begin < p.D; begin += kDepth) {
-    float sum[N] = {};
-    for (int d = begin; d < min_of(p.D, begin + kDepth); ++d)
-      for (int i = 0; i < N; ++i) sum[i] = __builtin_fmaf(c[i][d], x[d], sum[i]);
-    for (int i = 0; i < N; ++i) scores[i] = begin > 0 ? scores[i] + sum[i] : sum[i];
-  }
-}
-
-// Place, among the candidates, of the nearest, of equals the lowest centroid; -1: too many, or not even one.
-static int decide(const AssignClusters& p, const float* half_norms, int64_t row, Candidates& candidates, float lower) {
-  candidates.prune(lower);
-  const int n = candidates.n;
-  if (candidates.too_many || n == 0) return -1;
-  if (n == 1) return 0;
-  float score[kCandidates + 4];
-  int32_t centroid[kCandidates + 4];
-  for (int i = 0; i < kCandidates + 4; ++i) centroid[i] = candidates.centroid[min_of(i, n - 1)];
-  for (int i = 0; i < n; i += 4) exact_scores<4>(p, row, centroid + i, score + i);
-  float best = -INFINITY;
-  int place = -1;
-  for (int i = 0; i < n; ++i) {
-    const float s = half_norms ? score[i] - half_norms[centroid[i]] : score[i];
-    if (s > best || (s == best && place >= 0 && centroid[i] < centroid[place])) best = s, place = i;
-  }
-  return place;
-}
-
 // Less than the distance of every centroid but the label, of those that the row was compared with.
 static float others_distance(const AssignClusters& p, const Visits& visits, const ScreenWork& work, int64_t i,
                              int64_t row, int place) {
@@ -245,26 +199,27 @@ static float others_distance(const AssignClusters& p, const Visits& visits, cons
   return squares > 0.0f ? sqrtf(squares) * 0.999999f : 0.0f;
 }
 
-// Labels of n rows, their places counted from `first` on, by assign_with<float>.
+// Labels of n rows, their places counted from `first` on, by assign_with.
+template <class Word>
 static void assign_exactly(const AssignClusters& p, const float* half_norms, const Visits& visits,
-                           const ScreenWork& work, int64_t first, const int32_t* places, int n) {
+                           const ExactWork<Word>& exact, int64_t first, const int32_t* places, int n) {
+  const size_t bytes = exact.row_bytes(p);
   AssignClusters few = p;
-  few.features = work.exact_rows, few.labels = work.exact_labels, few.N = n;
+  few.features = exact.rows, few.labels = exact.labels, few.N = n;
   for (int i = 0; i < n; ++i) {
-    const float* row = static_cast<const float*>(p.features) + visited(visits, first + places[i]) * p.D;
-    memcpy(work.exact_rows + ptrdiff_t(i) * p.D, row, sizeof(float) * size_t(p.D));
+    const size_t row = size_t(visited(visits, first + places[i]));
+    memcpy(exact.rows + size_t(i) * bytes, static_cast<const char*>(p.features) + row * bytes, bytes);
   }
-  assign_with(work.exact, few, half_norms, {0, n});
-  for (int i = 0; i < n; ++i) p.labels[visited(visits, first + places[i])] = work.exact_labels[i];
+  assign_with(exact.assign, few, half_norms, {0, n});
+  for (int i = 0; i < n; ++i) p.labels[visited(visits, first + places[i])] = exact.labels[i];
 }
 
 // Labels of the rows at `places`; returns how many of them had to be found without screening.
+template <class Word>
 static int64_t assign_screened(const AssignClusters& p, const float* half_norms, const Visits& visits,
-                               const void* centroids, Range places, void* workspace) {
+                               const PackedCentroids& packed, const ScreenWork& work, const ExactWork<Word>& exact,
+                               Range places) {
   const int64_t count = places.end - places.begin;
-  Carver counted{static_cast<char*>(const_cast<void*>(centroids))}, carver{static_cast<char*>(workspace)};
-  const PackedCentroids packed(p, counted);
-  const ScreenWork work(p, count, carver);
   start_screening(p, visits, places, packed, work);
   const int64_t all = (p.C + packed.step - 1) / packed.step;
   const auto tiles_of = [&](int64_t at) { return visits.tiles ? visits.tiles[places.begin + at] : all; };
@@ -275,7 +230,7 @@ static int64_t assign_screened(const AssignClusters& p, const float* half_norms,
   int64_t undecided = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = visited(visits, places.begin + i);
-    const int place = decide(p, half_norms, row, work.candidates[i], work.lower[i]);
+    const int place = decide(p, half_norms, row, work.candidates[i], work.lower[i], exact.scores);
     if (place < 0) {
       work.undecided[undecided++] = int32_t(i);
       if (visits.bounds) visits.bounds[row] = 0.0f;
@@ -289,7 +244,7 @@ static int64_t assign_screened(const AssignClusters& p, const float* half_norms,
     p.labels[row] = work.candidates[i].centroid[place];
   }
   for (int64_t i = 0; i < undecided; i += kExactRows)
-    assign_exactly(p, half_norms, visits, work, places.begin, work.undecided + i,
+    assign_exactly(p, half_norms, visits, exact, places.begin, work.undecided + i,
                    int(min_of<int64_t>(kExactRows, undecided - i)));
   return undecided;
 }

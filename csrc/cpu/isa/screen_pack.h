@@ -10,7 +10,7 @@ constexpr int kScreenDim = 2048;  // its arrays are cleared for each row, so tha
 
 // Whether screening is possible and worth its while: short rows and few centroids leave too much besides the products.
 IFND_INLINE bool screens(const AssignClusters& p) {
-  return kInteger8Dots && p.dtype == DType::float32 && !p.confidence && p.D >= 32 && p.D <= kScreenDim && p.C >= 64;
+  return kInteger8Dots && !p.confidence && p.D >= 32 && p.D <= kScreenDim && p.C >= 64;
 }
 
 // Half as many as of floats: a tile and its scores stay in the first-level cache. Whole blocks of ROWS, as blocks that
@@ -23,6 +23,10 @@ typedef uint32_t Quad;  // four 8-bit integers
 
 constexpr uint16_t kAll = 0xffff;      // lanes: without a mask GCC 12 warns of its own headers
 constexpr float kSumError = 2.4e-7f;   // 2^-22
+// More than the root of kScreenDim squares below the smallest normal number, which may count as 0. What bfloat16's dot
+// instructions lose of factors that small is less than kSumError of a row that is longer by it.
+constexpr float kShort = 1e-18f;
+constexpr float kFlushed = 4.8e-38f;   // of one of a sum's terms, which may count as 0 below 2^-126, and so may the sum
 constexpr float kLargest = 1e18f;      // rows as long as this may overflow in float32: nothing is ruled out for them
 
 // A row rounded to 8 bits: its scale, the norms of what it became and of what was lost, rounded up, and its own
@@ -31,10 +35,11 @@ struct Rounded {
   float scale, norm, rest, squares;
 };
 
-static Rounded round_row(const float* row, const float* centre, int D, int8_t* out, Multiple<W> columns) {
-  alignas(64) float t[kScreenDim + W] = {};
+static Rounded round_row(const void* matrix, DType dtype, int64_t row, const float* centre, int D, int8_t* out) {
+  alignas(64) float t[kScreenDim + W];
+  const Multiple<W> columns = round_up<W>(D);
+  pack_row(matrix, dtype, row, D, t, columns);
   vfloat largest = {};
-  memcpy(t, row, sizeof(float) * size_t(D));
   for (int d = 0; d < columns; d += W) {
     const vfloat difference = load(t + d) - load(centre + d);
     store(t + d, difference);
@@ -54,8 +59,7 @@ static Rounded round_row(const float* row, const float* centre, int D, int8_t* o
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d), _mm512_maskz_cvtepi32_epi8(kAll, whole));
   }
   const float up = 1.0f + 1.2e-7f * float(D);
-  // Squares below the smallest normal number are lost: 1e-18 is more than the root of kScreenDim of them.
-  r.norm = sqrtf(sum(norm)) * up + 1e-18f, r.rest = sqrtf(sum(rest)) * up + 1e-18f, r.squares = sum(squares);
+  r.norm = sqrtf(sum(norm)) * up + kShort, r.rest = sqrtf(sum(rest)) * up + kShort, r.squares = sum(squares);
   return r;
 }
 
@@ -89,12 +93,11 @@ struct PackedCentroids {
 
 static void find_centre(const AssignClusters& p, const PackedCentroids& packed) {
   double mean[kScreenDim] = {}, squares = 0.0, length = 0.0;
-  const float* c = static_cast<const float*>(p.centroids);
-  for (int64_t j = 0; j < p.C; ++j)
-    for (int d = 0; d < p.D; ++d) {
-      const float x = c[j * p.D + d];
-      mean[d] += x, squares += double(x) * x;
-    }
+  float c[kScreenDim];
+  for (int64_t j = 0; j < p.C; ++j) {
+    convert_row(p.centroids, p.dtype, j, p.D, c);
+    for (int d = 0; d < p.D; ++d) mean[d] += c[d], squares += double(c[d]) * c[d];
+  }
   for (int d = 0; d < p.D; ++d) mean[d] /= double(p.C), length += mean[d] * mean[d];
   const bool far = 2.0 * length > squares / double(p.C) && length < 1e36;
   for (int d = 0; d < round_up<W>(p.D); ++d) packed.centre[d] = far && d < p.D ? float(mean[d]) : 0.0f;
@@ -114,8 +117,7 @@ static void pack_screened(const AssignClusters& p, const float* half_norms, cons
     packed.offset[k] = 0, packed.scale[k] = 0.0f, packed.bias[k] = -INFINITY;
     if (k < p.C) {
       const int64_t j = order ? order[k] : k;
-      const float* c = static_cast<const float*>(p.centroids) + j * p.D;
-      const Rounded r = round_row(c, packed.centre, p.D, row, round_up<W>(p.D));
+      const Rounded r = round_row(p.centroids, p.dtype, j, packed.centre, p.D, row);
       int32_t total = 0;
       for (int d = 0; d < p.D; ++d) total += row[d];
       packed.scale[k] = r.scale, packed.offset[k] = -128 * total;
@@ -123,6 +125,8 @@ static void pack_screened(const AssignClusters& p, const float* half_norms, cons
       if (half_norms) {
         bias = m > 0.0f ? -0.5f * r.squares : -half_norms[j];
       } else if (m > 0.0f) {
+        float c[kScreenDim];
+        convert_row(p.centroids, p.dtype, j, p.D, c);
         for (int d = 0; d < p.D; ++d) bias += packed.centre[d] * (c[d] - packed.centre[d]);
       }
       packed.bias[k] = bias;
@@ -140,7 +144,7 @@ static void pack_screened(const AssignClusters& p, const float* half_norms, cons
   bound.length = bound.norm + m;
   // About the mean, halves of squared lengths are not those that decide, but off from them by as much.
   const float moved = m > 0.0f ? sums * bound.length * bound.length : 0.0f;
-  bound.other = kSumError * largest + 4.8e-38f * float(p.D) + moved;
+  bound.other = kSumError * largest + kFlushed * float(p.D) + moved;
   packed.bounds[tile] = bound;
 }
 

@@ -1,0 +1,134 @@
+// What screening (screen.h) leaves of the centroids for one row, and which of them is the nearest.
+//
+// The sums that decide are those of assign_with<Word>, formed one word after the other, which is slow. So first come dot
+// products by vectors of floats. Each of the two is a sum of D products in some order, off by D 2^-24 |x| |c| at most; so
+// they differ by less than 2^-22 (D + 8) |x| |c|, and what is further below the highest than that can't be the nearest.
+#pragma once
+
+#include "nearest.h"
+#include "screen_pack.h"
+
+IFND_BEGIN
+
+#ifdef __AVX512VNNI__
+
+// Kept until the highest score is known: of wide rows, hundreds may be near it as far as 8 bits tell.
+constexpr int kCandidates = 512;
+constexpr int kScored = 32;  // of them, at most: with more left, scoring all centroids exactly is faster
+
+struct Candidates {
+  int n;
+  bool too_many;
+  int32_t centroid[kCandidates];
+  float highest[kCandidates];  // s' + E; of the first, where it is the nearest so far: infinite until it is met
+
+  void start(int32_t nearest_so_far, bool skip) {
+    n = nearest_so_far >= 0, too_many = skip;
+    centroid[0] = nearest_so_far, highest[0] = INFINITY;
+  }
+  // Those of index i stay where stays(i).
+  template <class Stays>
+  void filter(const Stays& stays) {
+    int kept = 0;
+    for (int i = 0; i < n; ++i)
+      if (stays(i)) centroid[kept] = centroid[i], highest[kept++] = highest[i];
+    n = kept;
+  }
+  void prune(float least) {
+    filter([&](int i) { return highest[i] >= least; });
+  }
+  void add(int32_t j, float upper, float least) {
+    if (n > 0 && centroid[0] == j && highest[0] == INFINITY) {
+      highest[0] = upper;
+      return;
+    }
+    if (n == kCandidates) prune(least);
+    too_many |= n == kCandidates;
+    if (!too_many) centroid[n] = j, highest[n++] = upper;
+  }
+};
+
+// One row against a few centroids, by the product that assign_with<Word> uses: a sum depends on no other row.
+template <class Word>
+struct ExactScores {
+  Word *row, *rows;
+  int stride;
+
+  ExactScores(const AssignClusters& p, Carver& carver) : stride(int(tile_stride(words<Word>(p.D)))) {
+    row = carver.take<Word>(size_t(words<Word>(p.D)) * NARROW);
+    rows = carver.take<Word>(size_t(ROWS) * size_t(stride));
+  }
+
+  void start(const AssignClusters& p, int64_t i) const {
+    Word packed[kScreenDim + W];
+    const int P = words<Word>(p.D);
+    pack_row(p.features, p.dtype, i, p.D, packed, round_up<W>(P));
+    for (int d = 0; d < P; ++d)
+      for (int lane = 0; lane < NARROW; ++lane) row[d * NARROW + lane] = packed[d];
+  }
+  void scores(const AssignClusters& p, const int32_t* centroids, int n, float* out) const {
+    float product[ROWS * NARROW];
+    for (int m = 0; m < n; ++m)
+      pack_row(p.centroids, p.dtype, centroids[m], p.D, rows + m * stride, padded(words<Word>(p.D)));
+    multiply<false>(n, round_up<NARROW>(NARROW), words<Word>(p.D), 1.0f, rows, stride, row, NARROW, product, NARROW,
+                    false);
+    for (int m = 0; m < n; ++m) out[m] = product[m * NARROW];
+  }
+};
+
+// x.c, and c.c
+struct Products {
+  float dot, squares;
+
+  Products(const float* x, const float* c, Multiple<W> columns) {
+    vfloat dots[2] = {}, squared[2] = {};
+    for (int d = 0, v = 0; d < columns; d += W, v ^= 1) {
+      const vfloat y = load(c + d);
+      dots[v] += load(x + d) * y, squared[v] += y * y;
+    }
+    dot = sum(dots[0] + dots[1]), squares = sum(squared[0] + squared[1]);
+  }
+};
+
+// By products of vectors; what is not a number rules nothing out, nor is it ruled out.
+static void rule_out(const AssignClusters& p, const float* half_norms, int64_t row, Candidates& candidates) {
+  float x[kScreenDim + W], c[kScreenDim + W], upper[kScored], lower = -INFINITY;
+  const Multiple<W> columns = round_up<W>(p.D);
+  pack_row(p.features, p.dtype, row, p.D, x, columns);
+  const float length = sqrtf(Products(x, x, columns).squares) * 1.001f + kShort;
+  for (int i = 0; i < candidates.n; ++i) {
+    const int64_t j = candidates.centroid[i];
+    pack_row(p.centroids, p.dtype, j, p.D, c, columns);
+    const Products with(x, c, columns);
+    const float half = half_norms ? half_norms[j] : 0.0f, other = sqrtf(with.squares) * 1.001f + kShort;
+    const float error = kSumError * (float(p.D + 8) * length * other + half) + kFlushed * float(p.D);
+    upper[i] = with.dot - half + error;
+    lower = max(with.dot - half - error, lower);
+  }
+  candidates.filter([&](int i) { return !(upper[i] < lower); });
+}
+
+// Place, among the candidates, of the nearest, of equals the lowest centroid; -1: too many, or not even one.
+template <class Word>
+static int decide(const AssignClusters& p, const float* half_norms, int64_t row, Candidates& candidates, float lower,
+                  const ExactScores<Word>& exact) {
+  candidates.prune(lower);
+  if (candidates.too_many || candidates.n == 0 || candidates.n > kScored) return -1;
+  if (candidates.n > 1) rule_out(p, half_norms, row, candidates);
+  if (candidates.n == 1) return 0;
+  exact.start(p, row);
+  float score[kScored + ROWS], best = -INFINITY;
+  for (int i = 0; i < candidates.n; i += ROWS)
+    exact.scores(p, candidates.centroid + i, min_of(ROWS, candidates.n - i), score + i);
+  int place = -1;
+  for (int i = 0; i < candidates.n; ++i) {
+    const int32_t j = candidates.centroid[i];
+    const float s = half_norms ? score[i] - half_norms[j] : score[i];
+    if (s > best || (s == best && place >= 0 && j < candidates.centroid[place])) best = s, place = i;
+  }
+  return place;
+}
+
+#endif
+
+IFND_END
