@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -19,9 +18,9 @@ import torch
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import Stopped
 from ifnd_fast.runtime.stop import StopSignals, with_resume_hint
+from tests import forked
 from tests.conftest import TINY
 from tests.forked import command, run_ranks
-from tests.training.test_distributed import torchrun
 from tests.training.test_trainer import new
 
 PR_CAPBSET_DROP = 24  # <linux/prctl.h>
@@ -30,13 +29,18 @@ LONG = [*TINY, "--epochs", "18", "--recluster-every", "3", "--knn-every", "0", "
 
 
 def start(*args: object, prelude: str = "", **options) -> subprocess.Popen[str]:
+    """In an interpreter of its own, with its beginning and end."""
     return subprocess.Popen(
         [sys.executable, "-c", f"{prelude}\n{TRAIN}", *map(str, args)], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
     )  # fmt: skip
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], text: str = "") -> None:
+def start_forked(*args: object, prelude: str = "") -> forked.Started:
+    return forked.start(f"{prelude}\n{TRAIN}", *args)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str] | forked.Started, text: str = "") -> None:
     deadline = time.monotonic() + 240
     while not (path.exists() and text in path.read_text()):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -68,12 +72,16 @@ def whole(digit_folder, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGUSR1, 1)])
+@pytest.mark.parametrize(
+    "number, workers, start",
+    [(signal.SIGTERM, 0, start_forked), (signal.SIGINT, 2, start), (signal.SIGUSR1, 1, start_forked)],
+)
 def test_a_signal_ends_the_step_writes_a_checkpoint_and_says_how_to_go_on(
-    number, workers, whole, digit_folder, tmp_path
+    number, workers, start, whole, digit_folder, tmp_path
 ):
     out = tmp_path / "run"
-    process = start("--data", digit_folder, "--out", out, *LONG, "--workers", workers, start_new_session=True)
+    session = "import os; os.setsid()"
+    process = start("--data", digit_folder, "--out", out, *LONG, "--workers", workers, prelude=session)
     wait_for(out / "metrics.jsonl", process, '"epoch": 4')
     os.killpg(process.pid, number)  # as a terminal does, the loading processes too
     _, told = process.communicate(timeout=60)
@@ -134,29 +142,31 @@ def test_under_nohup_a_hangup_is_nothing(monkeypatch):
 def test_a_signal_before_training_is_told(digit_folder, tmp_path):
     early = "import os, signal, ifnd_fast.training.run_images as images\n"
     early += "images.open_for_run = lambda *_: os.kill(os.getpid(), signal.SIGUSR2)"
-    process = start("--data", digit_folder, "--out", tmp_path / "run", *TINY, prelude=early)
+    process = start_forked("--data", digit_folder, "--out", tmp_path / "run", *TINY, prelude=early)
     _, told = process.communicate(timeout=90)
     assert process.returncode == 128 + signal.SIGUSR2 and told == "error: stopped by SIGUSR2\n", told
 
 
 def test_a_second_ctrl_c_ends_it_at_once(digit_folder, tmp_path):
-    out = tmp_path / "run"
-    slow = "import ifnd_fast.training.trainer as t, time\nstep = t.Trainer._train_step\n"
-    slow += "def sleepy(*args):\n    time.sleep(30)\n    return step(*args)\nt.Trainer._train_step = sleepy"
-    process = start("--data", digit_folder, "--out", out, *LONG, prelude=slow)
-    wait_for(out / "config.yaml", process)
-    time.sleep(8)  # in its first step
-    process.send_signal(signal.SIGINT)
+    out, began = tmp_path / "run", tmp_path / "began"
+    slow = "import ifnd_fast.training.trainer as t, time, pathlib\nstep = t.Trainer._train_step\n"
+    slow += (
+        f"def sleepy(*args):\n    pathlib.Path({str(began)!r}).touch()\n    time.sleep(30)\n    return step(*args)\n"
+    )
+    slow += "t.Trainer._train_step = sleepy"
+    process = start_forked("--data", digit_folder, "--out", out, *LONG, prelude=slow)
+    wait_for(began, process)
+    os.kill(process.pid, signal.SIGINT)
     time.sleep(0.5)
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=10)
     assert process.returncode == 130 and "interrupted: add --resume" in told and "Traceback" not in told
 
 
 def test_a_second_run_on_one_folder_is_refused_and_a_killed_one_frees_it(digit_folder, tmp_path):
     out = tmp_path / "run"
-    process = start("--data", digit_folder, "--out", out, *LONG, "--checkpoint-every", 1, "--epochs", 500)
+    process = start_forked("--data", digit_folder, "--out", out, *LONG, "--checkpoint-every", 1, "--epochs", 500)
     wait_for(out / "metrics.jsonl", process, '"epoch": 2')
     second = command("train", "--resume", "--out", out)
     assert second.returncode == 2 and f"another process trains in --out {out}" in second.stderr
@@ -164,7 +174,7 @@ def test_a_second_run_on_one_folder_is_refused_and_a_killed_one_frees_it(digit_f
     process.communicate()
     left = out / "checkpoints" / ".step-000000099.pt.tmp"
     left.write_bytes(b"half a checkpoint")
-    third = start("--resume", "--out", out)
+    third = start_forked("--resume", "--out", out)
     try:
         deadline = time.monotonic() + 60
         while left.exists() and time.monotonic() < deadline:
@@ -200,10 +210,9 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_how_much_was_needed(di
     kept = checkpoint.list_checkpoints(out)
     size = kept[0].stat().st_size
 
-    def limit():  # bytes of each file written: the nearest thing to a full disk that needs no mount
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    process = start("--resume", "--out", out, preexec_fn=limit)
+    # bytes of each file written: the nearest thing to a full disk that needs no mount
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
+    process = start_forked("--resume", "--out", out, prelude=limit)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in told, told
     assert re.search(r"could not write .*step-.*\.pt: .*needs about [\d.]+ MB, [\d,.]+ MB are free", told), told
@@ -213,7 +222,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_how_much_was_needed(di
 
 def test_a_loading_process_that_dies_is_named(digit_folder, tmp_path):
     out = tmp_path / "run"
-    process = start("--data", digit_folder, "--out", out, *LONG, "--workers", 1, "--checkpoint-every", 1)
+    process = start_forked("--data", digit_folder, "--out", out, *LONG, "--workers", 1, "--checkpoint-every", 1)
     wait_for(out / "metrics.jsonl", process, '"epoch": 3')
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
@@ -236,7 +245,7 @@ def test_an_image_that_vanishes_while_training_is_skipped(digit_folder, tmp_path
     for file in digit_folder.rglob("*.png"):
         (data / file.parent.name).mkdir(parents=True, exist_ok=True)
         (data / file.parent.name / file.name).write_bytes(file.read_bytes())
-    process = start("--data", data, "--out", out, *LONG)
+    process = start_forked("--data", data, "--out", out, *LONG)
     wait_for(out / "metrics.jsonl", process, '"epoch": 2')
     (data / "digit-1" / "003.png").unlink()
     _, told = process.communicate(timeout=120)
@@ -268,23 +277,21 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
         rb"\0RANK=(\d+)", b"\0" + Path(f"/proc/{pid}/environ").read_bytes()))  # fmt: skip
 
 
-def start_ranks(script: Path, *args: object) -> subprocess.Popen[str]:
-    script.write_text(TRAIN)
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script,
-         *map(str, args)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def script(tmp_path) -> Path:
+    (tmp_path / "train.py").write_text(TRAIN)
+    return tmp_path / "train.py"
 
 
-def test_ranks_stop_together_and_go_on_to_the_same_bits(digit_folder, tmp_path):
-    """A signal to one of two ranks stops both at one step; resumed, they end as two undisturbed ones."""
-    script, options = tmp_path / "train.py", ["--data", digit_folder, *LONG, "--epochs", 12, "--bn-groups", 2]
-    script.write_text(TRAIN)
+def test_ranks_stop_together_and_go_on_to_the_same_bits(script, digit_folder, tmp_path):
+    """A signal to one of torchrun's two ranks stops both at one step; resumed, they end as two undisturbed ones."""
+    options = ["--data", digit_folder, *LONG, "--epochs", 12, "--bn-groups", 2]
     done = run_ranks(2, script, *options, "--out", tmp_path / "whole")
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "stopped"
-    launcher = start_ranks(script, *options, "--out", out)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    command = [*map(str, [*torchrun, *options, "--out", out])]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(out / "metrics.jsonl", launcher, '"epoch": 4')
     os.kill(ranks_of(launcher)[1], signal.SIGTERM)
     _, told = launcher.communicate(timeout=120)
@@ -296,30 +303,28 @@ def test_ranks_stop_together_and_go_on_to_the_same_bits(digit_folder, tmp_path):
 
 
 @pytest.mark.parametrize("number, rank", [(signal.SIGUSR1, 0), (signal.SIGHUP, 1)])
-def test_other_signals_end_all_ranks(number, rank, digit_folder, tmp_path):
+def test_other_signals_end_all_ranks(number, rank, script, digit_folder, tmp_path):
     out = tmp_path / "run"
-    launcher = start_ranks(tmp_path / "train.py", "--data", digit_folder, "--out", out, *LONG, "--epochs", 500)
-    wait_for(out / "metrics.jsonl", launcher, '"epoch": 1')
-    os.kill(ranks_of(launcher)[rank], number)
-    _, told = launcher.communicate(timeout=120)
+    ranks = forked.start_ranks(2, script, "--data", digit_folder, "--out", out, *LONG, "--epochs", 500)
+    wait_for(out / "metrics.jsonl", ranks, '"epoch": 1')
+    os.kill(ranks.pids[rank], number)
+    _, told = ranks.communicate(timeout=120)
     told_here = "SIGTERM" if rank else number.name  # rank 0 tells of itself, or that another was stopped
-    assert launcher.returncode != 0 and f"error: stopped by {told_here}; the last checkpoint is" in told, told
+    assert ranks.returncode != 0 and f"error: stopped by {told_here}; the last checkpoint is" in told, told
     assert checkpoint.load_latest(out)["step"] > 0
 
 
-def test_the_rank_that_dies_is_named(digit_folder, tmp_path):
+def test_the_rank_that_dies_is_named(script, digit_folder, tmp_path):
     out = tmp_path / "run"
-    launcher = start_ranks(tmp_path / "train.py", "--data", digit_folder, "--out", out, *LONG)
-    wait_for(out / "metrics.jsonl", launcher, '"epoch": 2')
+    ranks = forked.start_ranks(2, script, "--data", digit_folder, "--out", out, *LONG)
+    wait_for(out / "metrics.jsonl", ranks, '"epoch": 2')
     started = time.monotonic()
-    os.kill(ranks_of(launcher)[1], signal.SIGKILL)
-    _, told = launcher.communicate(timeout=120)
-    assert time.monotonic() - started < 60 and launcher.returncode != 0
+    os.kill(ranks.pids[1], signal.SIGKILL)
+    _, told = ranks.communicate(timeout=120)
+    assert time.monotonic() - started < 60 and ranks.returncode != 0
     assert re.search(r"error: rank 0 lost contact with the others: no word from rank 1; .*--resume", told), told
 
 
-def test_two_ranks_are_refused_a_folder_with_a_run(whole, digit_folder, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN)
-    done = torchrun(2, script, "--data", digit_folder, "--out", whole, *TINY)
+def test_two_ranks_are_refused_a_folder_with_a_run(script, whole, digit_folder):
+    done = run_ranks(2, script, "--data", digit_folder, "--out", whole, *TINY)
     assert done.returncode != 0 and done.stderr.count(f"error: --out {whole} already holds a run") == 1, done.stderr
