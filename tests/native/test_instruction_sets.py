@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forked import python
 from tests.native.cases import ROOT, _cpu, run_python
 from tests.native.programs import HERE, SOURCE, isas
 
@@ -42,15 +42,22 @@ def test_this_cpu_gets_what_is_chosen_for_it(chosen):
     assert _cpu.isa() == chosen(*isas()[1:], *intel)
 
 
+VALUES = """
+import sys, pytest
+from ifnd_fast import _cpu
+assert _cpu.isa() == sys.argv[1]
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
 @pytest.mark.parametrize("isa", [isa for isa in isas() if isa != _cpu.isa()])
-def test_other_instruction_sets(isa):
-    """The value tests again with each lower one."""
-    values = [str(HERE / name) for name in ("test_info_nce.py", "test_assign.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "test_values", *values]
-    environment = {**os.environ, "IFND_FAST_CPU_ISA": isa}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert run_python("from ifnd_fast import _cpu; print(_cpu.isa())", IFND_FAST_CPU_ISA=isa).stdout.strip() == isa
+def test_other_instruction_sets(isa, monkeypatch):
+    """The value tests again with each other one."""
+    monkeypatch.setenv("IFND_FAST_CPU_ISA", isa)
+    monkeypatch.chdir(ROOT)
+    values = [HERE / name for name in ("test_info_nce.py", "test_assign.py")]
+    done = python(VALUES, isa, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "test_values", *values)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_an_unknown_instruction_set_is_an_error():
