@@ -1,6 +1,6 @@
 """python bench/cpu.py: run the benches, and write what they measured against their floors and targets.
 
-Writes bench/results/cpu.md (the CPU's tables). Let the machine be idle: the figures are ratios within this one run.
+Writes bench/results/cpu-KIND.md of this kind of CPU. Let the machine be idle: the figures are ratios within this run.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import peak_memory
 import tyro
-from tables import table
+from tables import environment, installed, results_of, table, told
 
-RESULTS = Path(__file__).parent / "results" / "cpu.md"
 QUEUE = "queue: B=256 K=65536 D=128 L=3 eliminate"
 PEAK = "peak: multiply-adds in registers"
 MATRIX_BYTES = 4 * 256 * 65536
@@ -29,14 +27,14 @@ OTHERS = ("N=40,000 C=3,000 D=64", "N=20,000 C=3,000 D=256", "N=2,000 C=3,000 D=
 
 @dataclass
 class Options:
-    """Run the benches and write bench/results/cpu.md."""
+    """Run the benches and write bench/results/cpu-KIND.md."""
 
     runs: int = 2
     """runs of all benches, some six minutes each; a row's figure is the least of its medians"""
     read: tuple[Path, ...] = ()
     """files that pytest bench/ --benchmark-only --benchmark-json=FILE wrote, instead of new runs"""
     write: bool = True
-    """write bench/results/cpu.md, besides printing it"""
+    """write bench/results/cpu-KIND.md, besides printing it"""
 
 
 class Run:
@@ -73,7 +71,7 @@ def new_report() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.json"
         command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-q", "--benchmark-only"]
-        subprocess.run([*command, f"--benchmark-json={out}"], check=True)
+        subprocess.run([*command, f"--benchmark-json={out}"], check=True, env=environment())
         return json.loads(out.read_text())
 
 
@@ -188,13 +186,6 @@ def group_table(run: Run, group: str) -> list[str]:
     return ["", f"**{group}**", "", *table(header, rows)]
 
 
-def installed(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"no {package}"
-
-
 def main(options: Options) -> None:
     read = [json.loads(file.read_text()) for file in options.read]
     run = Run(read or [new_report() for _ in range(options.runs)])
@@ -203,8 +194,7 @@ def main(options: Options) -> None:
     lines = [
         "# CPU kernels, measured",
         "",
-        f"`python bench/cpu.py`, {run.date}. {machine['CPU']}, {machine['threads']} threads, kernels for "
-        f"{machine['instruction set']}. Python {platform.python_version()}, "
+        f"`python bench/cpu.py`, {run.date}. {told(machine)}. Python {platform.python_version()}, "
         + ", ".join(map(installed, ("torch", "faiss-gpu", "scikit-learn", "numpy")))
         + ".",
         "",
@@ -220,7 +210,7 @@ def main(options: Options) -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.write:
-        RESULTS.write_text(text)
+        results_of("cpu", machine["kind"]).write_text(text)
 
 
 if __name__ == "__main__":

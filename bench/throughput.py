@@ -1,6 +1,6 @@
 """python bench/throughput.py: what a training step of the demo spends where, and what IFND costs beside plain MoCo.
 
-Writes bench/results/throughput.md. Let the machine be idle; five minutes on 2 cores.
+Writes bench/results/throughput-KIND.md of this kind of CPU. Let the machine be idle; five minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from typing import Any, cast
 
 import torch
 import tyro
-from tables import machine, table
+from tables import machine, results_of, table, told
 
 from ifnd_fast.config import PRESETS, Config, to_yaml
 from ifnd_fast.runtime import run_folder, spans
 from ifnd_fast.training.trainer import Trainer
 
-RESULTS = Path(__file__).parent / "results" / "throughput.md"
 RECLUSTER = 4  # epochs between the demo's clusterings: a round of so many epochs holds one of them
 NOT_OWN = ("query encoder", "key encoder", "loss", "backward", "optimizer")
 REST = "the rest: learning rate, progress bar, checkpoints that are not due"
@@ -43,7 +42,7 @@ class Options:
     images: bool = True
     """measure images/s with views made by the loader and on the device too"""
     write: bool = True
-    """write bench/results/throughput.md, besides printing it"""
+    """write bench/results/throughput-KIND.md, besides printing it"""
 
 
 def demo(out: str, **changes: Any) -> Trainer:
@@ -189,7 +188,7 @@ def loading(options: Options, folder: str) -> list[str]:
 
 
 def main(options: Options) -> None:
-    told = machine()
+    here = machine()
     with tempfile.TemporaryDirectory() as folder:
         parts: list[tuple[str, Callable[[Options, str], list[str]]]] = []
         parts += [("IFND beside plain MoCo", strategies)] * (options.rounds > 0)
@@ -198,14 +197,12 @@ def main(options: Options) -> None:
         sections = [f"\n## {title}\n\n" + "\n".join(part(options, folder)) for title, part in parts]
     text = (
         "# The trainer's own time, measured\n\n"
-        f"`python bench/throughput.py`, {datetime.date.today()}. {told['CPU']}, {os.cpu_count()} cores, kernels for "
-        f"{told['instruction set']}. Python {platform.python_version()}, torch {told['torch']}.\n"
-        + "\n".join(sections)
-        + "\n"
+        f"`python bench/throughput.py`, {datetime.date.today()}. {told(here)}. Python {platform.python_version()}, "
+        f"torch {here['torch']}.\n" + "\n".join(sections) + "\n"
     )
     print(text)
     if options.write:
-        RESULTS.write_text(text)
+        results_of("throughput", here["kind"]).write_text(text)
 
 
 if __name__ == "__main__":
