@@ -14,7 +14,8 @@ IFND_BEGIN
 
 // Kept until the highest score is known: of wide rows, hundreds may be near it as far as 8 bits tell.
 constexpr int kCandidates = 512;
-constexpr int kScored = 32;  // of them, at most: with more left, scoring all centroids exactly is faster
+constexpr int kScored = 256;      // of them, by vectors,
+constexpr int kExact = 2 * ROWS;  // and by the sums that decide: with more, scoring all centroids so is faster
 
 struct Candidates {
   int n;
@@ -76,48 +77,59 @@ struct ExactScores {
   }
 };
 
-// x.c, and c.c
-struct Products {
-  float dot, squares;
+// Products of a row with GROUP centroids at a time, whose rows are fetched side by side.
+constexpr int GROUP = 4;
 
-  Products(const float* x, const float* c, Multiple<W> columns) {
-    vfloat dots[2] = {}, squared[2] = {};
-    for (int d = 0, v = 0; d < columns; d += W, v ^= 1) {
-      const vfloat y = load(c + d);
-      dots[v] += load(x + d) * y, squared[v] += y * y;
-    }
-    dot = sum(dots[0] + dots[1]), squares = sum(squared[0] + squared[1]);
+IFND_INLINE const float* as_floats(const AssignClusters& p, const void* matrix, int64_t i, float* buffer) {
+  if (p.dtype == DType::float32) return static_cast<const float*>(matrix) + i * p.D;
+  convert_row(matrix, p.dtype, i, p.D, buffer);
+  return buffer;
+}
+
+static void products(const float* x, const float* const* c, int D, float* out) {
+  const int whole = D / W * W;
+  vfloat sums[GROUP] = {};
+  for (int d = 0; d < whole; d += W)
+    for (int i = 0; i < GROUP; ++i) sums[i] += load(x + d) * load(c[i] + d);
+  for (int i = 0; i < GROUP; ++i) {
+    out[i] = sum(sums[i]);
+    for (int d = whole; d < D; ++d) out[i] += x[d] * c[i][d];
   }
-};
+}
 
-// By products of vectors; what is not a number rules nothing out, nor is it ruled out.
-static void rule_out(const AssignClusters& p, const float* half_norms, int64_t row, Candidates& candidates) {
-  float x[kScreenDim + W], c[kScreenDim + W], upper[kScored], lower = -INFINITY;
-  const Multiple<W> columns = round_up<W>(p.D);
-  pack_row(p.features, p.dtype, row, p.D, x, columns);
-  const float length = sqrtf(Products(x, x, columns).squares) * 1.001f + kShort;
-  for (int i = 0; i < candidates.n; ++i) {
-    const int64_t j = candidates.centroid[i];
-    pack_row(p.centroids, p.dtype, j, p.D, c, columns);
-    const Products with(x, c, columns);
-    const float half = half_norms ? half_norms[j] : 0.0f, other = sqrtf(with.squares) * 1.001f + kShort;
-    const float error = kSumError * (float(p.D + 8) * length * other + half) + kFlushed * float(p.D);
-    upper[i] = with.dot - half + error;
-    lower = max(with.dot - half - error, lower);
+// By products of vectors; what is not a number rules nothing out, nor is it ruled out. `length` bounds |x|, and `longest`
+// every |c|.
+static void rule_out(const AssignClusters& p, const float* half_norms, int64_t row, float length, float longest,
+                     Candidates& candidates) {
+  float x_buffer[kScreenDim], buffers[GROUP][kScreenDim], upper[kScored + GROUP], lower = -INFINITY;
+  const float* x = as_floats(p, p.features, row, x_buffer);
+  for (int i = 0; i < candidates.n; i += GROUP) {
+    const float* c[GROUP];
+    float s[GROUP];
+    for (int g = 0; g < GROUP; ++g)
+      c[g] = as_floats(p, p.centroids, candidates.centroid[min_of(i + g, candidates.n - 1)], buffers[g]);
+    products(x, c, p.D, s);
+    for (int g = 0; g < GROUP && i + g < candidates.n; ++g) {
+      const float half = half_norms ? half_norms[candidates.centroid[i + g]] : 0.0f;
+      const float error = kSumError * (float(p.D + 8) * length * longest + half) + kFlushed * float(p.D);
+      upper[i + g] = s[g] - half + error;
+      lower = max(s[g] - half - error, lower);
+    }
   }
   candidates.filter([&](int i) { return !(upper[i] < lower); });
 }
 
 // Place, among the candidates, of the nearest, of equals the lowest centroid; -1: too many, or not even one.
 template <class Word>
-static int decide(const AssignClusters& p, const float* half_norms, int64_t row, Candidates& candidates, float lower,
-                  const ExactScores<Word>& exact) {
+static int decide(const AssignClusters& p, const float* half_norms, int64_t row, float length, float longest,
+                  float lower, Candidates& candidates, const ExactScores<Word>& exact) {
   candidates.prune(lower);
   if (candidates.too_many || candidates.n == 0 || candidates.n > kScored) return -1;
-  if (candidates.n > 1) rule_out(p, half_norms, row, candidates);
+  if (candidates.n > 1) rule_out(p, half_norms, row, length, longest, candidates);
   if (candidates.n == 1) return 0;
+  if (candidates.n > kExact) return -1;
   exact.start(p, row);
-  float score[kScored + ROWS], best = -INFINITY;
+  float score[kExact + ROWS], best = -INFINITY;
   for (int i = 0; i < candidates.n; i += ROWS)
     exact.scores(p, candidates.centroid + i, min_of(ROWS, candidates.n - i), score + i);
   int place = -1;

@@ -227,10 +227,15 @@ static int64_t assign_screened(const AssignClusters& p, const float* half_norms,
     for (int64_t at = 0; at < count && tile < tiles_of(at); at += LANES)
       screen_tile(p, visits, packed, work, at, tile);
 
+  float longest = 0.0f;
+  for (int64_t tile = 0; tile < tiles_of(0); ++tile) longest = max(packed.bounds[tile].length, longest);
   int64_t undecided = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = visited(visits, places.begin + i);
-    const int place = decide(p, half_norms, row, work.candidates[i], work.lower[i], exact.scores);
+    const float length = work.norm[i] + work.rest[i] + *packed.centre_length;
+    const float distance = visits.distances && visits.distances[row] < INFINITY ? sqrtf(visits.distances[row]) : 0.0f;
+    const float most = max(length + distance * 1.001f, longest);  // the nearest so far may be of a tile not visited
+    const int place = decide(p, half_norms, row, length, most, work.lower[i], work.candidates[i], exact.scores);
     if (place < 0) {
       work.undecided[undecided++] = int32_t(i);
       if (visits.bounds) visits.bounds[row] = 0.0f;
