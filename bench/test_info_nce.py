@@ -6,6 +6,7 @@ eager_half    as under autocast: the products in bfloat16, the softmax in float3
 compiled      torch.compile of the reference
 ..._transposed  the same, queue stored (D, K), as MoCo stores it
 inf_cl        https://github.com/DAMO-NLP-SG/Inf-CLIP, where it is installed: the plain loss of a batch, on a GPU
+torch_linear_cross_entropy, ..._in_chunks   the plain loss of a batch by torch, 2.14 or newer
 """
 
 from __future__ import annotations
@@ -195,7 +196,22 @@ def infinite_contrastive(query, keys) -> Tensor:
     return inf_cl.cal_flash_loss(query, keys, scale=1 / TEMPERATURE, head_dim=query.shape[1]).mean()
 
 
-@pytest.mark.parametrize("name", [*FUSED, "inf_cl", "eager"])
+def linear_cross_entropy(query: Tensor, keys: Tensor, in_chunks: bool) -> Tensor:
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("torch has no linear_cross_entropy: pip install 'torch>=2.14'")
+    options = torch.nn.LinearCrossEntropyOptions() if in_chunks else None
+    own = torch.arange(len(query), device=query.device)
+    return torch.nn.functional.linear_cross_entropy(query / TEMPERATURE, keys, own, options=options)
+
+
+PLAIN_PEERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "inf_cl": infinite_contrastive,
+    "torch_linear_cross_entropy": functools.partial(linear_cross_entropy, in_chunks=False),
+    "torch_linear_cross_entropy_in_chunks": functools.partial(linear_cross_entropy, in_chunks=True),
+}
+
+
+@pytest.mark.parametrize("name", [*FUSED, *PLAIN_PEERS, "eager"])
 @pytest.mark.benchmark(group="in batch: B=K=4096 D=128 keep, all gradients, float32")
 def test_in_batch_keep(name, device, small, fused, measure):
     """Two views; each row of the first against all of the second."""
@@ -212,9 +228,8 @@ def test_in_batch_keep(name, device, small, fused, measure):
     def step(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss(query, keys), (query, keys))
 
-    if name == "inf_cl":
-        loss = infinite_contrastive
-    else:
+    loss = PLAIN_PEERS.get(name)
+    if loss is None:
         loss = functools.partial(plain, loss=implementation_of(name, fused, torch.float32))
     allowed = 1e-2 if name == "inf_cl" else 1e-4  # inf-cl may multiply in TF32
     for gradient, expected in zip(step(loss), step(plain), strict=True):
