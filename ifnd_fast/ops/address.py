@@ -34,4 +34,4 @@ def address(name: str, tensor: Tensor | None, dtype: torch.dtype, device: str, s
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor with its numbers row by row as they read: a copy where it is a transpose, a slice or a negative."""
-    return tensor.resolve_neg().contiguous()
+    return tensor if tensor.is_contiguous() and not tensor.is_neg() else tensor.resolve_neg().contiguous()

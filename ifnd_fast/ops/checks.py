@@ -62,7 +62,8 @@ def integers(
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {value.dtype}: pass {name}.to({dtype})")
-    if value.dim() != len(shape) or any(w not in (None, g) for w, g in zip(shape, value.shape, strict=True)):
+    got = value.shape
+    if got != shape and (len(got) != len(shape) or any(w not in (None, g) for w, g in zip(shape, got, strict=True))):
         wanted = ", ".join("L" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
     same_device(name, value, like, like_name)

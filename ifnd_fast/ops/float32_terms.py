@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from ifnd_fast.ops import launch
 PIECE = 8  # numbers in the 16 bytes that the kernels read at a time
 
 
-@dataclass(frozen=True)
-class Operand:
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class Operand(NamedTuple):
     """Rows of `dim` numbers, the matrix's own memory where that is aligned, or of two times `dim` terms."""
 
     numbers: Tensor
@@ -33,7 +35,7 @@ class Operand:
     @property
     def kind(self) -> str:
         """As the kernels call it."""
-        return "two_terms" if self.units is not None else str(self.numbers.dtype).removeprefix("torch.")
+        return "two_terms" if self.units is not None else _NAMES[self.numbers.dtype]
 
 
 def rows_of_pieces(x: Tensor) -> Tensor:
