@@ -52,10 +52,12 @@ def _not_by_default(units: list[str], isa: str) -> list[str]:
     """What the CPU has, but its kernels are used only if asked for."""
     if os.environ.get("IFND_FAST_CPU_ISA"):
         return []
+    reasons = {}
+    if {"amx_tile", "amx_bf16", "amx_int8"} <= set(units):
+        reasons["amx"] = "off by default, as its kernels have never run on such a CPU"
     if "avx512bf16" in units and isa == "avx512vnni":
-        reason = "dot products of bfloat16 are slower than float32's on Intel's cores"
-        return [f"  not avx512bf16: {reason}; IFND_FAST_CPU_ISA=avx512bf16 takes them all the same"]
-    return []
+        reasons["avx512bf16"] = "dot products of bfloat16 are slower than float32's on Intel's cores"
+    return [f"  not {name}: {why}; IFND_FAST_CPU_ISA={name} takes it all the same" for name, why in reasons.items()]
 
 
 def _gpus() -> list[str]:

@@ -10,6 +10,10 @@
 #ifdef IFND_X86
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace ifnd {
 namespace {
@@ -26,12 +30,33 @@ Cpu this_cpu() {  // __builtin_cpu_supports also asks whether the operating syst
   cpu.avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   cpu.avx512vnni = cpuid_bit(7, 0, 2, 11), cpu.avx512bf16 = cpuid_bit(7, 1, 0, 5);
+  cpu.amx = cpuid_bit(7, 0, 3, 24) && cpuid_bit(7, 0, 3, 22) && cpuid_bit(7, 0, 3, 25);
   cpu.intel = __builtin_cpu_is("intel");
   return cpu;
 }
 #else
 Cpu this_cpu() { return {}; }
 #endif
+
+// Linux lets a process use the tiles when it has asked for them.
+bool tiles_permitted() {
+#if defined(__linux__) && defined(IFND_X86)
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+// Why kernels can't run here; null where they can.
+const char* refusal(Isa isa, const Cpu& cpu) {
+#ifdef IFND_EMULATED_TILES
+  if (isa == Isa::amx) return nullptr;
+#endif
+  if (!runs(isa, cpu)) return "this CPU does not have it";
+  if (isa == Isa::amx && !tiles_permitted()) return "the operating system does not let this process use its tiles";
+  return nullptr;
+}
 
 struct Candidate {
   Isa isa;
@@ -41,6 +66,9 @@ struct Candidate {
 const Kernels& choose() {
   const Candidate candidates[] = {  // best first
 #ifdef IFND_X86
+#ifdef IFND_AMX
+      {Isa::amx, &amx::kernels},
+#endif
       {Isa::avx512bf16, &avx512bf16::kernels},
       {Isa::avx512vnni, &avx512vnni::kernels},
       {Isa::avx512, &avx512::kernels},
@@ -53,13 +81,12 @@ const Kernels& choose() {
   if (wanted && !*wanted) wanted = nullptr;
   for (const Candidate& candidate : candidates) {
     if (wanted ? std::strcmp(wanted, candidate.kernels->isa) != 0 : !by_default(candidate.isa, cpu)) continue;
-    if (runs(candidate.isa, cpu)) return *candidate.kernels;
-    if (wanted)
-      throw std::runtime_error(std::string("IFND_FAST_CPU_ISA=") + wanted + ": this CPU does not have it; unset it");
+    const char* reason = refusal(candidate.isa, cpu);
+    if (!reason) return *candidate.kernels;
+    if (wanted) throw std::runtime_error(std::string("IFND_FAST_CPU_ISA=") + wanted + ": " + reason + "; unset it");
   }
-  throw std::runtime_error(
-      std::string("IFND_FAST_CPU_ISA must be portable, or on x86 also avx2, avx512, avx512vnni or avx512bf16, got '") +
-      wanted + "'");
+  throw std::runtime_error(std::string("IFND_FAST_CPU_ISA must be portable, or on x86 also avx2, avx512, avx512vnni, "
+                                       "avx512bf16 or, where the compiler knew it, amx, got '") + wanted + "'");
 }
 
 }  // namespace

@@ -157,7 +157,7 @@ class Case:
         assert torch.equal(native["counts"], right["counts"])
         s_positive, s = self.logits(torch.float64)
         logit = 1 + max(float(t.abs().max()) for t in (s_positive, s) if t.numel())
-        dots = self.query.dtype == torch.bfloat16 and _cpu.isa() == "avx512bf16"
+        dots = self.query.dtype == torch.bfloat16 and _cpu.isa() in ("avx512bf16", "amx")
         for name in ("loss", "query_grad", "positive_weight", "log_normalizer", "negatives_grad"):
             if right[name].numel() == 0:
                 continue

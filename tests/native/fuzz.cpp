@@ -93,7 +93,8 @@ void fuzz_info_nce(Random& random, int D) {
   ifnd::info_nce_negatives_grad(g, threads);
   called(1);
   if (!in.query.finite || !in.positive.finite || !in.negatives.finite) return;  // it did not crash
-  const bool dots = p.dtype == DType::bfloat16 && !std::strcmp(ifnd::kernels().isa, "avx512bf16");
+  const std::string isa = ifnd::kernels().isa;
+  const bool dots = p.dtype == DType::bfloat16 && (isa == "avx512bf16" || isa == "amx");
   const InfoNceResult right = info_nce(in, dots);
   if (counts != right.counts) wrong("counts differ");
   check_all("loss", loss, right.loss), check_all("positive_weight", weight, right.positive_weight);

@@ -32,6 +32,11 @@ def isas() -> list[str]:
     return ["portable", *["avx2"] * bool(avx2), *["avx512"] * bool(avx512), *better]
 
 
+def isas_of_programs() -> list[str]:
+    """Those, and AMX's kernels, whose tiles the programs emulate."""
+    return [*isas(), *["amx"] * ("avx2" in isas())]
+
+
 def build(sanitizers: str, folder: Path, *programs: str) -> Path:
     """Compiles tests/native/PROGRAM.cpp and the kernels with these checks; returns `folder`, where the programs are.
 
@@ -47,6 +52,7 @@ def build(sanitizers: str, folder: Path, *programs: str) -> Path:
     configure = [
         *("cmake", "-G", "Ninja", "-S", str(SOURCE), "-B", str(folder)),
         *("-DCMAKE_BUILD_TYPE=None", "-DIFND_MODULE=none"),
+        f"-DIFND_EMULATED_TILES={next((isa for isa in ('avx512bf16', 'avx2') if isa in isas()), '')}",
         f"-DIFND_DRIVERS={';'.join(str(HERE / program) + '.cpp' for program in programs)}",
         f"-DCMAKE_CXX_FLAGS={flags}",
     ]

@@ -32,6 +32,8 @@ def test_the_choice_by_what_the_cpu_is(chosen):
     assert chosen(*avx512, "avx512vnni") == chosen(*avx512, "avx512vnni", "intel") == "avx512vnni"
     assert chosen(*avx512, "avx512vnni", "avx512bf16") == "avx512bf16"
     assert chosen(*avx512, "avx512vnni", "avx512bf16", "intel") == "avx512vnni"
+    assert chosen(*avx512, "avx512vnni", "avx512bf16", "amx", "intel") == "avx512vnni"  # amx never by default
+    assert chosen(*avx512, "avx512vnni", "avx512bf16", "amx") == "avx512bf16"
 
 
 def test_this_cpu_gets_what_is_chosen_for_it(chosen):
@@ -63,3 +65,12 @@ def test_other_instruction_sets(isa, monkeypatch):
 def test_an_unknown_instruction_set_is_an_error():
     done = run_python("from ifnd_fast import _cpu; _cpu.isa()", IFND_FAST_CPU_ISA="sse9")
     assert done.returncode != 0 and "IFND_FAST_CPU_ISA must be portable, or on x86 also avx2" in done.stderr
+
+
+def test_amx_is_refused_where_it_is_not():
+    if _cpu.features().get("amx_int8"):
+        pytest.skip("this CPU has it")
+    done = run_python("from ifnd_fast import _cpu; _cpu.isa()", IFND_FAST_CPU_ISA="amx")
+    assert done.returncode != 0
+    built = "IFND_FAST_CPU_ISA=amx: this CPU does not have it" in done.stderr
+    assert built or "or, where the compiler knew it, amx, got 'amx'" in done.stderr

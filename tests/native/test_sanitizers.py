@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("ifnd_fast._cpu", reason="the extension is not built")
 from tests.native import programs  # noqa: E402
-from tests.native.programs import isas  # noqa: E402
+from tests.native.programs import isas_of_programs  # noqa: E402
 
 
 def build(sanitizers: str, folder: Path, *names: str) -> Path:
@@ -27,7 +27,7 @@ def sanitized(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the first of them builds the programs
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("isa", isas_of_programs())
 def test_sanitized(isa, sanitized):
     done = programs.run(sanitized / "driver", isa, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -38,7 +38,7 @@ def test_sanitized(isa, sanitized):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the first of them builds the programs
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("isa", isas_of_programs())
 def test_fuzzed(isa, sanitized):
     """Every entry point against float64; tests/native/README.md has the long run."""
     done = programs.run(sanitized / "fuzz", isa, "--calls", "1500", timeout=250)
@@ -73,7 +73,7 @@ def test_no_data_races(tmp_path):
 @pytest.mark.slow
 def test_kernel_objects_share_no_code(sanitized):
     """The linker would merge two instruction sets' copies of a weak symbol (a header's inline function)."""
-    for isa in isas():
+    for isa in isas_of_programs():
         (object_file,) = sanitized.glob(f"CMakeFiles/kernels_{isa}.dir/**/*.o")
         symbols = subprocess.run(["nm", str(object_file)], check=True, capture_output=True, text=True).stdout
         weak = [line.split()[-1] for line in symbols.splitlines() if line.split()[-2] in "WwVvu"]

@@ -156,16 +156,16 @@ def test_a_fifth_backend_is_one_entry(monkeypatch):
     assert "  not amx: this version has no amx kernel for info_nce" in report
 
 
-@pytest.mark.parametrize(
-    ("isa", "said"), [("avx512vnni", True), ("avx512bf16", False), ("avx512", False), ("portable", False)]
-)
-def test_info_says_what_the_cpu_has_and_does_not_get(monkeypatch, isa, said):
+@pytest.mark.parametrize("amx", [True, False])
+@pytest.mark.parametrize("isa", ["avx512vnni", "avx512bf16", "avx512"])
+def test_info_says_what_the_cpu_has_and_does_not_get(monkeypatch, isa, amx):
     monkeypatch.delenv("IFND_FAST_CPU_ISA", raising=False)
-    units = {"avx512vnni": True, "avx512bf16": isa != "avx512", "amx_tile": False}
+    units = {"avx512bf16": isa != "avx512", "amx_tile": True, "amx_bf16": True, "amx_int8": amx}
     monkeypatch.setattr(backends, "_cpu", SimpleNamespace(isa=lambda: isa, features=lambda: units))
     report = "\n".join(info.lines())
     assert f"kernels use {isa}," in report
-    assert ("IFND_FAST_CPU_ISA=avx512bf16 takes them all the same" in report) == said
+    assert ("IFND_FAST_CPU_ISA=avx512bf16 takes it all the same" in report) == (isa == "avx512vnni")
+    assert ("IFND_FAST_CPU_ISA=amx takes it all the same" in report) == amx
 
 
 def test_who_leads_goes_first_where_it_does(monkeypatch):

@@ -50,6 +50,7 @@ static size_t assign_bytes(const AssignClusters& p, int64_t rows) {
 static int64_t assign_rows(const AssignClusters& p, const float* half_norms, const Visits& visits, const void* packed,
                            Range places, void* workspace) {
   const int64_t count = places.end - places.begin;
+  const Tiles tiles;
   Carver carver{static_cast<char*>(workspace)};
 #ifdef __AVX512VNNI__
   if (packed) {

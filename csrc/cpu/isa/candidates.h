@@ -52,28 +52,29 @@ struct Candidates {
 // One row against a few centroids, by the product that assign_with<Word> uses: a sum depends on no other row.
 template <class Word>
 struct ExactScores {
+  static constexpr int kColumns = kColumnStep<Word>;
   Word *row, *rows;
   int stride;
 
   ExactScores(const AssignClusters& p, Carver& carver) : stride(int(tile_stride(words<Word>(p.D)))) {
-    row = carver.take<Word>(size_t(words<Word>(p.D)) * NARROW);
-    rows = carver.take<Word>(size_t(ROWS) * size_t(stride));
+    row = carver.take<Word>(size_t(panel_words<Word>(p.D)) * kColumns);
+    rows = carver.take<Word>(size_t(round_up<kWordStep<Word>>(ROWS)) * size_t(stride));
   }
 
   void start(const AssignClusters& p, int64_t i) const {
     Word packed[kScreenDim + W];
-    const int P = words<Word>(p.D);
+    const int64_t P = panel_words<Word>(p.D);
     pack_row(p.features, p.dtype, i, p.D, packed, round_up<W>(P));
     for (int d = 0; d < P; ++d)
-      for (int lane = 0; lane < NARROW; ++lane) row[d * NARROW + lane] = packed[d];
+      for (int lane = 0; lane < kColumns; ++lane) row[d * kColumns + lane] = packed[d];
   }
   void scores(const AssignClusters& p, const int32_t* centroids, int n, float* out) const {
-    float product[ROWS * NARROW];
+    float product[ROWS * kColumns];
     for (int m = 0; m < n; ++m)
       pack_row(p.centroids, p.dtype, centroids[m], p.D, rows + m * stride, padded(words<Word>(p.D)));
-    multiply<false>(n, round_up<NARROW>(NARROW), words<Word>(p.D), 1.0f, rows, stride, row, NARROW, product, NARROW,
-                    false);
-    for (int m = 0; m < n; ++m) out[m] = product[m * NARROW];
+    multiply<false>(n, round_up<kColumns>(kColumns), words<Word>(p.D), 1.0f, rows, stride, row, kColumns, product,
+                    kColumns, false);
+    for (int m = 0; m < n; ++m) out[m] = product[m * kColumns];
   }
 };
 

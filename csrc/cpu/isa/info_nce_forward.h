@@ -75,7 +75,7 @@ struct ForwardWork {
   ForwardWork(const InfoNceForward& p, int64_t rows, Carver&& carver) : state(p, rows, carver), tile(carver, p.D) {
     const size_t lanes = size_t(round_up<LANES>(rows));
     const Multiple<kTerms<Word>> keys = tile_rows(p.D);
-    panels = carver.take<Word>(lanes * words<Word>(p.D));
+    panels = carver.take<Word>(lanes * size_t(panel_words<Word>(p.D)));
     labels = carver.take<PanelLabels>(lanes / LANES);
     tile_labels = carver.take<TileLabels>(1);
     scores = carver.take<float>(size_t(keys) * LANES);
@@ -186,7 +186,7 @@ IFND_INLINE vfloat exponentials(const float* scores, int keys, vfloat reference,
   return sum;
 }
 
-#ifdef __AVX512BF16__
+#ifdef IFND_PAIRS
 IFND_INLINE vfloat exponentials(const float* scores, int keys, vfloat reference, Pair* weights) {
   vfloat sum = {};
   for (int begin = 0; begin < keys; begin += kSumBlock) {
@@ -227,10 +227,11 @@ static void common_keys(const ForwardWork<Word>& work, int64_t first, int64_t la
 template <class Word>
 static void forward_over(const InfoNceForward& p, Range rows, Range keys, void* workspace) {
   const int64_t count = rows.end - rows.begin;
+  const Tiles tiles;
   const ForwardWork<Word> work(p, count, Carver{static_cast<char*>(workspace)});
   work.state.start(p, count);
   for (int64_t at = 0; at < count; at += LANES) {
-    pack_panel(p.query, p.dtype, rows.begin + at, count - at, p.D, work.panels + at * words<Word>(p.D));
+    pack_panel(p.query, p.dtype, rows.begin + at, count - at, p.D, work.panels + at * panel_words<Word>(p.D));
     pack_labels(p, rows.begin + at, count - at, work.labels[at / LANES]);
   }
   const float inverse_temperature = float(1.0 / p.temperature);
@@ -242,7 +243,7 @@ static void forward_over(const InfoNceForward& p, Range rows, Range keys, void* 
     if (matching) pack_labels(p, key, n, *work.tile_labels);
     for (int64_t at = 0; at < count; at += LANES) {
       // 1. s = q n^T / tau
-      work.tile.scores(n, count - at, inverse_temperature, work.panels + at * words<Word>(p.D), work.scores);
+      work.tile.scores(n, count - at, inverse_temperature, work.panels + at * panel_words<Word>(p.D), work.scores);
       // 2. false negatives and the own image out of s, exceptional keys into their levels' sums
       if (matching)
         for (uint32_t lanes = find_marked(p, work.labels[at / LANES], count - at, *work.tile_labels, n, work.scores,

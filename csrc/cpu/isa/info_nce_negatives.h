@@ -22,7 +22,7 @@ struct QueryGroup {
   QueryGroup(const InfoNceNegativesGrad& p, int64_t count, const void* base) {
     Carver carver{static_cast<char*>(const_cast<void*>(base))};
     const Multiple<LANES> lanes = round_up<LANES>(count);
-    panels = carver.take<Word>(size_t(lanes) * size_t(words<Word>(p.D)));
+    panels = carver.take<Word>(size_t(lanes) * size_t(panel_words<Word>(p.D)));
     rows = carver.take<Word>(size_t(Multiple<kTerms<Word>>(lanes) / kTerms<Word>) * size_t(padded(p.D)));
     shift = carver.take<float>(size_t(lanes));
     factor = carver.take<float>(size_t(lanes));
@@ -56,7 +56,7 @@ static void pack_queries(const InfoNceNegativesGrad& p, Range rows, int panel, v
   const int64_t at = int64_t(panel) * LANES, first = rows.begin + at;
   const int64_t count = min_of<int64_t>(LANES, rows.end - first);
   const QueryGroup<Word> group(p, rows.end - rows.begin, memory);
-  pack_panel(p.query, p.dtype, first, count, p.D, group.panels + at * words<Word>(p.D));
+  pack_panel(p.query, p.dtype, first, count, p.D, group.panels + at * panel_words<Word>(p.D));
   Word* zipped = group.rows + at / kTerms<Word> * padded(p.D);
   memset(zipped, 0, sizeof(Word) * size_t(LANES / kTerms<Word>) * size_t(padded(p.D)));
   pack_zipped(p.query, p.dtype, first, count, p.D, int(padded(p.D)), zipped);
@@ -98,11 +98,11 @@ static void marked_weights(const InfoNceNegativesGrad& p, int64_t query, const M
     column[ptrdiff_t(marked.key[j]) * LANES] = marked.levels[j] == 0 ? 0.0f : weight[j];
 }
 
-IFND_INLINE void as_words(const float*, int, float*) {}
-#ifdef __AVX512BF16__
-IFND_INLINE void as_words(const float* scores, int keys, Pair* weights) {
+IFND_INLINE void as_words(const float*, int, int64_t, float*) {}
+#ifdef IFND_PAIRS
+IFND_INLINE void as_words(const float* scores, int keys, int64_t lanes, Pair* weights) {
   for (int k = 0; k < keys; ++k, scores += LANES, weights += W)
-    store(weights, to_bfloat16(load(scores), load(scores + W)));
+    store(weights, to_bfloat16(load(scores), lanes > W ? load(scores + W) : vfloat{}));
 }
 #endif
 
@@ -125,13 +125,14 @@ static void scores_to_weights(const InfoNceNegativesGrad& p, const QueryGroup<Wo
     const int lane = __builtin_ctz(marked);
     marked_weights(p, first + lane, work.marked[lane], work.scores + lane);
   }
-  as_words(work.scores, keys, work.weights);
+  as_words(work.scores, keys, count, work.weights);
 }
 
 template <class Word>
 static void negatives_over(const InfoNceNegativesGrad& p, Range rows, Range keys, const void* memory, void* workspace,
                            bool first_group) {
   const int64_t count = rows.end - rows.begin;
+  const Tiles tiles;
   const QueryGroup<Word> group(p, count, memory);
   const NegativesWork<Word> work(p, Carver{static_cast<char*>(workspace)});
   const float inverse_temperature = float(1.0 / p.temperature);
@@ -142,7 +143,7 @@ static void negatives_over(const InfoNceNegativesGrad& p, Range rows, Range keys
     if (uses_labels(p) || uses_ids(p)) pack_labels(p, key, n, *work.labels);
     for (int64_t at = 0; at < count; at += LANES) {
       const int64_t lanes = min_of<int64_t>(LANES, count - at);
-      work.tile.scores(n, lanes, inverse_temperature, group.panels + at * words<Word>(p.D), work.scores);
+      work.tile.scores(n, lanes, inverse_temperature, group.panels + at * panel_words<Word>(p.D), work.scores);
       scores_to_weights(p, group, at, rows.begin + at, lanes, work, n);
       multiply<false>(n, round_up<W>(p.D), words<Word>(int(lanes)), 1.0f, work.weights, LANES / kTerms<Word>,
                       group.rows + at / kTerms<Word> * padded(p.D), padded(p.D), work.grad, ld, at > 0);

@@ -19,7 +19,7 @@ struct AssignWork {
 
   AssignWork(const AssignClusters& p, int64_t rows, Carver& carver) : tile(carver, p.D) {
     const size_t lanes = size_t(round_up<LANES>(rows));
-    panels = carver.take<Word>(lanes * words<Word>(p.D));
+    panels = carver.take<Word>(lanes * size_t(panel_words<Word>(p.D)));
     best = carver.take<float>(lanes);
     sum = carver.take<float>(lanes);
     label = carver.take<int32_t>(lanes);
@@ -85,13 +85,13 @@ static void assign_with(const AssignWork<Word>& work, const AssignClusters& p, c
   const float inverse_temperature = float(1.0 / p.temperature);
   const int64_t step = tile_rows(p.D);
   for (int64_t at = 0; at < lanes; at += LANES)
-    pack_panel(p.features, p.dtype, rows.begin + at, count - at, p.D, work.panels + at * words<Word>(p.D));
+    pack_panel(p.features, p.dtype, rows.begin + at, count - at, p.D, work.panels + at * panel_words<Word>(p.D));
   for (int64_t i = 0; i < lanes; ++i) work.best[i] = -INFINITY, work.sum[i] = 0.0f, work.label[i] = -1;
   for (int64_t j = 0; j < p.C; j += step) {
     const int n = int(min_of(step, p.C - j));
     work.tile.pack(p.centroids, p.dtype, j, n);
     for (int64_t at = 0; at < count; at += LANES) {
-      work.tile.scores(n, count - at, 1.0f, work.panels + at * words<Word>(p.D), work.scores);
+      work.tile.scores(n, count - at, 1.0f, work.panels + at * panel_words<Word>(p.D), work.scores);
       update_nearest(work, at, count - at, j, n, half_norms, inverse_temperature, p.confidence != nullptr);
     }
   }

@@ -32,7 +32,7 @@ struct ScreenWork {
 
   ScreenWork(const AssignClusters& p, int64_t rows, Carver& carver) {
     const size_t lanes = size_t(round_up<LANES>(rows));
-    panels = carver.take<Quad>(lanes * size_t((p.D + 3) / 4));
+    panels = carver.take<Quad>(lanes * size_t(screen_words(p.D)));
     float** const of_rows[] = {&scale, &norm, &rest, &squares, &lower, &highest, &second};
     for (float** of_row : of_rows) *of_row = carver.take<float>(lanes);
     scores = carver.take<float>(size_t(screen_rows(p.D)) * LANES);
@@ -86,7 +86,7 @@ static void start_screening(const AssignClusters& p, const Visits& visits, Range
     work.scale[i] = r.scale, work.norm[i] = r.norm, work.rest[i] = r.rest, work.squares[i] = r.squares;
     memcpy(quads, row, sizeof(Quad) * size_t(packed.words));
     Quad* column = work.panels + (i - i % LANES) * packed.words + i % LANES;
-    for (int d = 0; d < packed.words; ++d) column[ptrdiff_t(d) * LANES] = quads[d] ^ 0x80808080u;  // 128 higher
+    for (int d = 0; d < packed.words; ++d) column[ptrdiff_t(d) * LANES] = quads[d] ^ kUnsigned;
   }
 }
 
@@ -104,13 +104,45 @@ struct Highest {
   }
 };
 
-// ROWS centroids against a panel: scores (ROWS, LANES), and their highest. A function of its own: among a caller's values
-// some of the sums would not stay in registers.
+// Scores (ROWS, LANES) from products of ROWS centroids with a panel, and their highest.
+IFND_INLINE void scale_products(const vint (*products)[VECTORS], const PackedCentroids& packed, int64_t first,
+                                const float* scale, float* scores, float* block, Highest* highest) {
+  const float *of_row = packed.scale + first, *bias = packed.bias + first;
+#pragma GCC unroll 2
+  for (int v = 0; v < VECTORS; ++v) {
+    const vfloat of_lane = load(scale + v * W);
+    vfloat most = splat(-INFINITY);
+    Highest so_far = highest[v];
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) {
+      const vfloat s = __builtin_convertvector(products[m][v], vfloat) * splat(of_row[m]) * of_lane + splat(bias[m]);
+      store(scores + m * LANES + v * W, s);
+      so_far.add(s);
+      most = higher(s, most);
+    }
+    store(block + v * W, most);
+    highest[v] = so_far;
+  }
+}
+
+// kScreenBlock centroids against a panel: scores, and the highest of every ROWS and of all. A function of its own: among
+// a caller's values some of the sums would not stay in registers.
+#ifdef IFND_TILES
+static void score_block(const PackedCentroids& packed, int64_t first, const Quad* panel, const float* scale,
+                        float* scores, float* block, Highest* highest) {
+  alignas(64) int32_t sums[kScreenBlock * LANES];
+  tile_block<2, 2>(packed.words, packed.rows + first * packed.words, packed.words, panel, LANES, sums, LANES, false);
+  for (int at = 0; at < kScreenBlock; at += ROWS, scores += ROWS * LANES, block += LANES) {
+    vint products[ROWS][VECTORS];
+    memcpy(products, sums + at * LANES, sizeof products);
+    scale_products(products, packed, first + at, scale, scores, block, highest);
+  }
+}
+#else
 static __attribute__((noinline)) void score_block(const PackedCentroids& packed, int64_t first, const Quad* panel,
                                                   const float* scale, float* scores, float* block, Highest* highest) {
   vint acc[ROWS][VECTORS];
   const Quad* rows = packed.rows + first * packed.words;
-  const float *of_row = packed.scale + first, *bias = packed.bias + first;
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; ++m)
     for (int v = 0; v < VECTORS; ++v) acc[m][v] = splat(packed.offset[first + m]);
@@ -125,32 +157,19 @@ static __attribute__((noinline)) void score_block(const PackedCentroids& packed,
       for (int v = 0; v < VECTORS; ++v) acc[m][v] = vint(_mm512_dpbusd_epi32(__m512i(acc[m][v]), x[v], c));
     }
   }
-#pragma GCC unroll 2
-  for (int v = 0; v < VECTORS; ++v) {
-    const vfloat of_lane = load(scale + v * W);
-    vfloat most = splat(-INFINITY);
-    Highest so_far = highest[v];
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; ++m) {
-      const vfloat s = __builtin_convertvector(acc[m][v], vfloat) * splat(of_row[m]) * of_lane + splat(bias[m]);
-      store(scores + m * LANES + v * W, s);
-      so_far.add(s);
-      most = higher(s, most);
-    }
-    store(block + v * W, most);
-    highest[v] = so_far;
-  }
+  scale_products(acc, packed, first, scale, scores, block, highest);
 }
+#endif
 
 // One panel, at row `at` of the group, against one tile of centroids: what it leaves of them.
 static void screen_tile(const AssignClusters& p, const Visits& visits, const PackedCentroids& packed,
                         const ScreenWork& work, int64_t at, int64_t tile) {
-  const int64_t first = tile * packed.step, end = min_of<int64_t>(first + packed.step, round_up<ROWS>(p.C));
+  const int64_t first = tile * packed.step, end = min_of<int64_t>(first + packed.step, round_up<kScreenBlock>(p.C));
   const TileBound& bound = packed.bounds[tile];
   const float m = *packed.centre_length;
   Highest highest[VECTORS];
   for (Highest& h : highest) h = {splat(-INFINITY), splat(-INFINITY)};
-  for (int64_t j = first; j < end; j += ROWS)
+  for (int64_t j = first; j < end; j += kScreenBlock)
     score_block(packed, j, work.panels + at * packed.words, work.scale + at, work.scores + (j - first) * LANES,
                 work.blocks + (j - first) / ROWS * LANES, highest);
   for (int v = 0; v < VECTORS; ++v) {

@@ -13,9 +13,20 @@ IFND_INLINE bool screens(const AssignClusters& p) {
   return kInteger8Dots && !p.confidence && p.D >= 32 && p.D <= kScreenDim && p.C >= 64;
 }
 
-// Half as many as of floats: a tile and its scores stay in the first-level cache. Whole blocks of ROWS, as blocks that
+// What the product of a block takes: rows of centroids, and words up to a multiple; and what is added to a feature's
+// four integers, for instructions that multiply unsigned by signed ones.
+#ifdef IFND_TILES
+constexpr int kScreenBlock = 2 * TILE, kScreenWords = TILE;
+constexpr uint32_t kUnsigned = 0;
+#else
+constexpr int kScreenBlock = ROWS, kScreenWords = 1;
+constexpr uint32_t kUnsigned = 0x80808080u;
+#endif
+IFND_INLINE Multiple<kScreenWords> screen_words(int D) { return round_up<kScreenWords>((D + 3) / 4); }
+
+// Half as many as of floats: a tile and its scores stay in the first-level cache. Whole blocks, as blocks that
 // began anywhere else would run past the tile, and the last one past the centroids' and the scores' memory.
-IFND_INLINE Multiple<ROWS> screen_rows(int D) { return round_up<ROWS>(tile_rows(D) / 2); }
+IFND_INLINE Multiple<kScreenBlock> screen_rows(int D) { return round_up<kScreenBlock>(tile_rows(D) / 2); }
 
 #ifdef __AVX512VNNI__
 
@@ -68,10 +79,10 @@ struct TileBound {
   float norm, rest, length, other;
 };
 
-// The centroids in 8 bits, in the order in which they are visited; up to a multiple of ROWS with scores of -infinity.
+// The centroids in 8 bits, in the order in which they are visited; up to a whole block with scores of -infinity.
 struct PackedCentroids {
-  int words;
-  Multiple<ROWS> step;  // centroids of a tile
+  Multiple<kScreenWords> words;
+  Multiple<kScreenBlock> step;  // centroids of a tile
   Quad* rows;
   float *scale, *bias;  // score = scale * (the feature's scale) * product + bias
   int32_t* offset;      // takes back that a feature's integers are stored 128 higher
@@ -79,8 +90,8 @@ struct PackedCentroids {
   float* centre;         // m
   float* centre_length;  // |m|
 
-  PackedCentroids(const AssignClusters& p, Carver& carver) : words((p.D + 3) / 4), step(screen_rows(p.D)) {
-    const size_t lanes = size_t(round_up<ROWS>(p.C));
+  PackedCentroids(const AssignClusters& p, Carver& carver) : words(screen_words(p.D)), step(screen_rows(p.D)) {
+    const size_t lanes = size_t(round_up<kScreenBlock>(p.C));
     rows = carver.take<Quad>(lanes * size_t(words) + W);
     scale = carver.take<float>(lanes);
     bias = carver.take<float>(lanes);
@@ -107,7 +118,7 @@ static void find_centre(const AssignClusters& p, const PackedCentroids& packed) 
 // Tile number `tile`; half_norms, of centroids in their own order, is null for the inner product.
 static void pack_screened(const AssignClusters& p, const float* half_norms, const int32_t* order, int64_t tile,
                           const PackedCentroids& packed) {
-  const int64_t first = tile * packed.step, end = min_of<int64_t>(first + packed.step, round_up<ROWS>(p.C));
+  const int64_t first = tile * packed.step, end = min_of<int64_t>(first + packed.step, round_up<kScreenBlock>(p.C));
   const float m = *packed.centre_length, sums = kSumError * float(p.D + 8);
   TileBound bound{0.0f, 0.0f, 0.0f, 0.0f};
   float largest = 0.0f;

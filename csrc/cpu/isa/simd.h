@@ -18,7 +18,15 @@
 #endif
 
 #ifndef IFND_ISA
-#error "compile kernel sources with -DIFND_ISA=portable|avx2|avx512|avx512vnni|avx512bf16 and -DIFND_VECTOR_BYTES=16|32|64"
+#error "compile kernel sources with -DIFND_ISA=portable|avx2|avx512|avx512vnni|avx512bf16|amx and -DIFND_VECTOR_BYTES=16|32|64"
+#endif
+
+// IFND_PAIRS: bfloat16 is multiplied as pairs, by dot products; IFND_TILES: these are products of tiles (tile_unit.h).
+#if defined(__AMX_BF16__) || defined(IFND_EMULATED_TILES)
+#define IFND_TILES
+#endif
+#if defined(__AVX512BF16__) || defined(IFND_TILES)
+#define IFND_PAIRS
 #endif
 
 // glibc 2.29 has a second exp and log, which set no errno. With the first ones, of the same values, what is compiled
@@ -50,11 +58,6 @@ struct Lanes {
 typedef uint32_t Pair;
 template <class Word> constexpr int kTerms = 1;
 template <> constexpr int kTerms<Pair> = 2;
-#ifdef __AVX512BF16__
-constexpr bool kBfloat16Dots = true;
-#else
-constexpr bool kBfloat16Dots = false;
-#endif
 #ifdef __AVX512VNNI__
 constexpr bool kInteger8Dots = true;
 #else
@@ -169,3 +172,7 @@ static_assert(LANES <= 32, "a panel's lanes are the bits of an uint32_t");
 static_assert(kMaxDim % LANES == 0, "arrays of kMaxDim hold whole vectors");
 
 IFND_END
+
+#if defined(IFND_PAIRS) && !defined(__AVX512BF16__)
+#include "emulated_pairs.h"
+#endif

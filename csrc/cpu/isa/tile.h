@@ -5,10 +5,22 @@
 
 #include "carver.h"
 #include "matmul.h"
+#include "matmul_tiles.h"
 
 IFND_BEGIN
 
 constexpr int kMaxTileRows = 128;
+
+// What tiles of rows, panels' words and products' columns are rounded up to. Products by tiles read whole ones.
+template <class Word> constexpr int kWordStep = 1;
+template <class Word> constexpr int kColumnStep = NARROW;
+#ifdef IFND_TILES
+constexpr int kRowStep = 2 * TILE;
+template <> constexpr int kWordStep<Pair> = TILE;
+template <> constexpr int kColumnStep<Pair> = TILE;
+#else
+constexpr int kRowStep = 8;
+#endif
 
 template <class Word>
 IFND_INLINE int words(int terms) { return (terms + kTerms<Word> - 1) / kTerms<Word>; }
@@ -16,9 +28,14 @@ IFND_INLINE Multiple<16> padded(int n) { return round_up<16>(n); }
 // 16 words more, so that rows of a power of two don't all fall into the same few cache sets.
 IFND_INLINE Multiple<16> tile_stride(int n) { return padded(n + 16); }
 // About 64 KB of float keys: they stay in the second-level cache beside a group of queries.
-IFND_INLINE Multiple<8> tile_rows(int D) {
-  return round_down<8>(min_of<int64_t>(kMaxTileRows, D >= 1024 ? 16 : 16384 / padded(D)));
+IFND_INLINE Multiple<kRowStep> tile_rows(int D) {
+  constexpr int64_t least = kRowStep > 16 ? kRowStep : 16;
+  const int64_t rows = min_of<int64_t>(kMaxTileRows, 16384 / padded(D));
+  return round_down<kRowStep>(rows > least ? rows : least);
 }
+// Words of a panel's columns: zero beyond those of D.
+template <class Word>
+IFND_INLINE Multiple<kWordStep<Word>> panel_words(int D) { return round_up<kWordStep<Word>>(words<Word>(D)); }
 
 IFND_INLINE float from_bfloat16(uint16_t x) { return bits<float>(uint32_t(x) << 16); }
 
@@ -53,7 +70,7 @@ static inline void pack_row(const void* matrix, DType dtype, int64_t row, int D,
   for (int d = D; d < columns; ++d) out[d] = 0.0f;
 }
 
-#ifdef __AVX512BF16__
+#ifdef IFND_PAIRS
 static inline void pack_row(const void* matrix, DType dtype, int64_t row, int D, Pair* out,
                             Multiple<W> columns) {
   if (dtype == DType::bfloat16) {
@@ -71,7 +88,7 @@ static inline void pack_row(const void* matrix, DType dtype, int64_t row, int D,
 template <class Word>
 static void pack_panel(const void* matrix, DType dtype, int64_t first, int64_t rows, int D, Word* panel) {
   Word row[kMaxDim + W];
-  const int P = words<Word>(D);
+  const int64_t P = panel_words<Word>(D);
   for (int lane = 0; lane < LANES; ++lane) {
     if (lane < rows)
       pack_row(matrix, dtype, first + lane, D, row, round_up<W>(P));
@@ -87,7 +104,7 @@ static inline void pack_zipped(const void* matrix, DType dtype, int64_t first, i
   for (int64_t i = 0; i < rows; ++i) pack_row(matrix, dtype, first + i, D, out + i * stride, padded(D));
 }
 
-#ifdef __AVX512BF16__
+#ifdef IFND_PAIRS
 // W bfloat16 of a row of pairs from column d on, as floats.
 IFND_INLINE vuint widened(const Pair* row, int d) {
   typedef uint16_t Halves __attribute__((vector_size(IFND_VECTOR_BYTES / 2)));
@@ -116,7 +133,10 @@ static inline void pack_zipped(const void* matrix, DType dtype, int64_t first, i
 #endif
 
 // Of a panel whose first `lanes` are wanted, those that a product computes.
-IFND_INLINE Multiple<NARROW> product_lanes(int64_t lanes) { return round_up<NARROW>(min_of<int64_t>(LANES, lanes)); }
+template <class Word>
+IFND_INLINE Multiple<kColumnStep<Word>> product_lanes(int64_t lanes) {
+  return round_up<kColumnStep<Word>>(min_of<int64_t>(LANES, lanes));
+}
 
 // Keys with their words along D, for scores.
 template <class Word>
@@ -136,7 +156,7 @@ struct Tile {
 
   // scores (keys, LANES) = alpha * rows panel; only the first `lanes` lanes need be right.
   void scores(int keys, int64_t lanes, float alpha, const Word* panel, float* scores) const {
-    multiply<false>(keys, product_lanes(lanes), words<Word>(D), alpha, rows, stride, panel, LANES, scores, LANES,
+    multiply<false>(keys, product_lanes<Word>(lanes), words<Word>(D), alpha, rows, stride, panel, LANES, scores, LANES,
                     false);
   }
 };
@@ -151,12 +171,44 @@ struct KeyTile<float> : Tile<float> {
 
   // grad (D, LANES) += keys^T weights (keys, LANES)
   void add_weighted(int keys, int64_t lanes, const float* weights, float* grad) const {
-    multiply<true>(D, product_lanes(lanes), keys, 1.0f, rows, stride, weights, LANES, grad, LANES, true);
+    multiply<true>(D, product_lanes<float>(lanes), keys, 1.0f, rows, stride, weights, LANES, grad, LANES, true);
   }
   vfloat column(int key, int d) const { return load(row(key) + d); }
 };
 
-#ifdef __AVX512BF16__
+#ifdef IFND_TILES
+template <>
+struct KeyTile<Pair> : Tile<Pair> {
+  static constexpr int kStride = kMaxTileRows / 2 + 16;  // as in tile_stride
+  Pair* columns;  // (D, words of keys)
+
+  KeyTile(Carver& carver, int dim) : Tile(carver, dim) {
+    columns = carver.take<Pair>(size_t(padded(dim)) * size_t(kStride));
+  }
+
+  void pack(const void* matrix, DType dtype, int64_t first, int keys) const {
+    Tile::pack(matrix, dtype, first, keys);
+    for (int k = 0; k < keys; k += 2 * TILE)
+      for (int d = 0; d < D; d += TILE) {
+        vuint block[TILE];
+        for (int i = 0; i < TILE; ++i) {
+          const int even = k + 2 * i, odd = even + 1;
+          block[i] = (even < keys ? widened(row(even), d) >> 16 : vuint{}) | (odd < keys ? widened(row(odd), d) : vuint{});
+        }
+        transpose(block);
+        for (int i = 0; i < TILE; ++i) store(columns + ptrdiff_t(d + i) * kStride + k / 2, block[i]);
+      }
+  }
+
+  // The weights' rows up to a whole tile become zero, as the keys' have.
+  void add_weighted(int keys, int64_t lanes, Pair* weights, float* grad) const {
+    const int64_t used = words<Pair>(keys), whole = round_up<TILE>(used);
+    memset(weights + used * LANES, 0, sizeof(Pair) * size_t((whole - used) * LANES));
+    multiply<false>(D, product_lanes<Pair>(lanes), int(used), 1.0f, columns, kStride, weights, LANES, grad, LANES, true);
+  }
+  vfloat column(int key, int d) const { return bits<vfloat>(widened(row(key), d)); }
+};
+#elif defined(IFND_PAIRS)
 template <>
 struct KeyTile<Pair> : Tile<Pair> {
   Pair* zipped;  // (words of keys, D)
@@ -174,7 +226,7 @@ struct KeyTile<Pair> : Tile<Pair> {
   }
 
   void add_weighted(int keys, int64_t lanes, const Pair* weights, float* grad) const {
-    multiply<true>(D, product_lanes(lanes), words<Pair>(keys), 1.0f, zipped, zipped_stride, weights, LANES, grad, LANES,
+    multiply<true>(D, product_lanes<Pair>(lanes), words<Pair>(keys), 1.0f, zipped, zipped_stride, weights, LANES, grad, LANES,
                    true);
   }
   vfloat column(int key, int d) const { return bits<vfloat>(widened(row(key), d)); }
@@ -184,7 +236,7 @@ struct KeyTile<Pair> : Tile<Pair> {
 // function(Word{}) with the words that inputs of this dtype are multiplied as.
 template <class Function>
 static auto by_word(DType dtype, const Function& function) {
-#ifdef __AVX512BF16__
+#ifdef IFND_PAIRS
   if (dtype == DType::bfloat16) return function(Pair{});
 #endif
   (void)dtype;
