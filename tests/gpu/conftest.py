@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -54,11 +55,15 @@ def _builtins_replaced_once():
     replace = interpreter._patch_lang
     done = set()
 
-    def once(function):
-        modules = frozenset(
+    @functools.cache
+    def modules_of(function):
+        return frozenset(
             name for name, value in function.__globals__.items()
             if inspect.ismodule(value) and value.__name__.startswith("triton.language")
         )  # fmt: skip
+
+    def once(function):
+        modules = modules_of(function)
         if modules in done:
             return SimpleNamespace(restore=lambda: None)
         of_kernel, scope = not done, replace(function)
@@ -69,6 +74,29 @@ def _builtins_replaced_once():
         return scope
 
     interpreter._patch_lang = once
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _integers_checked_at_once():
+    """Triton's interpreter (3.8) looks for overflow of 32-bit integers by five operations of its own in 64 bits, and for
+    a tensor's type in a table made anew: half its time. Here it finds them at once."""
+    if torch.cuda.is_available():
+        return
+    from triton import language as tl
+    from triton.language import semantic
+    from triton.runtime import interpreter
+
+    def check(self, a, b, operation):
+        bits = a.type.scalar.int_bitwidth
+        if bits < 64:
+            wide = operations[operation.__name__](a.handle.data.astype(np.int64), b.handle.data.astype(np.int64))
+            low, high = a.type.scalar.get_int_min_value(), a.type.scalar.get_int_max_value()
+            assert ((low <= wide) & (wide <= high)).all(), f"int{bits} overflow in {operation.__name__}"
+
+    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+    semantic.TritonSemantic.binary_op_sanitize_overflow_impl = check
+    of_scalars = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda kind: of_scalars(tl.uint64 if kind.scalar.is_ptr() else kind.scalar)
 
 
 @pytest.fixture(scope="session")

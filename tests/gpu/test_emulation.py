@@ -64,7 +64,7 @@ def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path):
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip("the compiler has no address sanitizer runtime")
     core = "Volta"
-    emulated.build(tmp_path, f"{emulated.QUICK} -g -fsanitize=address", (core,))
+    emulated.build(tmp_path, f"{emulated.QUICK} -g1 -fsanitize=address", (core,))
     environment = {
         **os.environ,
         "LD_PRELOAD": " ".join(libraries),

@@ -48,7 +48,7 @@ def build(sanitizers: str, folder: Path, *programs: str) -> Path:
     done = subprocess.run(probe, input="int main() {}", text=True, capture_output=True)
     if done.returncode != 0:
         raise NoSanitizer(done.stderr[-200:])
-    flags = f"-O1 -g -fsanitize={sanitizers} -fno-sanitize-recover=all -I{SOURCE / 'cpu'}"
+    flags = f"-O1 -g1 -fsanitize={sanitizers} -fno-sanitize-recover=all -I{SOURCE / 'cpu'}"
     configure = [
         *("cmake", "-G", "Ninja", "-S", str(SOURCE), "-B", str(folder)),
         *("-DCMAKE_BUILD_TYPE=None", "-DIFND_MODULE=none"),
