@@ -239,7 +239,7 @@ class Options:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     """of the inputs"""
     only: str = ""
-    """kernels whose name holds this"""
+    """kernels in whose name this regular expression is found"""
     jobs: int = os.cpu_count() or 1
     """compilations at a time"""
     size: Shape = Shape()
@@ -287,7 +287,7 @@ def main(options: Options) -> None:
         for card in options.cards
         for dtype in options.dtypes
         for name in names(DTYPES[dtype], card, options.size)
-        if options.only in name
+        if re.search(options.only, name)
     ]
     with ProcessPoolExecutor(options.jobs) as pool:
         audits = list(pool.map(compile_one, *zip(*wanted, strict=True)))

@@ -20,6 +20,16 @@ if not torch.cuda.is_available():  # for tests/gpu; read when Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+LONGEST = ["test_faults.py", "gpu/test_audit.py", "native/test_sanitizers.py", "gpu/test_operators.py",
+           "training/test_trainer.py", "test_soak.py", "gpu/test_torch.py", "gpu/test_extremes.py"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, that the processes of pytest-xdist end together (with --no-loadscope-reorder)."""
+    files = [str(Path(__file__).parent / name) for name in LONGEST]
+    items.sort(key=lambda item: files.index(str(item.path)) if str(item.path) in files else len(files))
+
+
 @pytest.fixture(scope="session")
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's 1,797 real handwritten digits, 8 x 8, scaled to 0..255 uint8, and their labels."""
