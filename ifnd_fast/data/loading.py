@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.batch_views import NUMBERS
@@ -126,10 +126,38 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             first = 0
 
 
+class Batch(list[Any]):
+    """The columns of a batch. Between processes they travel as one shared tensor and a message: a tensor opens a
+    connection of its own, answered by a thread of a process that is busy loading, which takes longer than a copy of
+    what is small.
+
+    Args:
+        views: (n B, ...), of n columns one after the other.
+        others: further columns (B,) of tensors, or of lists.
+    """
+
+    def __init__(self, views: Tensor, n: int, others: Sequence[Any]):
+        super().__init__([*views.chunk(n), *(torch.from_numpy(o) if isinstance(o, np.ndarray) else o for o in others)])
+        self.views, self.n = views, n
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        others = [other.numpy() if isinstance(other, Tensor) else other for other in self[self.n :]]
+        return Batch, (self.views, self.n, others)
+
+
+def collate(items: Sequence[tuple[Any, ...]]) -> Batch:
+    """A batch of items whose first is an image; further ones of its shape and dtype are views as well."""
+    columns = [*zip(*items, strict=True)]
+    kinds = [isinstance(c[0], Tensor) and (c[0].shape, c[0].dtype) for c in columns]
+    n = sum(kind == kinds[0] for kind in kinds)
+    views = default_collate([view for column in columns[:n] for view in column])
+    return Batch(views, n, [default_collate(list(column)) for column in columns[n:]])
+
+
 def view_loader(dataset: ViewDataset, config: DataConfig, batches: EpochBatches) -> DataLoader:
     """Batches of (views (B, 3, S, S), as many as the dataset makes, indices (B,), wanted indices (B,), B reasons), for
     `loading.running`."""
-    return make_loader(dataset, config.workers, batch_sampler=batches)
+    return make_loader(dataset, config.workers, batch_sampler=batches, collate_fn=collate)
 
 
 def pair_loader(images: Images, config: DataConfig, seed: int, batches: EpochBatches) -> DataLoader:
@@ -141,4 +169,5 @@ def pair_loader(images: Images, config: DataConfig, seed: int, batches: EpochBat
 def centre_loader(images: Images, config: DataConfig, batch_size: int, indices: Sequence[int]) -> DataLoader:
     """Batches of (centre view (B, 3, S, S), indices (B,), readable (B,), B reasons) over `indices`, in order, for
     `loading.running`."""
-    return make_loader(CentreDataset(images, config), config.workers, batch_size=batch_size, sampler=indices)
+    dataset = CentreDataset(images, config)
+    return make_loader(dataset, config.workers, batch_size=batch_size, sampler=indices, collate_fn=collate)

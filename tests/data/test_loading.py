@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 import zlib
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 from ifnd_fast.config import DataConfig
 from ifnd_fast.data.batch_views import NUMBERS
-from ifnd_fast.data.loading import CentreDataset, EpochBatches, PairDataset, ViewDataset, centre_loader, pair_loader
+from ifnd_fast.data.loading import (
+    CentreDataset,
+    EpochBatches,
+    PairDataset,
+    ViewDataset,
+    centre_loader,
+    collate,
+    pair_loader,
+)
 from ifnd_fast.data.sources import open_images
 from ifnd_fast.runtime.errors import CommandError, Stopped
 
@@ -164,3 +175,24 @@ def test_a_signal_while_a_picture_is_read_is_not_the_picture_s():
     for dataset, item in ((PairDataset(images, SMALL, 0), (0, 1)), (CentreDataset(images, SMALL), 1)):
         with pytest.raises(Stopped):
             dataset[item]
+
+
+def test_a_batch_travels_as_one_shared_tensor_and_arrives_as_it_was(monkeypatch):
+    """Of two views, of one with random numbers beside it, and of one alone."""
+    reducers, sent = ForkingPickler._extra_reducers, []
+    share = reducers[torch.UntypedStorage]
+    monkeypatch.setitem(reducers, torch.UntypedStorage, lambda storage: sent.append(storage) or share(storage))
+    views = torch.arange(96, dtype=torch.uint8).view(4, 2, 3, 2, 2)
+    for items in (
+        [(first, second, i, 9 - i, f"reason {i}") for i, (first, second) in enumerate(views)],
+        [(first, second.float().flatten(1), i, 9 - i, "") for i, (first, second) in enumerate(views)],
+        [(first, i, i % 2 == 0, "") for i, (first, _) in enumerate(views)],
+    ):
+        sent.clear()
+        arrived = pickle.loads(ForkingPickler.dumps(collate(items)))
+        assert len(sent) == 1 and len(arrived) == len(items[0])
+        for column, expected in zip(arrived, default_collate(items), strict=True):
+            if isinstance(expected, torch.Tensor):
+                assert torch.equal(column, expected) and column.dtype == expected.dtype and column.is_contiguous()
+            else:
+                assert column == list(expected)
