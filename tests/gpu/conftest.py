@@ -78,7 +78,7 @@ def _builtins_replaced_once():
 
 @pytest.fixture(autouse=True, scope="session")
 def _integers_checked_at_once():
-    """Triton's interpreter (3.8) looks for overflow of integers by five operations of its own in 64 bits, and for a type
+    """Triton's interpreter (3.8) looks for overflow of integers by five operations of its own in 64 bits, and for types
     in a table made anew: half its time. Here it finds them at once."""
     if torch.cuda.is_available():
         return
