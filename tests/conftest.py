@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def pytest_collection_modifyitems(items):
     """The longest files first, that the processes of pytest-xdist end together (with --no-loadscope-reorder)."""
     files = [str(Path(__file__).parent / name) for name in LONGEST]
     items.sort(key=lambda item: files.index(str(item.path)) if str(item.path) in files else len(files))
+
+
+def pytest_collection_finish():
+    """What is imported stays: the garbage collector needs not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

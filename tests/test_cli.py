@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY
-from tests.forked import command
+from tests.forked import command, start
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +93,11 @@ def test_a_killed_run_goes_on_to_the_same_backbone(run, digit_folder, tmp_path):
     out = tmp_path / "killed"
     args = ["--data", digit_folder, "--out", out, *TINY, "--checkpoint-every", "0.34"]
     code = "from ifnd_fast.cli import train; train()"
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, args)])
+    process = start(code, *args)
     deadline = time.monotonic() + 120
     while not list(out.glob("checkpoints/step-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     assert list(out.glob("checkpoints/step-*.pt")) and not (out / "result.json").exists()
     done = command("train", "--resume", "--out", out)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ from ifnd_fast.data.processes import make_loader, running
 from ifnd_fast.runtime.errors import LoadingError, Stopped
 from ifnd_fast.runtime.stop import StopSignals
 from tests.conftest import TINY
-from tests.forked import python
+from tests.forked import python, start
 
 PACKAGE = Path(ifnd_fast.__file__).parent
 
@@ -297,10 +297,12 @@ def test_a_signal_to_an_evaluation_ends_its_processes(number, untrained_run, cla
     slow = "import time\nfrom ifnd_fast.data import images\n"
     slow += f"def sleepy(path):\n    open({str(tmp_path / 'begun')!r}, 'w').close()\n    time.sleep(100)\n"
     slow += "images.open_picture = sleepy\nfrom ifnd_fast.cli import evaluate; evaluate()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, "knn", str(untrained_run), "--data", str(class_folders), "--workers", "2"],
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    slow = f"import os; os.setsid()\n{slow}"
+    words = ["knn", str(untrained_run), "--data", str(class_folders), "--workers", "2"]
+    if number == signal.SIGTERM:
+        process = start(slow, *words)
+    else:  # an interpreter of its own, with its end
+        process = subprocess.Popen([sys.executable, "-c", slow, *words], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 150
     while not (tmp_path / "begun").exists():
         assert process.poll() is None and time.monotonic() < deadline

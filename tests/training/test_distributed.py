@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import torch
 from ifnd_fast.runtime import distributed
 from ifnd_fast.runtime.errors import UsageError
 from tests.conftest import TINY
-from tests.forked import run_ranks
+from tests.forked import command, run_ranks
 
 COLLECTIVES = """
 import torch, torch.distributed as dist
@@ -132,12 +131,10 @@ def test_how_many_ranks_were_started(environment, ranks, monkeypatch):
         distributed.refuse_ranks("knn")
 
 
-def test_tasks_of_srun_do_not_train_alone(digit_folder, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", "from ifnd_fast.cli import train; train()", "--data", str(digit_folder), "--out",
-         str(tmp_path / "run")],
-        capture_output=True, text=True, env={**os.environ, "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, timeout=120,
-    )  # fmt: skip
+def test_tasks_of_srun_do_not_train_alone(digit_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    done = command("train", "--data", digit_folder, "--out", tmp_path / "run")
     assert done.returncode == 2 and done.stderr.startswith("error: srun started 4 processes"), done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
 
