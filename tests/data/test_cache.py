@@ -6,8 +6,6 @@ import dataclasses
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from ifnd_fast.data.loading import CentreDataset, EpochBatches, PairDataset, cen
 from ifnd_fast.data.processes import running
 from ifnd_fast.data.sources import open_images
 from ifnd_fast.runtime.errors import CommandError
+from tests.forked import start
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def test_one_process_makes_it_and_others_wait(folder, tmp_path, monkeypatch):
         f"dataset = CentreDataset(opened(Path({str(folder)!r}), config), config)\n"
         "print(dataset[1][0].float().mean().item())"
     )
-    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [start(code) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0].splitlines() for process in processes]
     assert outputs[0][-1] == outputs[1][-1]
     assert sum("cache of 13 images" in line for output in outputs for line in output) == 1

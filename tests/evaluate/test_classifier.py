@@ -6,8 +6,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -19,7 +17,7 @@ from ifnd_fast.evaluate.labelled import open_labelled
 from ifnd_fast.evaluate.subject import Options, Subject
 from ifnd_fast.runtime import checkpoint
 from ifnd_fast.runtime.errors import NonFiniteError, Stopped, UsageError
-from tests.forked import command
+from tests.forked import command, start
 
 
 @pytest.fixture
@@ -169,12 +167,11 @@ def test_a_killed_evaluation_goes_on_to_the_same_figures(untrained_run, class_fo
 
     out = tmp_path / "killed"
     code = "from ifnd_fast.cli import evaluate; evaluate()"
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, args), "--out", str(out)])
+    process = start(code, *args, "--out", out)
     deadline = time.monotonic() + 120
     while not list(out.glob("checkpoints/step-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     assert list(out.glob("checkpoints/step-*.pt")) and not (out / "result.json").exists()
     done = command("evaluate", *args, "--out", out, "--resume", "--workers", 1, "--json-file", tmp_path / "killed.json")
     assert done.returncode == 0, done.stderr

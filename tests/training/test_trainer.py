@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -89,16 +90,19 @@ def test_options_that_change_how_it_computes(options, digit_folder, tmp_path):
     assert sum(lines[-1]["false_negatives_per_query"]) > 0
 
 
-@pytest.mark.slow
 def test_compiled(digit_folder, tmp_path):
-    """On a network of one layer: for a ResNet torch's compiler takes a minute."""
+    """On a network of one layer, and without the C++ that torch's compiler would write: that takes it a minute."""
     config = parse_train(["--out", str(tmp_path / "run"), "--data", str(digit_folder), *TINY, "--compile"])
-    one_layer = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.BatchNorm1d(8))
+    one_layer = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    )
     trainer = Trainer(config, backbone=one_layer)
     run_folder.create(config.run.out, to_yaml(config))
     compiled = torch._dynamo.utils.counters["stats"]
     before = compiled["unique_graphs"]
-    trainer.fit()
+    known = hasattr(torch._inductor.config, "fallback_by_default")  # torch 2.8 has it not
+    with torch._inductor.config.patch(fallback_by_default=True) if known else nullcontext():
+        trainer.fit()
     assert compiled["unique_graphs"] - before == 3  # queries, keys, features
     lines = metrics(tmp_path / "run")
     assert all(math.isfinite(line["loss"]) for line in lines)
