@@ -109,7 +109,7 @@ def test_bounds_leave_out_nothing_that_matters(seed, k, dim, kind, step, share):
 
 def test_settling_rows_are_compared_with_few_centroids():
     extension = backends.extension()
-    if extension is None or not extension.isa().startswith(("avx512vnni", "avx512bf16")):
+    if extension is None or not extension.isa().startswith(("avx512vnni", "avx512bf16", "amx")):
         pytest.skip("no 8-bit dot products")
     x, c = moving("unit", 3000, 300, 64, torch.Generator().manual_seed(0))
     nearest = Nearest(x)

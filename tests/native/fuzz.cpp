@@ -171,14 +171,15 @@ struct Assignment {
   Matrix x, c;
   Kind kinds[2];
 
-  Assignment(Random& random, int D, bool screened) {
+  Assignment(Random& random, int D, DType dtype, bool screened) {
     p = {};
-    p.D = D, p.dtype = screened ? DType::float32 : DType(random.below(3));
+    p.D = D, p.dtype = dtype;
     const int64_t room = std::max<int64_t>(4, budget(random) / D), least = screened ? 64 : 0;
     p.C = least + random.size(std::max<int64_t>(1, std::min<int64_t>(1000, room / 8) - least));
     p.N = random.size(std::max<int64_t>(1, std::min<int64_t>(1500, room / p.C)));
     p.metric = ifnd::Metric(random.below(2)), p.temperature = temperature(random);
-    kinds[0] = kind_of(random), kinds[1] = random.chance(2) ? kinds[0] : kind_of(random);
+    kinds[0] = random.chance(6) ? Kind::permuted : kind_of(random);
+    kinds[1] = random.chance(2) ? kinds[0] : kind_of(random);
     if (kinds[1] == Kind::not_finite || kinds[0] == Kind::not_finite)  // 0 times infinity depends on what counts as 0
       for (Kind& kind : kinds) kind = kind == Kind::subnormal ? Kind::not_finite : kind;
     x = draw(random, kinds[0], p.dtype, p.N, D), c = draw(random, kinds[1], p.dtype, p.C, D);
@@ -188,7 +189,7 @@ struct Assignment {
 };
 
 void fuzz_assign(Random& random, int D) {
-  Assignment in(random, D, !random.chance(3));
+  Assignment in(random, D, DType(random.below(3)), !random.chance(3));
   ifnd::AssignClusters& p = in.p;
   const int threads = int(1 + random.below(4));
   describe("assign N %lld C %lld D %d dtype %d metric %d temperature %g %s %s threads %d", (long long)p.N,
@@ -239,7 +240,7 @@ void check_bounds(const Assignment& in, const std::vector<float>& bounds) {
 }
 
 void fuzz_reassign(Random& random, int D) {
-  Assignment in(random, D, true);
+  Assignment in(random, D, DType::float32, true);
   in.p.metric = ifnd::Metric::l2, in.p.temperature = 1.0;
   const int threads = int(1 + random.below(4)), steps = int(1 + random.below(4));
   describe("reassign N %lld C %lld D %d %s %s threads %d steps %d", (long long)in.p.N, (long long)in.p.C, D,

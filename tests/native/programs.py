@@ -32,6 +32,15 @@ def isas() -> list[str]:
     return ["portable", *["avx2"] * bool(avx2), *["avx512"] * bool(avx512), *better]
 
 
+def runs_amx() -> bool:
+    """Whether this CPU has it, the compiler knew it, and the operating system permits it."""
+    if not _cpu.features().get("amx_int8"):
+        return False
+    command = [sys.executable, "-c", "from ifnd_fast import _cpu; _cpu.isa()"]
+    environment = {**os.environ, "IFND_FAST_CPU_ISA": "amx"}
+    return subprocess.run(command, env=environment, cwd=SOURCE.parent, capture_output=True).returncode == 0
+
+
 def isas_of_programs() -> list[str]:
     """Those, and AMX's kernels, whose tiles the programs emulate."""
     return [*isas(), *["amx"] * ("avx2" in isas())]

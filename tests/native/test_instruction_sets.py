@@ -10,7 +10,7 @@ import pytest
 
 from tests.forked import python
 from tests.native.cases import ROOT, _cpu, run_python
-from tests.native.programs import HERE, SOURCE, isas
+from tests.native.programs import HERE, SOURCE, isas, runs_amx
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ sys.exit(pytest.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("isa", [isa for isa in isas() if isa != _cpu.isa()])
+@pytest.mark.parametrize("isa", [isa for isa in [*isas(), *["amx"] * runs_amx()] if isa != _cpu.isa()])
 def test_other_instruction_sets(isa, monkeypatch):
     """The value tests again with each other one."""
     monkeypatch.setenv("IFND_FAST_CPU_ISA", isa)

@@ -1,6 +1,7 @@
 // Numbers for the fuzzer: all drawn from one seed, the same on every machine.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -41,12 +42,12 @@ struct Random {
   T one_of(const T (&choices)[N]) { return choices[below(int64_t(N))]; }
 };
 
-enum class Kind { unit, plain, tiny, large, subnormal, zeros, grid, duplicates, lengths, far, not_finite };
-constexpr int kKinds = 11;
+enum class Kind { unit, plain, tiny, large, subnormal, zeros, grid, duplicates, lengths, far, permuted, not_finite };
+constexpr int kKinds = 12;
 
 inline const char* name(Kind kind) {
-  static const char* const names[kKinds] = {"unit", "plain", "tiny",    "large", "subnormal", "zeros",
-                                            "grid", "duplicates", "lengths", "far",   "not_finite"};
+  static const char* const names[kKinds] = {"unit", "plain",      "tiny",    "large", "subnormal", "zeros",
+                                            "grid", "duplicates", "lengths", "far",   "permuted",  "not_finite"};
   return names[int(kind)];
 }
 
@@ -114,6 +115,22 @@ inline void draw_row(Random& random, Kind kind, DType dtype, int D, double* row)
   }
 }
 
+// Some rows have the first one's elements in other orders, half of the others are constant: which of the former has the
+// largest product with one of these is decided by rounding.
+inline void draw_permuted(Random& random, DType dtype, Matrix& m, int64_t i) {
+  double* row = m.value.data() + i * m.D;
+  if (i > 0 && random.chance(int(m.rows / 8) + 1)) {
+    memcpy(row, m.row(0), sizeof(double) * size_t(m.D));
+    for (int64_t d = m.D - 1; d > 0; --d) std::swap(row[d], row[random.below(d + 1)]);
+    return;
+  }
+  draw_row(random, Kind::plain, dtype, m.D, row);
+  if (i == 0)
+    for (int d = 0; d < m.D; ++d) row[d] = std::ldexp(std::fabs(row[d]), -int(random.below(12)));
+  else if (random.chance(2))
+    std::fill(row, row + m.D, std::fabs(row[0]) / 64.0);
+}
+
 inline Matrix draw(Random& random, Kind kind, DType dtype, int64_t rows, int D) {
   Matrix m;
   const size_t size = dtype == DType::float32 ? 4 : 2;
@@ -124,6 +141,8 @@ inline Matrix draw(Random& random, Kind kind, DType dtype, int64_t rows, int D) 
     double* row = m.value.data() + i * D;
     if (kind == Kind::duplicates && i > 0 && !random.chance(4))
       memcpy(row, m.row(random.below(i)), sizeof(double) * size_t(D));
+    else if (kind == Kind::permuted)
+      draw_permuted(random, dtype, m, i);
     else
       draw_row(random, kind, dtype, D, row);
     double squares = 0.0;
