@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import tyro
 from scipy.stats import ttest_1samp
+from tables import precision
 
 from ifnd_fast.metrics.few_shot import DRAWS
 from ifnd_fast.training.accuracies import HEADLINE_LABELS, few_labels
@@ -58,7 +59,8 @@ def train(out: Path, strategy: str, seed: int, options: Options) -> dict[str, An
     """The result of a run of ifnd-fast-train, trained, resumed or read."""
     if not (out / "result.json").exists():
         common = shlex.split(options.options)
-        arguments = ["--out", out, *common, "--false-negatives", *shlex.split(strategy), "--seed", seed]
+        arguments = ["--out", out, "--amp", precision(), *common, "--seed", seed]
+        arguments += ["--false-negatives", *shlex.split(strategy)]
         if list(out.glob("checkpoints/*.pt")):
             arguments = ["--resume", "--out", out]
         command = [sys.executable, "-c", "from ifnd_fast.cli import train; train()", *map(str, arguments)]

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -60,6 +60,11 @@ def environment() -> dict[str, str]:
     best = next((kernels for flag, kernels in (("avx512bw", "SkylakeX"), ("avx2", "Haswell")) if flag in flags), None)
     chosen = {"OPENBLAS_CORETYPE": best} if best else {}
     return {**kept, **chosen, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def precision() -> Literal["auto", "bf16", "off"]:
+    """--amp, one for all runs that are compared: on a CPU each would measure by itself what is faster."""
+    return "auto" if torch.cuda.is_available() else "bf16" if backends.cpu_has_bfloat16() else "off"
 
 
 # ---- the CPU ----

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 import tyro
-from tables import machine, results_of, table, told
+from tables import machine, precision, results_of, table, told
 
 from ifnd_fast.config import PRESETS, Config, to_yaml
 from ifnd_fast.runtime import run_folder, spans
@@ -49,6 +49,7 @@ def demo(out: str, **changes: Any) -> Trainer:
     """A trainer of the demo that measures no accuracy; `changes` are options by section, data={"workers": 0}."""
     config: Config = copy.deepcopy(PRESETS["demo"][1])
     config.run.out, config.run.knn_every = Path(out), 0
+    config.run.amp = precision()
     for section, values in changes.items():
         for name, value in values.items():
             setattr(getattr(config, section), name, value)
@@ -203,7 +204,7 @@ def main(options: Options) -> None:
     text = (
         "# The trainer's own time, measured\n\n"
         f"`python bench/throughput.py`, {datetime.date.today()}. {told(here)}. Python {platform.python_version()}, "
-        f"torch {here['torch']}.\n" + "\n".join(sections) + "\n"
+        f"torch {here['torch']}, --amp {precision()}.\n" + "\n".join(sections) + "\n"
     )
     print(text)
     if options.write:

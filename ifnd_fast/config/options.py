@@ -195,7 +195,8 @@ class RunConfig:
     """"auto" (CUDA when there, else CPU), "cpu", "cuda", "cuda:1", ..."""
     amp: Literal["auto", "fp16", "bf16", "off"] = "auto"
     """mixed precision; auto: bf16 on GPUs since Ampere, fp16 with loss scaling on older ones, and on CPUs bf16 where it
-    is faster for the run's encoder, which takes some seconds to measure when the run begins"""
+    is faster for the run's encoder, which takes some seconds to measure when the run begins (runs that are to be
+    compared are better given one by name)"""
     channels_last: bool = True
     """store images and weights channels-last"""
     compile: bool = False
