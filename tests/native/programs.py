@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ifnd_fast import _cpu
@@ -46,8 +47,11 @@ def isas_of_programs() -> list[str]:
     return [*isas(), *["amx"] * ("avx2" in isas())]
 
 
-def build(sanitizers: str, folder: Path, *programs: str) -> Path:
+def build(sanitizers: str, folder: Path, *programs: str, only: Sequence[str] = ()) -> Path:
     """Compiles tests/native/PROGRAM.cpp and the kernels with these checks; returns `folder`, where the programs are.
+
+    Args:
+        only: these instruction sets' kernels; none: of all that the programs can run here.
 
     Raises:
         NoSanitizer: the compiler can't link such a program.
@@ -62,6 +66,7 @@ def build(sanitizers: str, folder: Path, *programs: str) -> Path:
         *("cmake", "-G", "Ninja", "-S", str(SOURCE), "-B", str(folder)),
         *("-DCMAKE_BUILD_TYPE=None", "-DIFND_MODULE=none"),
         f"-DIFND_EMULATED_TILES={next((isa for isa in ('avx512bf16', 'avx2') if isa in isas()), '')}",
+        f"-DIFND_ONLY={';'.join(only or isas_of_programs())}",
         f"-DIFND_DRIVERS={';'.join(str(HERE / program) + '.cpp' for program in programs)}",
         f"-DCMAKE_CXX_FLAGS={flags}",
     ]
