@@ -49,6 +49,30 @@ static vint first_number(const float* scores, int64_t first, int centroids, vint
   return label;
 }
 
+// The scores' loops over centroids have several maxima each, or none, so that no step waits for the one before.
+IFND_INLINE vfloat highest_of(const float* scores, int centroids) {
+  constexpr int N = 4;
+  vfloat highest[N];
+  for (vfloat& h : highest) h = splat(-INFINITY);
+  int j = 0;
+  for (; j + N <= centroids; j += N)
+    for (int i = 0; i < N; ++i) highest[i] = max(load(scores + ptrdiff_t(j + i) * LANES), highest[i]);
+  for (; j < centroids; ++j) highest[0] = max(load(scores + ptrdiff_t(j) * LANES), highest[0]);
+  return max(max(highest[0], highest[1]), max(highest[2], highest[3]));
+}
+
+IFND_INLINE void subtract(float* scores, const float* half_norms, int centroids) {
+  for (int j = 0; j < centroids; ++j, scores += LANES) store(scores, load(scores) - splat(half_norms[j]));
+}
+
+// Where `best` is more than it was: the first centroid that has it.
+IFND_INLINE vint first_nearer(const float* scores, int64_t first, int centroids, vfloat best, vfloat before, vint label) {
+  const vint nearer = best > before;
+  for (int j = centroids - 1; j >= 0; --j)
+    label = nearer & (load(scores + ptrdiff_t(j) * LANES) == best) ? splat(int32_t(first + j)) : label;
+  return label;
+}
+
 // One panel against one tile of centroids, the first of them number `first`.
 template <class Word>
 static void update_nearest(const AssignWork<Word>& work, int64_t at, int64_t lanes, int64_t first, int centroids,
@@ -56,18 +80,10 @@ static void update_nearest(const AssignWork<Word>& work, int64_t at, int64_t lan
   for (int v = 0; v < min_of<int64_t>(LANES, lanes); v += W) {
     float* scores = work.scores + v;
     const vfloat before = load(work.best + at + v);
-    vfloat best = before;
+    if (half_norms) subtract(scores, half_norms + first, centroids);
+    const vfloat best = max(highest_of(scores, centroids), before);
     vint label = load(work.label + at + v);
-    for (int j = 0; j < centroids; ++j) {
-      vfloat s = load(scores + ptrdiff_t(j) * LANES);
-      if (half_norms) {
-        s -= splat(half_norms[first + j]);
-        store(scores + ptrdiff_t(j) * LANES, s);
-      }
-      const vint nearer = s > best;  // strictly: of equals the first stays
-      best = nearer ? s : best;
-      label = nearer ? splat(int32_t(first + j)) : label;
-    }
+    if (true_lanes(best > before)) label = first_nearer(scores, first, centroids, best, before, label);
     if (true_lanes(label < vint{})) label = first_number(scores, first, centroids, label);
     store(work.best + at + v, best);
     store(work.label + at + v, label);
