@@ -210,8 +210,7 @@ static void common_keys(const ForwardWork<Word>& work, int64_t first, int64_t la
   for (int v = 0; v < min_of<int64_t>(LANES, lanes); v += W) {
     const float* scores = work.scores + v;
     const vfloat before = load(state.max + first + v);
-    vfloat highest = before;
-    for (int k = 0; k < keys; ++k) highest = max(load(scores + ptrdiff_t(k) * LANES), highest);
+    const vfloat highest = max(highest_of(scores, keys), before);
     const vfloat reference = max(highest, splat(kLowest)), scale = exp(before - reference);
     const vfloat added = exponentials(scores, keys, reference, work.weights + v);
     store(state.max + first + v, highest);

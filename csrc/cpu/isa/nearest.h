@@ -49,18 +49,6 @@ static vint first_number(const float* scores, int64_t first, int centroids, vint
   return label;
 }
 
-// The scores' loops over centroids have several maxima each, or none, so that no step waits for the one before.
-IFND_INLINE vfloat highest_of(const float* scores, int centroids) {
-  constexpr int N = 4;
-  vfloat highest[N];
-  for (vfloat& h : highest) h = splat(-INFINITY);
-  int j = 0;
-  for (; j + N <= centroids; j += N)
-    for (int i = 0; i < N; ++i) highest[i] = max(load(scores + ptrdiff_t(j + i) * LANES), highest[i]);
-  for (; j < centroids; ++j) highest[0] = max(load(scores + ptrdiff_t(j) * LANES), highest[0]);
-  return max(max(highest[0], highest[1]), max(highest[2], highest[3]));
-}
-
 IFND_INLINE void subtract(float* scores, const float* half_norms, int centroids) {
   for (int j = 0; j < centroids; ++j, scores += LANES) store(scores, load(scores) - splat(half_norms[j]));
 }

@@ -138,6 +138,18 @@ IFND_INLINE Multiple<kColumnStep<Word>> product_lanes(int64_t lanes) {
   return round_up<kColumnStep<Word>>(min_of<int64_t>(LANES, lanes));
 }
 
+// Of each lane of scores (rows, LANES); NaN is passed over. In several chains, so that no step waits for the one before.
+IFND_INLINE vfloat highest_of(const float* scores, int rows) {
+  constexpr int N = 4;
+  vfloat highest[N];
+  for (vfloat& h : highest) h = splat(-INFINITY);
+  int k = 0;
+  for (; k + N <= rows; k += N)
+    for (int i = 0; i < N; ++i) highest[i] = max(load(scores + ptrdiff_t(k + i) * LANES), highest[i]);
+  for (; k < rows; ++k) highest[0] = max(load(scores + ptrdiff_t(k) * LANES), highest[0]);
+  return max(max(highest[0], highest[1]), max(highest[2], highest[3]));
+}
+
 // Keys with their words along D, for scores.
 template <class Word>
 struct Tile {
