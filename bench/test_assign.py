@@ -21,9 +21,10 @@ TEMPERATURE = 0.2
 CHUNK = 4096
 Size = tuple[int, int, int]
 FUSED = ("fused", "cuda", "triton") if torch.cuda.is_available() else ("fused",)
+HALF = tuple(f"{name}, bfloat16" for name in FUSED)
 SIZES: tuple[Size, ...] = ((100_000, 3_000, 128), (50_000, 1_000, 128))
 OTHER_SIZES: tuple[Size, ...] = (
-    (40_000, 3_000, 64), (20_000, 3_000, 256), (2_000, 3_000, 2048), (20_000, 25_000, 128)
+    (40_000, 3_000, 64), (20_000, 3_000, 256), (10_000, 2_000, 768), (2_000, 3_000, 2048), (20_000, 25_000, 128)
 )  # fmt: skip
 ODD_SIZES: tuple[Size, ...] = ((10_007, 999, 100), (9_984, 992, 96), (10_240, 1_024, 112))
 
@@ -93,11 +94,12 @@ def run_fused(size, return_confidence, device, small, fused, measure, row="fused
 
 @pytest.mark.parametrize("size", SIZES + OTHER_SIZES, ids=title)
 @pytest.mark.parametrize("metric", ["inner_product", "l2"])
-@pytest.mark.parametrize("name", [*FUSED, "faiss", "flash_kmeans", "torch"])
+@pytest.mark.parametrize("name", [*FUSED, *HALF, "faiss", "flash_kmeans", "torch"])
 def test_labels(name, metric, size, device, small, fused, measure, benchmark):
-    benchmark.group = f"labels by {metric}: {title(size)}, float32"
-    if name in FUSED:
-        return run_fused(size, False, device, small, fused, measure, name, metric=metric)
+    benchmark.group = f"labels by {metric}: {title(size)}"
+    if name in FUSED + HALF:
+        dtype = torch.bfloat16 if name in HALF else torch.float32
+        return run_fused(size, False, device, small, fused, measure, name, dtype, metric=metric)
     x, c = points(size, small, device)
     work = {"operations": operations(size), "dtype": "torch.float32"}
     if name == "faiss":
@@ -128,7 +130,7 @@ def test_labels(name, metric, size, device, small, fused, measure, benchmark):
 
 
 @pytest.mark.parametrize("size", SIZES + OTHER_SIZES, ids=title)
-@pytest.mark.parametrize("name", [*FUSED, *(name + ", bfloat16" for name in FUSED), "torch"])
+@pytest.mark.parametrize("name", [*FUSED, *HALF, "torch"])
 def test_labels_and_confidence(name, size, device, small, fused, measure, benchmark):
     benchmark.group = f"labels and confidence: {title(size)}"
     if name == "torch":
@@ -138,7 +140,7 @@ def test_labels_and_confidence(name, size, device, small, fused, measure, benchm
         if small:
             check(labels, x, c, "inner_product")
     else:
-        dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+        dtype = torch.bfloat16 if name in HALF else torch.float32
         run_fused(size, True, device, small, fused, measure, name, dtype)
 
 
