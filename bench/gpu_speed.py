@@ -1,7 +1,7 @@
 """python bench/gpu_speed.py --what queue: milliseconds on a GPU, between CUDA events, fused and by plain torch.
 
 Prints a table; ends with 1 where what "auto" takes is slower than the best of the peers: eager, torch.compile of it,
-both also with the products in half precision, and for assignment a product by cuBLAS and argmax, in chunks of rows.
+both with the products in the inputs' dtype, and for assignment a product by cuBLAS and argmax, in chunks of rows.
 Step 4 of bench/gpu_day.py.
 """
 
@@ -19,7 +19,7 @@ import tyro
 from conftest import gpu_seconds
 from tables import table
 from test_assign import points, torch_in_chunks
-from test_info_nce import eager, eager_half, fused_with, in_batch, queue_batch
+from test_info_nce import eager, fused_with, in_batch, queue_batch
 
 from ifnd_fast import assign_clusters
 from ifnd_fast.ops import backends
@@ -54,10 +54,7 @@ def backends_of(operator: str, device: torch.device, dtype: torch.dtype) -> dict
 def losses_of(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
     """The fused loss and its peers, by the row's name."""
     losses = {name: fused_with(backend) for name, backend in backends_of("info_nce", device, dtype).items()}
-    losses |= {"eager": eager, "compiled": compiled(eager)}
-    if dtype != torch.float32:
-        losses |= {"eager, half": eager_half, "compiled, half": compiled(eager_half)}
-    return losses
+    return losses | {"eager": eager, "compiled": compiled(eager)}
 
 
 def queue(B: int, K: int, device: torch.device, dtype: torch.dtype) -> Calls:
