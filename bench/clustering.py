@@ -56,7 +56,11 @@ class Options:
     rounds: int = 3
     """timings of which the median counts"""
     parts: tuple[Part, ...] = ("peers", "warm", "first", "ranks", "memory", "imagenet", "paper")
-    """what to measure; anything less than all of it is printed only"""
+    """what to measure"""
+    without: tuple[str, ...] = ()
+    """peers that are not measured: faiss.SuperKmeans and "scikit-learn, k-means++" take most of the hour"""
+    write: bool = True
+    """write bench/results/clustering-KIND.md, besides printing it; it names the parts and peers that it has"""
     quick: bool = False
     """all of it once, at a hundredth of the size: shows that it runs, and writes nothing"""
 
@@ -95,8 +99,8 @@ def in_turns(names: Sequence[str], data: Data, rounds: int) -> dict[str, Fit | s
     return medians
 
 
-def beside_peers(data: Data, rounds: int) -> list[str]:
-    found = in_turns([OURS, *PEERS], data, rounds)
+def beside_peers(data: Data, peers: Sequence[str], rounds: int) -> list[str]:
+    found = in_turns([OURS, *peers], data, rounds)
     ours = found[OURS]
     assert isinstance(ours, Fit)
     rows: Rows = []
@@ -279,16 +283,20 @@ def measured(options: Options) -> dict[Part, Callable[[], Rows]]:
 def main(options: Options) -> None:
     if options.quick:
         options.rounds = 1
-    told_of, lines = machine(), []
+    told_of, lines = machine(), list[str]()
+    peers = [name for name in PEERS if name not in options.without]
     if "peers" in options.parts:
-        lines = [line for data in options.compared for line in beside_peers(data, options.rounds)]
+        for data in options.compared:
+            found = beside_peers(data, peers, options.rounds)
+            print(*found, sep="\n", file=sys.stderr, flush=True)
+            lines += found
     rows = [row for part, rows_of in measured(options).items() if part in options.parts for row in rows_of()]
     versions = ", ".join(map(installed, ("torch", "faiss-gpu", "superkmeans", "scikit-learn", "scikit-learn-intelex")))
     text = "\n".join([
         "# Clustering, measured",
         "",
         f"`python bench/clustering.py`, {datetime.date.today()}. {told(told_of)}. Python {platform.python_version()}, "
-        f"{versions}.",
+        f"{versions}. Measured: {', '.join(options.parts)}; left out: {', '.join(options.without) or 'no peer'}.",
         "",
         "## Beside its peers",
         "",
@@ -310,7 +318,7 @@ def main(options: Options) -> None:
         *(on_paper() if "paper" in options.parts else []),
     ]) + "\n"  # fmt: skip
     print(text)
-    if not options.quick and set(options.parts) == set(Options().parts):
+    if options.write and not options.quick:
         results_of("clustering", told_of["kind"]).write_text(text)
 
 
