@@ -369,7 +369,7 @@ def inertia_of(x: Tensor, run: KMeansRun, shards: Shards, weights: Tensor | None
 def pick_engine(x: Tensor, tol: float = 0.0) -> str:
     """What engine="auto" takes: "fused"; where assignment has no kernel, "faiss", if it can compute where x is.
 
-    The rule is measured: with a kernel, fused takes a quarter of faiss's time, or less (bench/results/clustering-*.md);
+    The rule is measured: with a kernel, fused takes at most two thirds of faiss's time (bench/results/clustering-*.md);
     without, plain torch takes 1.75 times faiss's (labels of 100,000 rows, 3,000 centroids, bench/results/cpu-*.md).
     """
     if tol or backends.choose("auto", "assign_clusters", x.device, x.dtype, x.shape[1]) != "reference":
