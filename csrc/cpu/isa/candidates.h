@@ -81,12 +81,6 @@ struct ExactScores {
 // Products of a row with GROUP centroids at a time, whose rows are fetched side by side.
 constexpr int GROUP = 4;
 
-IFND_INLINE const float* as_floats(const AssignClusters& p, const void* matrix, int64_t i, float* buffer) {
-  if (p.dtype == DType::float32) return static_cast<const float*>(matrix) + i * p.D;
-  convert_row(matrix, p.dtype, i, p.D, buffer);
-  return buffer;
-}
-
 static void products(const float* x, const float* const* c, int D, float* out) {
   const int whole = D / W * W;
   vfloat sums[GROUP] = {};

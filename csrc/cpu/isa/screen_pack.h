@@ -102,11 +102,18 @@ struct PackedCentroids {
   }
 };
 
+// Row i as floats: where it is, or converted into `buffer`.
+IFND_INLINE const float* as_floats(const AssignClusters& p, const void* matrix, int64_t i, float* buffer) {
+  if (p.dtype == DType::float32) return static_cast<const float*>(matrix) + i * p.D;
+  convert_row(matrix, p.dtype, i, p.D, buffer);
+  return buffer;
+}
+
 static void find_centre(const AssignClusters& p, const PackedCentroids& packed) {
   double mean[kScreenDim] = {}, squares = 0.0, length = 0.0;
-  float c[kScreenDim];
+  float buffer[kScreenDim];
   for (int64_t j = 0; j < p.C; ++j) {
-    convert_row(p.centroids, p.dtype, j, p.D, c);
+    const float* c = as_floats(p, p.centroids, j, buffer);
     for (int d = 0; d < p.D; ++d) mean[d] += c[d], squares += double(c[d]) * c[d];
   }
   for (int d = 0; d < p.D; ++d) mean[d] /= double(p.C), length += mean[d] * mean[d];
@@ -136,8 +143,8 @@ static void pack_screened(const AssignClusters& p, const float* half_norms, cons
       if (half_norms) {
         bias = m > 0.0f ? -0.5f * r.squares : -half_norms[j];
       } else if (m > 0.0f) {
-        float c[kScreenDim];
-        convert_row(p.centroids, p.dtype, j, p.D, c);
+        float buffer[kScreenDim];
+        const float* c = as_floats(p, p.centroids, j, buffer);
         for (int d = 0; d < p.D; ++d) bias += packed.centre[d] * (c[d] - packed.centre[d]);
       }
       packed.bias[k] = bias;
